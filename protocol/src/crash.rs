@@ -1,0 +1,84 @@
+//! Named crash points: one before and one after every external effect.
+//!
+//! Free unless asked for. `ALLUVIUM_CRASH=name:2` kills the process (SIGKILL, as `kill -9` does) the
+//! second time the point is passed; `ALLUVIUM_FAIL=name:2` makes that passing return a transient
+//! error instead, as if the effect had happened and its reply were lost. Tests walk [`POINTS`].
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::{Code, Error, Result};
+
+/// Every crash point, by the name used at its call site. A test compares the list with the source.
+pub const POINTS: &[&str] = &[
+    "manifest.before_store",
+    "manifest.after_store",
+    "request.after_carried_out",
+    "task.before_publish",
+    "task.after_publish",
+    "task.after_claim",
+    "result.before_publish",
+    "result.after_publish",
+    "task.after_ack",
+    "table.after_create",
+    "schema.before_commit",
+    "schema.after_commit",
+    "ingest.after_read",
+    "ingest.after_write",
+    "quarantine.before_commit",
+    "quarantine.after_commit",
+    "ingest.before_commit",
+    "ingest.after_commit",
+    "merge.after_plan",
+    "merge.after_write",
+    "merge.before_commit",
+    "merge.after_commit",
+    "optimize.after_write",
+    "optimize.before_commit",
+    "optimize.after_commit",
+    "cleanup.before_delete",
+    "cleanup.after_delete",
+    "checkpoint.before_write",
+    "checkpoint.after_write",
+    "hold.before_commit",
+    "hold.after_commit",
+    "ledger.before_commit",
+    "ledger.after_commit",
+    "result.before_ack",
+];
+
+struct Armed {
+    point: String,
+    passing: u32,
+    passed: AtomicU32,
+}
+
+fn armed(variable: &str) -> Option<Armed> {
+    let value = std::env::var(variable).ok()?;
+    let (point, passing) = match value.split_once(':') {
+        Some((point, passing)) => (point.to_owned(), passing.parse().unwrap_or(1)),
+        None => (value, 1),
+    };
+    Some(Armed { point, passing, passed: AtomicU32::new(0) })
+}
+
+fn is_due(armed: &Option<Armed>, point: &str) -> bool {
+    armed.as_ref().is_some_and(|armed| {
+        armed.point == point && armed.passed.fetch_add(1, Ordering::SeqCst) + 1 == armed.passing
+    })
+}
+
+/// Passes the crash point `point`: nothing, a kill, or a lost reply.
+pub fn point(point: &'static str) -> Result<()> {
+    static CRASH: OnceLock<Option<Armed>> = OnceLock::new();
+    static FAIL: OnceLock<Option<Armed>> = OnceLock::new();
+    debug_assert!(POINTS.contains(&point), "crash point {point} is not in POINTS");
+    if is_due(CRASH.get_or_init(|| armed("ALLUVIUM_CRASH")), point) {
+        // The error is of no use: a process that cannot kill itself goes on.
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    }
+    if is_due(FAIL.get_or_init(|| armed("ALLUVIUM_FAIL")), point) {
+        return Err(Error::new(Code::StorageUnavailable, format!("injected failure at {point}")));
+    }
+    Ok(())
+}

@@ -1,0 +1,139 @@
+//! The resolved definition of a pipeline, as every task carries it. It holds no secret.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// In which order epochs enter main.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// Epoch n+1 merges after n.
+    Sequential,
+    /// Epochs merge as they are ready.
+    Arrival,
+}
+
+/// What a blocked epoch does to later ones of its pipeline, in sequential order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnBlock {
+    /// Later merges wait.
+    Stop,
+    /// Later merges go on; the blocked epoch is reconciled when it is repaired.
+    Continue,
+}
+
+/// When a folder counts as complete.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ready {
+    /// A file with this name is in the folder.
+    Marker(String),
+    /// A JSON file with this name lists the data files.
+    Manifest(String),
+    /// Two listings at least this far apart are equal.
+    Quiet(Duration),
+}
+
+/// What a row of an incoming file is named after.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Content {
+    /// Columns that identify a row. All of them; order matters for sorting only.
+    pub key: Vec<String>,
+    /// Orders rows of one key within an epoch, before file and row.
+    pub sequence_by: Option<String>,
+    /// SQL over the incoming row: true makes it a delete.
+    pub delete_when: Option<String>,
+}
+
+/// Sizes and limits of the work on a pipeline.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sizes {
+    /// Data files of main and raw are cut at about this size.
+    pub target_file_bytes: u64,
+    /// Most epochs in one merge.
+    pub batch_epochs: usize,
+    /// Most raw bytes in one merge (one epoch may be larger).
+    pub batch_bytes: u64,
+    /// Files below a quarter of the target size that make an optimize worthwhile.
+    pub small_files: usize,
+    /// Bytes of small files that one optimize commit rewrites at most.
+    pub bin_bytes: u64,
+    /// Age after which an unreferenced file is deleted.
+    pub vacuum_retention: Duration,
+    /// Memory that one task's sorting and joining may use before it spills to disk.
+    pub memory_bytes: usize,
+}
+
+/// One pipeline: a source prefix and the tables it feeds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pipeline {
+    /// `[a-z][a-z0-9_]*`; part of every marker.
+    pub id: String,
+    /// Holds the epoch folders.
+    pub source: String,
+    /// URI of the raw table.
+    pub raw: String,
+    /// URI of the main table.
+    pub main: String,
+    /// URI of the quarantine table.
+    pub quarantine: String,
+    /// URI of the folder with ledger and manifests.
+    pub state: String,
+    /// What rows mean.
+    pub content: Content,
+    /// Merge order.
+    pub order: Order,
+    /// What a blocked epoch stops.
+    pub on_block: OnBlock,
+    /// How long later epochs wait for an incomplete lower one.
+    pub hold_for_earlier: Duration,
+    /// When a folder is complete.
+    pub ready: Ready,
+    /// Only files whose path in the folder matches this expression.
+    pub include: Option<String>,
+    /// No files whose path in the folder matches this one.
+    pub exclude: Option<String>,
+    /// Epochs below it are not processed.
+    pub start_from: Option<i64>,
+    /// An existing main table may become the base.
+    pub adopt: bool,
+    /// Whether optimize runs by policy.
+    pub optimize: bool,
+    /// How often cleanup runs; `None`: never.
+    pub cleanup_every: Option<Duration>,
+    /// Sizes and limits.
+    pub sizes: Sizes,
+}
+
+impl Pipeline {
+    /// The settings that define content, as kept in the properties of raw and main. A table made
+    /// with others must not be written.
+    pub fn content_properties(&self) -> [(&'static str, String); 3] {
+        [
+            ("alluvium.pipeline", self.id.clone()),
+            ("alluvium.key", self.content.key.join(",")),
+            ("alluvium.mode", "upsert".to_owned()),
+        ]
+    }
+
+    /// A short hash of the whole definition, for `commitInfo`.
+    pub fn hash(&self) -> String {
+        let text = serde_json::to_vec(self).unwrap_or_default();
+        short_hash(&text)
+    }
+}
+
+/// The first 16 hex digits of the SHA-256 of `bytes`.
+pub fn short_hash(bytes: &[u8]) -> String {
+    let mut hash = full_hash(bytes);
+    hash.truncate(16);
+    hash
+}
+
+/// The SHA-256 of `bytes` in hex.
+pub fn full_hash(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,136 @@
+//! Foreign errors become codes here, once.
+//!
+//! The kind is looked for along the whole chain of causes: object stores and DataFusion wrap an
+//! operating system's error several times.
+
+use std::error::Error as StdError;
+use std::io;
+
+use alluvium_protocol::{Code, Error};
+use deltalake::DeltaTableError;
+use deltalake::datafusion::error::DataFusionError;
+use deltalake::kernel::transaction::TransactionError;
+use deltalake::parquet::errors::ParquetError;
+
+/// A foreign error in our words. `doing` names what was tried, and on which thing.
+pub fn foreign(doing: impl std::fmt::Display, error: &(dyn StdError + 'static)) -> Error {
+    let code = code_of(error);
+    let error = Error::new(code, format!("{doing}: {}", one_line(error)));
+    match code {
+        Code::StorageFull => error.with_help("free some space, then `alluvium run --once`"),
+        Code::StorageDenied => error.with_help("give this user access, then `alluvium run --once`"),
+        _ => error,
+    }
+}
+
+fn one_line(error: &(dyn StdError + 'static)) -> String {
+    let text = error.to_string();
+    let mut line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    if let Some(root) = causes(error).last() {
+        let root = root.to_string();
+        if !line.contains(&root) {
+            line = format!("{line}: {root}");
+        }
+    }
+    line
+}
+
+fn causes<'a>(
+    error: &'a (dyn StdError + 'static),
+) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
+    std::iter::successors(Some(error), |error| error.source())
+}
+
+fn code_of(error: &(dyn StdError + 'static)) -> Code {
+    for cause in causes(error) {
+        let code = cause
+            .downcast_ref::<io::Error>()
+            .and_then(of_io)
+            .or_else(|| cause.downcast_ref::<object_store::Error>().and_then(of_store))
+            .or_else(|| cause.downcast_ref::<DataFusionError>().and_then(of_datafusion))
+            .or_else(|| cause.downcast_ref::<ParquetError>().and_then(of_parquet))
+            .or_else(|| cause.downcast_ref::<DeltaTableError>().and_then(of_delta));
+        if let Some(code) = code {
+            return code;
+        }
+    }
+    // Some wrappers keep only the text of their cause.
+    let text = error.to_string();
+    if text.contains("No space left on device") {
+        return Code::StorageFull;
+    }
+    if text.contains("Read-only file system") || text.contains("Permission denied") {
+        return Code::StorageDenied;
+    }
+    Code::StorageUnavailable
+}
+
+fn of_io(error: &io::Error) -> Option<Code> {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Some(Code::StorageFull),
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            Some(Code::StorageDenied)
+        }
+        _ => None,
+    }
+}
+
+fn of_store(error: &object_store::Error) -> Option<Code> {
+    match error {
+        object_store::Error::PermissionDenied { .. }
+        | object_store::Error::Unauthenticated { .. } => Some(Code::StorageDenied),
+        _ => None,
+    }
+}
+
+fn of_datafusion(error: &DataFusionError) -> Option<Code> {
+    match error {
+        DataFusionError::ResourcesExhausted(_) => Some(Code::MemoryExhausted),
+        _ => None,
+    }
+}
+
+fn of_parquet(error: &ParquetError) -> Option<Code> {
+    // `External` carries the store's error; its own cause decides.
+    match error {
+        ParquetError::External(_) => None,
+        _ => Some(Code::FileUnreadable),
+    }
+}
+
+fn of_delta(error: &DeltaTableError) -> Option<Code> {
+    match error {
+        DeltaTableError::Transaction {
+            source:
+                TransactionError::UnsupportedTableFeatures(_)
+                | TransactionError::TableFeaturesRequired(_)
+                | TransactionError::DeltaTableAppendOnly,
+        }
+        | DeltaTableError::InvalidJsonLog { .. }
+        | DeltaTableError::InvalidStatsJson { .. }
+        | DeltaTableError::NotATable(_)
+        | DeltaTableError::NoSchema
+        | DeltaTableError::SchemaMismatch { .. } => Some(Code::TableUnreadable),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_found_below_wrappers() {
+        let full = io::Error::from(io::ErrorKind::StorageFull);
+        let store = object_store::Error::Generic { store: "LocalFileSystem", source: full.into() };
+        let parquet = ParquetError::External(Box::new(store));
+        let datafusion = DataFusionError::ParquetError(Box::new(parquet));
+        assert_eq!(foreign("write", &datafusion).code, Code::StorageFull);
+    }
+
+    #[test]
+    fn bad_parquet_is_not_a_storage_problem() {
+        let error = ParquetError::General("invalid magic".to_owned());
+        assert_eq!(foreign("read", &error).code, Code::FileUnreadable);
+    }
+}

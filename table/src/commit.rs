@@ -1,0 +1,237 @@
+//! Commits: built for exactly the snapshot that was checked, or not made at all.
+//!
+//! ```text
+//!  snapshot S, markers checked ──► actions + markers ──► version S+1, if nobody took it
+//!        ▲                                                    │ anything else
+//!        └──────────── reload, look at the markers ◄──────────┘
+//! ```
+//! The kind of error never decides whether a commit landed; the marker does. Callers loop with
+//! [`CommitOutcome::Lost`], which carries the error only for the log.
+
+use alluvium_protocol::{Code, Error, Result};
+use chrono::Utc;
+use deltalake::checkpoints::{cleanup_metadata, create_checkpoint};
+use deltalake::kernel::transaction::{CommitBuilder, CommitProperties};
+use deltalake::kernel::{Action, Add, Remove, StructField, Transaction};
+use deltalake::protocol::{DeltaOperation, MergePredicate, SaveMode};
+
+use crate::classify::foreign;
+use crate::{Table, store};
+
+/// A checkpoint is written every so many versions, after the commit, off the hot path.
+const CHECKPOINT_EVERY: i64 = 20;
+
+/// A marker to land with the data.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Marker {
+    /// `alluvium/<pipeline>/…`
+    pub app_id: String,
+    /// Generation or counter.
+    pub version: i64,
+}
+
+/// What kind of change a commit is, for foreign writers' conflict checks and for people.
+pub enum Operation {
+    /// Replaces the rows that match the predicate.
+    Overwrite {
+        /// SQL over partition columns.
+        predicate: String,
+    },
+    /// Adds rows.
+    Append,
+    /// Changes rows anywhere in the table. Also the label of rewrites without a change of rows: a
+    /// racing OPTIMIZE of another writer sees it, which it would not with an optimize of ours.
+    Merge,
+}
+
+/// The content of a commit.
+pub struct Change {
+    /// What kind of change it is.
+    pub operation: Operation,
+    /// Files that become live.
+    pub adds: Vec<Add>,
+    /// Files that stop being live.
+    pub removes: Vec<Remove>,
+    /// Further actions (metadata).
+    pub others: Vec<Action>,
+    /// Markers that land with it.
+    pub markers: Vec<Marker>,
+    /// What `commitInfo` says under `alluvium`.
+    pub info: serde_json::Value,
+}
+
+/// How a commit ended.
+#[must_use]
+pub enum CommitOutcome {
+    /// It landed, and the table is at it.
+    Landed,
+    /// Not known to have landed: reload, check the markers, plan again.
+    Lost(Error),
+}
+
+impl Table {
+    /// Commits `change` as the version after this snapshot, or not at all.
+    pub async fn commit(&mut self, change: Change) -> Result<CommitOutcome> {
+        let now = Utc::now().timestamp_millis();
+        let transactions = change
+            .markers
+            .iter()
+            .map(|marker| {
+                Transaction::new_with_last_update(&marker.app_id, marker.version, Some(now))
+            })
+            .collect();
+        let properties = CommitProperties::default()
+            .with_application_transactions(transactions)
+            .with_metadata([("alluvium".to_owned(), change.info)])
+            .with_max_retries(0)
+            .with_create_checkpoint(false)
+            .with_cleanup_expired_logs(Some(false));
+        let mut actions = change.others;
+        actions.extend(change.removes.into_iter().map(Action::Remove));
+        actions.extend(change.adds.into_iter().map(Action::Add));
+        let operation = self.delta_operation(change.operation);
+        let commit = CommitBuilder::from(properties)
+            .with_actions(actions)
+            .build(Some(&self.state), self.log_store.clone(), operation)
+            .await;
+        match commit {
+            Ok(done) => {
+                self.state = done.snapshot();
+                self.transactions.advance(&self.log_store, self.state.version()).await?;
+                Ok(CommitOutcome::Landed)
+            }
+            Err(error) => {
+                let error = foreign(format!("commit to {}", self.uri), &error);
+                Ok(CommitOutcome::Lost(error))
+            }
+        }
+    }
+
+    fn delta_operation(&self, operation: Operation) -> DeltaOperation {
+        let partition_by = Some(self.partition_columns()).filter(|columns| !columns.is_empty());
+        match operation {
+            Operation::Overwrite { predicate } => DeltaOperation::Write {
+                mode: SaveMode::Overwrite,
+                partition_by,
+                predicate: Some(predicate),
+            },
+            Operation::Append => {
+                DeltaOperation::Write { mode: SaveMode::Append, partition_by, predicate: None }
+            }
+            Operation::Merge => DeltaOperation::Merge {
+                predicate: None,
+                merge_predicate: Some("keys are equal".to_owned()),
+                matched_predicates: vec![MergePredicate {
+                    action_type: "update".to_owned(),
+                    predicate: None,
+                }],
+                not_matched_predicates: vec![MergePredicate {
+                    action_type: "insert".to_owned(),
+                    predicate: None,
+                }],
+                not_matched_by_source_predicates: Vec::new(),
+            },
+        }
+    }
+
+    /// Writes a checkpoint when the version asks for one. A failure is only a missing shortcut, so
+    /// the caller logs it.
+    pub async fn checkpoint_if_due(&self) -> Result<()> {
+        if self.version() % CHECKPOINT_EVERY != CHECKPOINT_EVERY - 1 {
+            return Ok(());
+        }
+        alluvium_protocol::crash::point("checkpoint.before_write")?;
+        let handle = self.handle().await?;
+        create_checkpoint(&handle, None)
+            .await
+            .map_err(|e| foreign(format!("write checkpoint of {}", self.uri), &e))?;
+        alluvium_protocol::crash::point("checkpoint.after_write")
+    }
+
+    /// Deletes log files that a checkpoint covers and that are older than the log's retention.
+    pub async fn clean_log(&self) -> Result<usize> {
+        let handle = self.handle().await?;
+        cleanup_metadata(&handle, None)
+            .await
+            .map_err(|e| foreign(format!("clean the log of {}", self.uri), &e))
+    }
+
+    /// Adds nullable columns, in a commit of its own. Not known to have landed: `Lost`.
+    pub async fn add_columns(
+        &mut self,
+        columns: &deltalake::arrow::datatypes::Fields,
+    ) -> Result<CommitOutcome> {
+        use deltalake::kernel::engine::arrow_conversion::TryIntoKernel;
+        let fields = columns
+            .iter()
+            .map(|field| TryIntoKernel::<StructField>::try_into_kernel(field.as_ref()))
+            .collect::<std::result::Result<Vec<_>, _>>()
+            .map_err(|e| Error::new(Code::ColumnTypeMismatch, e.to_string()))?;
+        let properties = CommitProperties::default()
+            .with_max_retries(0)
+            .with_create_checkpoint(false)
+            .with_cleanup_expired_logs(Some(false));
+        let added = self.handle().await?.add_columns().with_fields(fields);
+        match added.with_commit_properties(properties).await {
+            Ok(_) => {
+                self.refresh().await?;
+                Ok(CommitOutcome::Landed)
+            }
+            Err(error) => {
+                Ok(CommitOutcome::Lost(foreign(format!("add columns to {}", self.uri), &error)))
+            }
+        }
+    }
+
+    /// The action that sets table properties beside the present ones.
+    pub fn set_properties(&self, properties: &[(String, String)]) -> Result<Action> {
+        let metadata = self.state.metadata();
+        let mut value = serde_json::to_value(metadata).map_err(Error::internal)?;
+        for (key, text) in properties {
+            value["configuration"][key] = serde_json::Value::String(text.clone());
+        }
+        let changed = serde_json::from_value(value).map_err(Error::internal)?;
+        Ok(Action::Metadata(changed))
+    }
+
+    /// Files of the table's folder that no version within `retention` names and that are older than
+    /// it, the version `keep` excepted.
+    pub async fn unreferenced_files(
+        &self,
+        retention: std::time::Duration,
+        keep: Option<u64>,
+    ) -> Result<Vec<String>> {
+        use deltalake::operations::vacuum::VacuumMode;
+        let doing = || format!("list unreferenced files of {}", self.uri);
+        let retention = chrono::Duration::from_std(retention).map_err(Error::internal)?;
+        let mut vacuum = self
+            .handle()
+            .await?
+            .vacuum()
+            .with_mode(VacuumMode::Full)
+            .with_retention_period(retention)
+            .with_enforce_retention_duration(false)
+            .with_dry_run(true);
+        if let Some(version) = keep {
+            vacuum = vacuum.with_keep_versions(&[version]);
+        }
+        let (_, metrics) = vacuum.await.map_err(|e| foreign(doing(), &e))?;
+        Ok(metrics.files_deleted)
+    }
+
+    /// Deletes data files by their path below the table. Missing ones are fine.
+    pub async fn delete_files(&self, paths: &[String]) -> Result<u64> {
+        use object_store::ObjectStoreExt;
+        let store: store::StoreRef = self.store();
+        let mut deleted = 0;
+        for path in paths {
+            let at = object_store::path::Path::from(path.as_str());
+            match store.delete(&at).await {
+                Ok(()) => deleted += 1,
+                Err(object_store::Error::NotFound { .. }) => {}
+                Err(error) => return Err(foreign(format!("delete {path} of {}", self.uri), &error)),
+            }
+        }
+        Ok(deleted)
+    }
+}

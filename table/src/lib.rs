@@ -1,0 +1,23 @@
+//! Delta tables as Alluvium uses them.
+//!
+//! Owns: opening and creating tables ([`Table`]), all markers in one pass ([`transactions`]),
+//! commits for exactly the snapshot that was checked ([`commit`]), scans of chosen files
+//! ([`scan`]), data files ([`write`]), the work memory ([`session`]), and the translation of
+//! foreign errors into codes ([`classify`]). The only crate that names `deltalake`; arrow, parquet
+//! and DataFusion go out from here, so that their types always fit.
+//! Never: knows what an epoch's content means, or decides when something is done.
+
+pub mod classify;
+pub mod commit;
+pub mod history;
+pub mod scan;
+pub mod schema;
+pub mod session;
+pub mod spool;
+pub mod store;
+mod table;
+pub mod transactions;
+pub mod write;
+
+pub use deltalake::{arrow, datafusion, parquet};
+pub use table::{Table, TableSpec};

@@ -1,0 +1,98 @@
+//! Data files of a table: written before any commit names them, under names used once.
+
+use std::num::NonZeroU64;
+
+use alluvium_protocol::{Code, Error, Result};
+use deltalake::arrow::array::RecordBatch;
+use deltalake::datafile::writer::{DeltaWriter, WriterConfig};
+use deltalake::datafusion::execution::SendableRecordBatchStream;
+use deltalake::kernel::Add;
+use deltalake::parquet::basic::{Compression, ZstdLevel};
+use deltalake::parquet::file::properties::WriterProperties;
+use futures::StreamExt;
+
+use crate::classify::foreign;
+use crate::{Table, schema};
+
+/// Statistics are kept for this many leading columns, as Delta's default.
+const STATISTICS_COLUMNS: u64 = 32;
+
+/// Writes rows as data files that are cut at about the target size.
+pub struct FileWriter {
+    writer: DeltaWriter,
+    schema: deltalake::arrow::datatypes::SchemaRef,
+    uri: String,
+    rows: u64,
+}
+
+impl FileWriter {
+    /// A writer of files for `table`.
+    pub fn new(table: &Table, target_file_bytes: u64) -> Result<Self> {
+        let level = ZstdLevel::try_new(1).map_err(Error::internal)?;
+        let properties =
+            WriterProperties::builder().set_compression(Compression::ZSTD(level)).build();
+        let schema = table.schema();
+        let config = WriterConfig::new(
+            schema.clone(),
+            table.partition_columns(),
+            Some(properties),
+            NonZeroU64::new(target_file_bytes),
+            None,
+            deltalake::kernel::DataSkippingNumIndexedCols::NumColumns(STATISTICS_COLUMNS),
+            None,
+        );
+        let writer = DeltaWriter::new(table.store(), config);
+        Ok(Self { writer, schema, uri: table.uri().to_owned(), rows: 0 })
+    }
+
+    /// Writes rows; columns are found by name.
+    pub async fn write(&mut self, batch: &RecordBatch) -> Result<()> {
+        if batch.num_rows() == 0 {
+            return Ok(());
+        }
+        let batch = schema::conform(batch, &self.schema)
+            .map_err(|e| Error::new(Code::ColumnTypeMismatch, format!("{}: {e}", self.uri)))?;
+        self.rows += batch.num_rows() as u64;
+        let written = self.writer.write(&batch).await;
+        written.map_err(|e| foreign(format!("write a data file of {}", self.uri), &e))
+    }
+
+    /// Writes a whole stream. On an error what was begun is taken back.
+    pub async fn write_all(mut self, mut stream: SendableRecordBatchStream) -> Result<Written> {
+        while let Some(batch) = stream.next().await {
+            let step = match batch {
+                Ok(batch) => self.write(&batch).await,
+                Err(error) => Err(foreign(format!("compute rows for {}", self.uri), &error)),
+            };
+            if let Err(error) = step {
+                self.abort().await;
+                return Err(error);
+            }
+        }
+        self.finish().await
+    }
+
+    /// Closes the files.
+    pub async fn finish(self) -> Result<Written> {
+        let uri = self.uri;
+        let adds = self.writer.close().await;
+        let adds = adds.map_err(|e| foreign(format!("finish a data file of {uri}"), &e))?;
+        Ok(Written { adds, rows: self.rows })
+    }
+
+    /// Gives up: open files are taken back, finished ones wait for cleanup.
+    pub async fn abort(self) {
+        if let Err(error) = self.writer.abort().await {
+            tracing::warn!(table = self.uri, %error, "left files behind; cleanup deletes them");
+        }
+    }
+}
+
+/// Files that no commit names yet.
+#[derive(Debug, Default)]
+pub struct Written {
+    /// Their actions.
+    pub adds: Vec<Add>,
+    /// Their rows.
+    pub rows: u64,
+}
