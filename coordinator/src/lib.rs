@@ -1,1 +1,19 @@
-//! coordinator
+//! Decides what must be done, in which order, and tells people.
+//!
+//! Owns: what is in the source ([`discovery`]), when a folder is complete ([`readiness`]), the
+//! pinned manifests ([`manifests`]), the order of steps as pure functions ([`sequencing`]), what
+//! people ask for ([`requests`]), the ledger ([`ledger`]), and the loop that joins them ([`run`]).
+//! Never: reads or writes a row of data, claims a lease, or knows a worker.
+
+pub mod book;
+pub mod discovery;
+pub mod ledger;
+pub mod manifests;
+pub mod notice;
+pub mod readiness;
+pub mod rebuild;
+pub mod requests;
+pub mod results;
+pub mod run;
+pub mod sequencing;
+pub mod standing;

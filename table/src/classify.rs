@@ -38,7 +38,12 @@ fn one_line(error: &(dyn StdError + 'static)) -> String {
 fn causes<'a>(
     error: &'a (dyn StdError + 'static),
 ) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
-    std::iter::successors(Some(error), |error| error.source())
+    let mut next = Some(error);
+    std::iter::from_fn(move || {
+        let cause = next?;
+        next = cause.source();
+        Some(cause)
+    })
 }
 
 fn code_of(error: &(dyn StdError + 'static)) -> Code {

@@ -10,6 +10,7 @@
 pub mod classify;
 pub mod commit;
 pub mod history;
+pub mod pause;
 pub mod scan;
 pub mod schema;
 pub mod session;
@@ -20,4 +21,4 @@ pub mod transactions;
 pub mod write;
 
 pub use deltalake::{arrow, datafusion, parquet};
-pub use table::{Table, TableSpec};
+pub use table::{LiveFile, Table, TableSpec, bytes_of};

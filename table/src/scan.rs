@@ -42,6 +42,6 @@ impl Table {
 }
 
 /// Paths in a selection are URIs.
-fn encoded(path: &str) -> String {
+pub(crate) fn encoded(path: &str) -> String {
     path.replace('%', "%25").replace(' ', "%20").replace('#', "%23").replace('?', "%3F")
 }

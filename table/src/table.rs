@@ -1,6 +1,6 @@
 //! One Delta table at one version, with its transactions.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use alluvium_protocol::{Code, Error, Result, crash};
@@ -14,7 +14,7 @@ use deltalake::table::state::DeltaTableState;
 use deltalake::{DeltaTable, TableProperty};
 
 use crate::classify::foreign;
-use crate::schema;
+use crate::{scan, schema};
 use crate::store::{StoreRef, local_path, log_store_at};
 use crate::transactions::Transactions;
 
@@ -35,6 +35,14 @@ pub struct TableSpec {
     pub partition_by: Vec<String>,
     /// Table properties.
     pub properties: Vec<(String, String)>,
+}
+
+impl LiveFile {
+    /// Rows that readers see: without those a deletion vector marks.
+    pub fn live_rows(&self) -> Option<u64> {
+        let deleted = self.remove.deletion_vector.as_ref().map_or(0, |dv| dv.cardinality);
+        Some(self.rows?.saturating_sub(u64::try_from(deleted).unwrap_or(0)))
+    }
 }
 
 /// A live data file.
@@ -145,6 +153,11 @@ impl Table {
         self.transactions.versions()
     }
 
+    /// When the app id's newest transaction was written, milliseconds since 1970.
+    pub fn transaction_time(&self, app_id: &str) -> Option<i64> {
+        self.transactions.updated(app_id)
+    }
+
     /// The table's columns, partition columns included.
     pub fn schema(&self) -> SchemaRef {
         schema::plain(&self.state.snapshot().arrow_schema())
@@ -194,6 +207,14 @@ impl Table {
             });
         }
         Ok(files)
+    }
+
+    /// The file is one of these URLs, as scans with a file column tell them.
+    pub fn is_file_url(&self, file: &LiveFile, urls: &BTreeSet<String>) -> bool {
+        let root = self.log_store.root_url();
+        [file.path.clone(), scan::encoded(&file.path)].iter().any(|path| {
+            urls.contains(path) || root.join(path).is_ok_and(|url| urls.contains(url.as_str()))
+        })
     }
 
     /// A handle for the library's own operations (vacuum, add columns).

@@ -26,11 +26,27 @@ const COMMITS_AT_ONCE: usize = 8;
 pub(crate) struct Transactions {
     as_of: Option<u64>,
     versions: HashMap<String, i64>,
+    updated: HashMap<String, i64>,
 }
+
+/// One `txn` action: app id, version, when it was written (milliseconds since 1970).
+type Txn = (String, i64, Option<i64>);
 
 impl Transactions {
     pub(crate) fn versions(&self) -> &HashMap<String, i64> {
         &self.versions
+    }
+
+    pub(crate) fn updated(&self, app_id: &str) -> Option<i64> {
+        self.updated.get(app_id).copied()
+    }
+
+    fn insert(&mut self, (app_id, version, updated): Txn) {
+        match updated {
+            Some(at) => self.updated.insert(app_id.clone(), at),
+            None => self.updated.remove(&app_id),
+        };
+        self.versions.insert(app_id, version);
     }
 
     /// Brings the set to `version`, from the newest checkpoint when that saves reading.
@@ -42,24 +58,26 @@ impl Transactions {
             let store = log_store.object_store(None);
             if let Some(checkpoint) = newest_checkpoint(&store, version).await? {
                 for path in &checkpoint.parts {
-                    read_checkpoint(&store, path, &mut self.versions).await?;
+                    read_checkpoint(&store, path, self).await?;
                 }
                 self.as_of = Some(checkpoint.version);
             }
         }
         let first = self.as_of.map_or(0, |as_of| as_of + 1);
-        let commits: Vec<Vec<(String, i64)>> = futures::stream::iter(first..=version)
+        let commits: Vec<Vec<Txn>> = futures::stream::iter(first..=version)
             .map(|version| read_commit(log_store, version))
             .buffered(COMMITS_AT_ONCE)
             .try_collect()
             .await?;
-        self.versions.extend(commits.into_iter().flatten());
+        for txn in commits.into_iter().flatten() {
+            self.insert(txn);
+        }
         self.as_of = Some(version);
         Ok(())
     }
 }
 
-async fn read_commit(log_store: &LogStoreRef, version: u64) -> Result<Vec<(String, i64)>> {
+async fn read_commit(log_store: &LogStoreRef, version: u64) -> Result<Vec<Txn>> {
     let doing = || format!("read commit {version} of {}", log_store.root_url());
     let body = log_store
         .read_commit_entry(version)
@@ -77,7 +95,7 @@ async fn read_commit(log_store: &LogStoreRef, version: u64) -> Result<Vec<(Strin
         let app_id = action["txn"]["appId"].as_str();
         let txn_version = action["txn"]["version"].as_i64();
         if let (Some(app_id), Some(txn_version)) = (app_id, txn_version) {
-            found.push((app_id.to_owned(), txn_version));
+            found.push((app_id.to_owned(), txn_version, action["txn"]["lastUpdated"].as_i64()));
         }
     }
     Ok(found)
@@ -125,7 +143,7 @@ async fn newest_checkpoint(
 async fn read_checkpoint(
     store: &Arc<dyn ObjectStore>,
     path: &Path,
-    versions: &mut HashMap<String, i64>,
+    found: &mut Transactions,
 ) -> Result<()> {
     let doing = || format!("read checkpoint {path}");
     let body = store.get(path).await.map_err(|e| foreign(doing(), &e))?;
@@ -138,12 +156,12 @@ async fn read_checkpoint(
     let mask = ProjectionMask::columns(builder.parquet_schema(), ["txn"]);
     let reader = builder.with_projection(mask).build().map_err(|e| foreign(doing(), &e))?;
     for batch in reader {
-        collect(&batch.map_err(|e| foreign(doing(), &e))?, versions);
+        collect(&batch.map_err(|e| foreign(doing(), &e))?, found);
     }
     Ok(())
 }
 
-fn collect(batch: &RecordBatch, versions: &mut HashMap<String, i64>) {
+fn collect(batch: &RecordBatch, found: &mut Transactions) {
     let Some(txn) = batch.column_by_name("txn").and_then(|column| column.as_struct_opt()) else {
         return;
     };
@@ -151,9 +169,12 @@ fn collect(batch: &RecordBatch, versions: &mut HashMap<String, i64>) {
     let numbers =
         txn.column_by_name("version").and_then(|column| column.as_primitive_opt::<Int64Type>());
     let (Some(app_ids), Some(numbers)) = (app_ids, numbers) else { return };
+    let updates =
+        txn.column_by_name("lastUpdated").and_then(|column| column.as_primitive_opt::<Int64Type>());
     for row in 0..txn.len() {
         if txn.is_valid(row) && app_ids.is_valid(row) && numbers.is_valid(row) {
-            versions.insert(app_ids.value(row).to_owned(), numbers.value(row));
+            let updated = updates.filter(|at| at.is_valid(row)).map(|at| at.value(row));
+            found.insert((app_ids.value(row).to_owned(), numbers.value(row), updated));
         }
     }
 }

@@ -7,15 +7,13 @@ use deltalake::arrow::array::RecordBatch;
 use deltalake::datafile::writer::{DeltaWriter, WriterConfig};
 use deltalake::datafusion::execution::SendableRecordBatchStream;
 use deltalake::kernel::Add;
+use deltalake::table::config::TablePropertiesExt;
 use deltalake::parquet::basic::{Compression, ZstdLevel};
 use deltalake::parquet::file::properties::WriterProperties;
 use futures::StreamExt;
 
 use crate::classify::foreign;
 use crate::{Table, schema};
-
-/// Statistics are kept for this many leading columns, as Delta's default.
-const STATISTICS_COLUMNS: u64 = 32;
 
 /// Writes rows as data files that are cut at about the target size.
 pub struct FileWriter {
@@ -38,7 +36,7 @@ impl FileWriter {
             Some(properties),
             NonZeroU64::new(target_file_bytes),
             None,
-            deltalake::kernel::DataSkippingNumIndexedCols::NumColumns(STATISTICS_COLUMNS),
+            table.state.table_config().num_indexed_cols(),
             None,
         );
         let writer = DeltaWriter::new(table.store(), config);

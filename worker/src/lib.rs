@@ -1,1 +1,81 @@
-//! worker
+//! Does one task and proves it.
+//!
+//! Owns: the worker's loop ([`slots`]), and the four steps as functions of a task and its tables:
+//! [`ingest`], [`merge`], [`optimize`], [`cleanup`].
+//! Never: lists a source, decides order, retries a task, writes the ledger, or knows a coordinator.
+
+pub mod cleanup;
+pub mod incoming;
+pub mod ingest;
+pub mod merge;
+pub mod optimize;
+pub mod quarantine;
+pub mod raw;
+pub mod slots;
+pub mod source;
+pub mod tables;
+pub mod winners;
+
+use std::sync::Arc;
+
+use alluvium_protocol::clock::ClockRef;
+use alluvium_protocol::task::{Report, Task, Work};
+use alluvium_protocol::{Code, Error, Result};
+use tokio_util::sync::CancellationToken;
+
+/// What every step may use.
+#[derive(Clone)]
+pub struct Workshop {
+    /// The time.
+    pub clock: ClockRef,
+    /// Tables in use by this process: snapshots are brought forward, not loaded anew.
+    pub tables: Arc<tables::Tables>,
+}
+
+/// Says at safe points whether the task may go on.
+#[derive(Clone)]
+pub struct Permit {
+    /// The process stops.
+    pub stopping: CancellationToken,
+    /// The lease went to somebody else.
+    pub lease_lost: CancellationToken,
+}
+
+impl Permit {
+    /// A permit that nobody takes back.
+    pub fn unlimited() -> Self {
+        Self { stopping: CancellationToken::new(), lease_lost: CancellationToken::new() }
+    }
+
+    /// Err at a safe point: stop here, nothing is half-written.
+    pub fn check(&self) -> Result<()> {
+        if self.lease_lost.is_cancelled() {
+            return Err(Error::new(Code::LeaseLost, "another worker has the task now"));
+        }
+        if self.stopping.is_cancelled() {
+            return Err(Error::new(Code::Stopping, "the process is being stopped"));
+        }
+        Ok(())
+    }
+}
+
+impl Workshop {
+    /// Does the task's work. Running it again, or twice at once, changes nothing more.
+    pub async fn execute(&self, task: &Task, permit: &Permit) -> Result<Report> {
+        permit.check()?;
+        match &task.work {
+            Work::Ingest { epoch, generation, manifest, manifest_hash } => {
+                let wanted = ingest::Wanted {
+                    epoch: *epoch,
+                    generation: *generation,
+                    manifest,
+                    manifest_hash,
+                };
+                ingest::ingest(self, task, &wanted, permit).await
+            }
+            Work::Merge { epochs } => merge::merge(self, task, epochs, permit).await,
+            Work::Optimize => optimize::optimize(self, task, permit).await,
+            Work::Cleanup => cleanup::cleanup(self, task, permit).await,
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! Which tasks may go out now: pure functions of what is known, tested as tables.
+//!
+//! Rules: ingests run ahead of merges, up to a limit. One rewriting task per main at a time. In
+//! `sequential` order a merge takes the lowest unmerged epochs without a gap; in `arrival` order it
+//! takes what is there. Late epochs merge in a group of their own, so that the newer ones keep the
+//! cheap path. Whatever does not go out says why.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use alluvium_protocol::pipeline::{OnBlock, Order};
+use alluvium_protocol::state::State;
+use alluvium_protocol::{Epoch, Pipeline};
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+
+/// Epochs in raw that wait for their merge, at most: beyond, ingests wait.
+pub const LOOKAHEAD_EPOCHS: usize = 400;
+
+/// What sequencing knows of an epoch.
+#[derive(Clone, Debug)]
+pub struct EpochView {
+    /// Where it stands.
+    pub state: State,
+    /// Bytes in raw, once ingested.
+    pub bytes: u64,
+    /// Not before this moment (a retry's pause).
+    pub not_before: Option<DateTime<Utc>>,
+    /// Since when it is known to be incomplete.
+    pub waiting_since: Option<DateTime<Utc>>,
+    /// Its content is empty by request.
+    pub is_empty: bool,
+}
+
+/// What sequencing knows of a pipeline.
+pub struct PipelineView<'a> {
+    /// Its definition.
+    pub pipeline: &'a Pipeline,
+    /// All epochs that are not below the floor.
+    pub epochs: &'a BTreeMap<Epoch, EpochView>,
+    /// A merge, optimize or restore is out.
+    pub is_rewriting: bool,
+    /// A cleanup is out.
+    pub is_cleaning: bool,
+    /// A person paused it.
+    pub is_held: bool,
+    /// Main exists.
+    pub has_main: bool,
+    /// Small files of main.
+    pub small_files: u64,
+    /// Small files at which the last optimize found nothing more to do or failed.
+    pub small_files_left: u64,
+    /// When maintenance may run again after a failure.
+    pub maintenance_not_before: Option<DateTime<Utc>>,
+    /// When the last cleanup ended.
+    pub cleaned_at: Option<DateTime<Utc>>,
+}
+
+/// What may go out now, most urgent first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// The next merge.
+    pub merge: Option<Vec<Epoch>>,
+    /// Ingests, lowest epoch first.
+    pub ingests: Vec<Epoch>,
+    /// Main has small files enough.
+    pub optimize: bool,
+    /// A cleanup is due.
+    pub cleanup: bool,
+    /// Why something that waits does not go out.
+    pub waits: Vec<Wait>,
+}
+
+/// Why something waits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Wait {
+    /// The epoch that waits; `None`: the whole pipeline.
+    pub epoch: Option<Epoch>,
+    /// A sentence for people.
+    pub why: String,
+}
+
+/// Plans one pipeline.
+pub fn plan(view: &PipelineView<'_>, now: DateTime<Utc>) -> Plan {
+    let mut plan = Plan::default();
+    if view.is_held {
+        let why = format!("paused; `alluvium resume {}`", view.pipeline.id);
+        plan.waits.push(Wait { epoch: None, why });
+        return plan;
+    }
+    plan_ingests(view, now, &mut plan);
+    plan_merge(view, now, &mut plan);
+    plan_maintenance(view, now, &mut plan);
+    plan
+}
+
+fn is_due(epoch: &EpochView, now: DateTime<Utc>) -> bool {
+    epoch.not_before.is_none_or(|moment| moment <= now)
+}
+
+fn plan_ingests(view: &PipelineView<'_>, now: DateTime<Utc>, plan: &mut Plan) {
+    let ahead = view
+        .epochs
+        .values()
+        .filter(|epoch| matches!(epoch.state, State::Ingesting | State::Ingested))
+        .count();
+    let mut room = LOOKAHEAD_EPOCHS.saturating_sub(ahead);
+    for (number, epoch) in view.epochs {
+        if epoch.state != State::Ready || !is_due(epoch, now) {
+            continue;
+        }
+        if room == 0 {
+            let why = format!("{LOOKAHEAD_EPOCHS} epochs in raw wait for their merge");
+            plan.waits.push(Wait { epoch: Some(*number), why });
+            return;
+        }
+        room -= 1;
+        plan.ingests.push(*number);
+    }
+}
+
+fn plan_merge(view: &PipelineView<'_>, now: DateTime<Utc>, plan: &mut Plan) {
+    if view.is_rewriting {
+        return;
+    }
+    let mut candidates = Vec::new();
+    for (number, epoch) in view.epochs {
+        match gate(view, epoch, now) {
+            Gate::Take => candidates.push(*number),
+            Gate::Pass => {}
+            Gate::Stop(why) => {
+                if has_waiting_above(view, *number) {
+                    plan.waits.push(Wait { epoch: Some(*number), why });
+                }
+                break;
+            }
+        }
+    }
+    let group = group(view, &candidates);
+    let has_rows = group.iter().any(|number| !view.epochs[number].is_empty);
+    if group.is_empty() || (!view.has_main && !has_rows) {
+        return;
+    }
+    plan.merge = Some(group);
+}
+
+/// What an epoch means for the merge of those above it.
+enum Gate {
+    Take,
+    Pass,
+    Stop(String),
+}
+
+fn gate(view: &PipelineView<'_>, epoch: &EpochView, now: DateTime<Utc>) -> Gate {
+    let is_sequential = view.pipeline.order == Order::Sequential;
+    let id = &view.pipeline.id;
+    match epoch.state {
+        State::Ingested if is_due(epoch, now) => Gate::Take,
+        State::Processed | State::Skipped => Gate::Pass,
+        _ if !is_sequential => Gate::Pass,
+        State::Ingested => Gate::Stop("its merge failed and is tried again shortly".to_owned()),
+        State::Ready | State::Ingesting | State::Merging => {
+            Gate::Stop("later epochs merge after it".to_owned())
+        }
+        State::Empty | State::Incomplete => {
+            if is_held_for(view.pipeline.hold_for_earlier, epoch.waiting_since, now) {
+                Gate::Stop("later epochs wait for it (`hold_for_earlier`)".to_owned())
+            } else {
+                Gate::Pass
+            }
+        }
+        State::Blocked(_) | State::Parked(_) if view.pipeline.on_block == OnBlock::Continue => {
+            Gate::Pass
+        }
+        State::Blocked(_) => Gate::Stop(format!(
+            "blocked; later epochs merge after it: repair it, then `alluvium retry {id} EPOCH`, \
+             or `alluvium skip {id} EPOCH`"
+        )),
+        State::Parked(_) => Gate::Stop(format!(
+            "parked; its workers died: `alluvium retry {id} EPOCH` or `alluvium skip {id} EPOCH`"
+        )),
+    }
+}
+
+fn is_held_for(hold: Duration, since: Option<DateTime<Utc>>, now: DateTime<Utc>) -> bool {
+    let Ok(hold) = chrono::Duration::from_std(hold) else { return true };
+    since.is_some_and(|since| now < since + hold)
+}
+
+fn has_waiting_above(view: &PipelineView<'_>, number: Epoch) -> bool {
+    use std::ops::Bound::{Excluded, Unbounded};
+    view.epochs
+        .range((Excluded(number), Unbounded))
+        .any(|(_, epoch)| matches!(epoch.state, State::Ready | State::Ingesting | State::Ingested))
+}
+
+/// The first group of the candidates: late epochs among themselves, newer ones among themselves,
+/// bounded in number and bytes (a first epoch of any size goes).
+fn group(view: &PipelineView<'_>, candidates: &[Epoch]) -> Vec<Epoch> {
+    let highest_done = view
+        .epochs
+        .iter()
+        .filter(|(_, epoch)| epoch.state.is_end())
+        .map(|(number, _)| *number)
+        .next_back();
+    let is_late = |number: &Epoch| highest_done.is_some_and(|highest| *number < highest);
+    let sizes = &view.pipeline.sizes;
+    let mut group: Vec<Epoch> = Vec::new();
+    let mut bytes = 0;
+    for number in candidates {
+        bytes += view.epochs[number].bytes;
+        let is_other_kind = group.first().is_some_and(|first| is_late(first) != is_late(number));
+        let is_full = group.len() >= sizes.batch_epochs || bytes > sizes.batch_bytes;
+        if !group.is_empty() && (is_other_kind || is_full) {
+            break;
+        }
+        group.push(*number);
+    }
+    group
+}
+
+fn plan_maintenance(view: &PipelineView<'_>, now: DateTime<Utc>, plan: &mut Plan) {
+    if !view.has_main || view.maintenance_not_before.is_some_and(|moment| moment > now) {
+        return;
+    }
+    // A merge that waits goes first; once it is out, the main table is taken.
+    let is_free = !view.is_rewriting && plan.merge.is_none();
+    let threshold = view.pipeline.sizes.small_files as u64;
+    plan.optimize = view.pipeline.optimize
+        && is_free
+        && view.small_files >= threshold.max(2)
+        && view.small_files > view.small_files_left;
+    plan.cleanup = !view.is_cleaning
+        && view.pipeline.cleanup_every.is_some_and(|every| {
+            let every = chrono::Duration::from_std(every).unwrap_or(chrono::Duration::MAX);
+            view.cleaned_at.is_none_or(|at| now - at >= every)
+        });
+}
+
+/// Shares the window's free places fairly: one for each pipeline in turn, starting after the one
+/// that was served last. `wanted` holds how many tasks each pipeline could publish.
+pub fn share(wanted: &[usize], free: usize, first: usize) -> Vec<usize> {
+    let mut given = vec![0; wanted.len()];
+    let mut left = free;
+    while left > 0 {
+        let before = left;
+        for offset in 0..wanted.len() {
+            let index = (first + offset) % wanted.len();
+            if left > 0 && given[index] < wanted[index] {
+                given[index] += 1;
+                left -= 1;
+            }
+        }
+        if left == before {
+            break;
+        }
+    }
+    given
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,76 @@
+//! Cleanup: files that nothing refers to any more, expired log entries, small files of the ledger.
+//!
+//! It makes no commit on main: data files that no version within the retention names are deleted,
+//! which changes nothing that a reader of those versions sees.
+
+use alluvium_protocol::task::{Report, Task};
+use alluvium_protocol::{Pipeline, Result, crash};
+use alluvium_table::Table;
+
+use crate::merge::BASE_VERSION;
+use crate::optimize::rewrite;
+use crate::{Permit, Workshop};
+
+/// A ledger table with more files than this is rewritten into one.
+const LEDGER_FILES_MAX: usize = 50;
+
+/// The ledger's tables below the state folder, and the columns that order them.
+const LEDGER: [(&str, &[&str]); 3] = [
+    ("ledger/processed_folders", &["pipeline", "epoch", "generation"]),
+    ("ledger/step_events", &["at", "pipeline"]),
+    ("ledger/audit_log", &["at"]),
+];
+
+/// Carries out a cleanup task.
+pub async fn cleanup(workshop: &Workshop, task: &Task, permit: &Permit) -> Result<Report> {
+    let pipeline = &task.pipeline;
+    let mut report = Report::default();
+    for uri in [&pipeline.raw, &pipeline.main, &pipeline.quarantine] {
+        permit.check()?;
+        if let Some(table) = workshop.tables.open(uri).await? {
+            report.files_removed += clean(&table, pipeline).await?;
+        }
+    }
+    for (path, order) in LEDGER {
+        permit.check()?;
+        let uri = format!("{}/{path}", pipeline.state.trim_end_matches('/'));
+        if let Some(mut table) = Table::open(&uri).await? {
+            compact(&mut table, pipeline, order, permit).await?;
+            report.files_removed += clean(&table, pipeline).await?;
+        }
+    }
+    Ok(report)
+}
+
+/// What a cleanup would delete now, without deleting it: paths below the table.
+pub async fn dry_run(table: &Table, pipeline: &Pipeline) -> Result<Vec<String>> {
+    let base = table.properties().get(BASE_VERSION).and_then(|text| text.parse().ok());
+    table.unreferenced_files(pipeline.sizes.vacuum_retention, base).await
+}
+
+async fn clean(table: &Table, pipeline: &Pipeline) -> Result<u64> {
+    let files = dry_run(table, pipeline).await?;
+    crash::point("cleanup.before_delete")?;
+    let deleted = table.delete_files(&files).await?;
+    crash::point("cleanup.after_delete")?;
+    // A base version is read through its log entries, too.
+    if !table.properties().contains_key(BASE_VERSION) {
+        table.clean_log().await?;
+    }
+    Ok(deleted)
+}
+
+async fn compact(
+    table: &mut Table,
+    pipeline: &Pipeline,
+    order: &[&str],
+    permit: &Permit,
+) -> Result<()> {
+    let files = table.files()?;
+    if files.len() <= LEDGER_FILES_MAX {
+        return Ok(());
+    }
+    let order: Vec<String> = order.iter().map(|name| (*name).to_owned()).collect();
+    rewrite(table, pipeline, "cleanup", &files, &order, permit).await?;
+    Ok(())
+}

@@ -1,0 +1,209 @@
+//! An epoch's rows as a table that can be read more than once: files in order, each row with its
+//! place, rows with a NULL in the key set aside.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use alluvium_protocol::{Code, Error, Result};
+use alluvium_table::arrow::array::{
+    Array, ArrayRef, BooleanArray, Int64Array, RecordBatch, StringArray,
+};
+use alluvium_table::arrow::compute::{filter_record_batch, not};
+use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use alluvium_table::classify::foreign;
+use alluvium_table::datafusion::catalog::streaming::StreamingTable;
+use alluvium_table::datafusion::error::DataFusionError;
+use alluvium_table::datafusion::execution::context::SessionContext;
+use alluvium_table::datafusion::execution::{SendableRecordBatchStream, TaskContext};
+use alluvium_table::datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+use alluvium_table::datafusion::physical_plan::streaming::PartitionStream;
+use alluvium_table::schema::{conform, find_column};
+use alluvium_table::spool::Spool;
+use futures::StreamExt;
+
+use crate::raw::{FILE, ROW};
+use crate::source::{SourceFile, read_error};
+
+/// Rows of one epoch, ready to be read.
+pub struct Incoming {
+    folder: String,
+    files: Vec<SourceFile>,
+    key: Vec<String>,
+    schema: SchemaRef,
+}
+
+/// Rows that were refused, in the order of reading, and the first error of a file.
+pub struct Aside {
+    /// Rows with `_file` and `_row`, as they came.
+    pub refused: Spool,
+    /// DataFusion passes errors on as text: the coded one waits here.
+    pub error: Option<Error>,
+}
+
+/// Shared between the streams of one reading.
+pub type AsideRef = Arc<Mutex<Aside>>;
+
+impl Incoming {
+    /// The rows of `files` with the data columns `columns`.
+    pub fn new(folder: &str, files: Vec<SourceFile>, key: &[String], columns: Vec<Field>) -> Self {
+        let mut fields = columns;
+        fields.push(Field::new(FILE, DataType::Utf8, true));
+        fields.push(Field::new(ROW, DataType::Int64, true));
+        let schema = Arc::new(Schema::new(fields));
+        Self { folder: folder.to_owned(), files, key: key.to_vec(), schema }
+    }
+
+    /// Rows of all files, by their footers.
+    pub fn rows(&self) -> u64 {
+        self.files.iter().map(|file| file.rows).sum()
+    }
+
+    /// A place for what one reading sets aside.
+    pub fn aside(&self) -> AsideRef {
+        Arc::new(Mutex::new(Aside { refused: Spool::new(Arc::clone(&self.schema)), error: None }))
+    }
+
+    /// Registers the rows as table `name`. Each reading starts from the files; refused rows go to
+    /// `aside` at each, so read once with any one of them.
+    pub fn register(&self, session: &SessionContext, name: &str, aside: &AsideRef) -> Result<()> {
+        let partitions: Vec<Arc<dyn PartitionStream>> = self
+            .files
+            .iter()
+            .map(|file| {
+                Arc::new(FileRows {
+                    folder: self.folder.clone(),
+                    file: file.clone(),
+                    key: self.key.clone(),
+                    schema: Arc::clone(&self.schema),
+                    aside: Arc::clone(aside),
+                }) as Arc<dyn PartitionStream>
+            })
+            .collect();
+        let table = StreamingTable::try_new(Arc::clone(&self.schema), partitions);
+        let table = table.map_err(|e| foreign("read the folder", &e))?;
+        session.register_table(name, Arc::new(table)).map_err(|e| foreign("read the folder", &e))?;
+        Ok(())
+    }
+}
+
+/// The coded error of a reading, or the given one.
+pub fn first_error(aside: &AsideRef, other: Error) -> Error {
+    aside.lock().unwrap_or_else(PoisonError::into_inner).error.take().unwrap_or(other)
+}
+
+struct FileRows {
+    folder: String,
+    file: SourceFile,
+    key: Vec<String>,
+    schema: SchemaRef,
+    aside: AsideRef,
+}
+
+impl std::fmt::Debug for FileRows {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "rows of {}/{}", self.folder, self.file.name)
+    }
+}
+
+impl PartitionStream for FileRows {
+    fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    fn execute(&self, _context: Arc<TaskContext>) -> SendableRecordBatchStream {
+        let reading = Reading {
+            place: format!("{}/{}", self.folder, self.file.name),
+            folder: self.folder.clone(),
+            name: self.file.name.clone(),
+            key: self.key.clone(),
+            schema: Arc::clone(&self.schema),
+            aside: Arc::clone(&self.aside),
+            next_row: 0,
+        };
+        let stream = match self.file.rows() {
+            Ok(batches) => {
+                let scan = batches.scan(reading, |reading, batch| {
+                    let made = match batch {
+                        Ok(batch) => reading.take(&batch),
+                        Err(error) => Err(read_error(&reading.folder, &reading.name, &error)),
+                    };
+                    let made = made.map_err(|error| reading.note(error));
+                    futures::future::ready(Some(made))
+                });
+                scan.boxed()
+            }
+            Err(error) => {
+                let error = read_error(&self.folder, &self.file.name, &error);
+                let error = reading.note(error);
+                futures::stream::once(async move { Err(error) }).boxed()
+            }
+        };
+        Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.schema), stream))
+    }
+}
+
+struct Reading {
+    place: String,
+    folder: String,
+    name: String,
+    key: Vec<String>,
+    schema: SchemaRef,
+    aside: AsideRef,
+    next_row: i64,
+}
+
+impl Reading {
+    /// The batch with its rows' places, refused rows set aside.
+    fn take(&mut self, batch: &RecordBatch) -> Result<RecordBatch> {
+        let rows = batch.num_rows();
+        let first = self.next_row;
+        self.next_row += i64::try_from(rows).map_err(Error::internal)?;
+        let mut batch = conform(batch, &self.schema).map_err(|error| {
+            Error::new(Code::ColumnTypeMismatch, format!("{}: {error}", self.place))
+        })?;
+        batch = self.with_places(batch, first)?;
+        match self.null_keys(&batch) {
+            None => Ok(batch),
+            Some(refused) => {
+                let keep = not(&refused).map_err(Error::internal)?;
+                let aside = filter_record_batch(&batch, &refused).map_err(Error::internal)?;
+                let mut shared = self.aside.lock().unwrap_or_else(PoisonError::into_inner);
+                shared.refused.push(aside)?;
+                filter_record_batch(&batch, &keep).map_err(Error::internal)
+            }
+        }
+    }
+
+    fn with_places(&self, batch: RecordBatch, first: i64) -> Result<RecordBatch> {
+        let rows = batch.num_rows();
+        let mut columns: Vec<ArrayRef> = batch.columns().to_vec();
+        let last = columns.len() - 1;
+        let positions = first..first + i64::try_from(rows).map_err(Error::internal)?;
+        columns[last - 1] = Arc::new(StringArray::from_iter_values(vec![&self.name; rows]));
+        columns[last] = Arc::new(Int64Array::from_iter_values(positions));
+        RecordBatch::try_new(Arc::clone(&self.schema), columns).map_err(Error::internal)
+    }
+
+    /// True for each row with a NULL in the key; `None`: no such row.
+    fn null_keys(&self, batch: &RecordBatch) -> Option<BooleanArray> {
+        let mut refused: Option<Vec<bool>> = None;
+        for name in &self.key {
+            let at = find_column(&self.schema, name)?;
+            let column = batch.column(at);
+            if column.null_count() == 0 {
+                continue;
+            }
+            let flags = refused.get_or_insert_with(|| vec![false; batch.num_rows()]);
+            for (row, flag) in flags.iter_mut().enumerate() {
+                *flag |= column.is_null(row);
+            }
+        }
+        refused.map(BooleanArray::from)
+    }
+
+    fn note(&self, error: Error) -> DataFusionError {
+        let text = error.to_string();
+        let mut shared = self.aside.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.error.get_or_insert(error);
+        DataFusionError::Execution(text)
+    }
+}

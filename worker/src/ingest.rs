@@ -1,0 +1,449 @@
+//! Ingest: one epoch's folder becomes raw's partition `_epoch = e`, whole, with its marker.
+//!
+//! ```text
+//!  marker there? ─► manifest ─► footers, columns ─► rows sorted by key ─► files in raw's folder
+//!                                                        └─► refused rows ─► quarantine's commit
+//!  raw's commit: remove all of the partition, add the files, marker; again until it landed
+//! ```
+
+use std::time::{Duration, Instant};
+
+use alluvium_protocol::manifest::Manifest;
+use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id};
+use alluvium_protocol::pipeline::full_hash;
+use alluvium_protocol::task::{Report, Task};
+use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
+use alluvium_table::arrow::datatypes::Field;
+use alluvium_table::classify::foreign;
+use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
+use alluvium_table::datafusion::execution::context::SessionContext;
+use alluvium_table::pause::Pauses;
+use alluvium_table::schema::{find_column, widens_to};
+use alluvium_table::session::{quoted, quoted_list, work_session};
+use alluvium_table::store::object_store_at;
+use alluvium_table::write::{FileWriter, Written};
+use alluvium_table::Table;
+use object_store::ObjectStoreExt;
+
+use crate::incoming::{AsideRef, Incoming, first_error};
+use crate::source::SourceFile;
+use crate::tables::check_settings;
+use crate::{Permit, Workshop, quarantine, raw};
+
+/// How long a commit is tried against other writers before the attempt counts as failed.
+pub(crate) const COMMIT_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What an ingest task asks for.
+pub struct Wanted<'a> {
+    /// The epoch.
+    pub epoch: Epoch,
+    /// Its content's generation.
+    pub generation: Generation,
+    /// Path of the manifest below the state folder.
+    pub manifest: &'a str,
+    /// Its SHA-256.
+    pub manifest_hash: &'a str,
+}
+
+/// Carries out an ingest task.
+pub async fn ingest(
+    workshop: &Workshop,
+    task: &Task,
+    wanted: &Wanted<'_>,
+    permit: &Permit,
+) -> Result<Report> {
+    let started = Instant::now();
+    let pipeline = &task.pipeline;
+    let present = workshop.tables.open(&pipeline.raw).await?;
+    if let Some(table) = &present {
+        check_settings(table, pipeline)?;
+        if let Some(report) = already(table, pipeline, wanted) {
+            return Ok(report);
+        }
+    }
+    let manifest = read_manifest(pipeline, wanted).await?;
+    let files = SourceFile::open_all(&pipeline.source, &manifest).await?;
+    check_columns(pipeline, &manifest, &files)?;
+    let schema = present.as_ref().map(Table::schema);
+    let columns = raw::union_columns(schema.as_ref(), &files, wanted.epoch)?;
+    crash::point("ingest.after_read")?;
+    permit.check()?;
+
+    let table = prepare_table(workshop, pipeline, &columns).await?;
+    let incoming = Incoming::new(&manifest.folder, files, &pipeline.content.key, columns);
+    let prepared = write_files(workshop, task, wanted, &table, &incoming).await?;
+    crash::point("ingest.after_write")?;
+    permit.check()?;
+
+    let refused = {
+        let mut aside = prepared.aside.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let schema = aside.refused.schema().clone();
+        std::mem::replace(&mut aside.refused, alluvium_table::spool::Spool::new(schema))
+    };
+    let now = workshop.clock.now();
+    let rows_quarantined = quarantine::replace(
+        &workshop.tables,
+        pipeline,
+        wanted.epoch,
+        wanted.generation,
+        refused,
+        now,
+    )
+    .await?;
+    let report = Report {
+        generations: vec![(wanted.epoch, wanted.generation)],
+        empty: manifest.reason.is_empty_content().then_some(wanted.epoch).into_iter().collect(),
+        rows_read: incoming.rows(),
+        rows_written: prepared.written.rows,
+        rows_quarantined,
+        files_added: prepared.written.adds.len() as u64,
+        bytes_written: alluvium_table::bytes_of(&prepared.written.adds),
+        ..Report::default()
+    };
+    let age_max = pipeline.sizes.vacuum_retention / 4;
+    let commit = RawCommit { workshop, task, wanted, manifest: &manifest, started, age_max };
+    commit.land(table, prepared, report, permit).await
+}
+
+/// The report when raw holds this generation or a later one.
+fn already(table: &Table, pipeline: &Pipeline, wanted: &Wanted<'_>) -> Option<Report> {
+    let markers = Markers::of_pipeline(&pipeline.id, table.transactions());
+    let found = *markers.ingest.get(&wanted.epoch)?;
+    (found >= wanted.generation).then(|| Report {
+        already: true,
+        generations: vec![(wanted.epoch, found)],
+        raw_version: Some(table.version()),
+        ..Report::default()
+    })
+}
+
+async fn read_manifest(pipeline: &Pipeline, wanted: &Wanted<'_>) -> Result<Manifest> {
+    let doing = || format!("read the manifest {} of {}", wanted.manifest, pipeline.state);
+    let store = object_store_at(&pipeline.state)?;
+    let path = object_store::path::Path::from(wanted.manifest);
+    let body = match store.get(&path).await {
+        Ok(found) => found.bytes().await.map_err(|e| foreign(doing(), &e))?,
+        Err(object_store::Error::NotFound { .. }) => {
+            return Err(Error::new(Code::FolderChanged, format!("{}: it is gone", doing())));
+        }
+        Err(error) => return Err(foreign(doing(), &error)),
+    };
+    if full_hash(&body) != wanted.manifest_hash {
+        let text = format!("{}: its content is not what was published", doing());
+        return Err(Error::new(Code::FolderChanged, text));
+    }
+    serde_json::from_slice(&body)
+        .map_err(|e| Error::new(Code::ManifestInvalid, format!("{}: {e}", doing())))
+}
+
+/// Key columns must be in every file; the sequence column in at least one.
+fn check_columns(pipeline: &Pipeline, manifest: &Manifest, files: &[SourceFile]) -> Result<()> {
+    for file in files {
+        for key in &pipeline.content.key {
+            if find_column(&file.schema, key).is_none() {
+                let names: Vec<&str> =
+                    file.schema.fields().iter().map(|f| f.name().as_str()).take(20).collect();
+                let text = format!(
+                    "{}/{} has no key column {key:?}; it has {}",
+                    manifest.folder,
+                    file.name,
+                    names.join(", ")
+                );
+                let help = format!(
+                    "deliver the folder with the column, or set `key` of pipeline.{}",
+                    pipeline.id
+                );
+                return Err(Error::new(Code::KeyColumnMissing, text).with_help(help));
+            }
+        }
+    }
+    let Some(sequence) = &pipeline.content.sequence_by else { return Ok(()) };
+    let is_missing = files.iter().all(|file| find_column(&file.schema, sequence).is_none());
+    if is_missing && !files.is_empty() {
+        let text = format!("no file of {} has the column {sequence:?}", manifest.folder);
+        let help = format!("set `sequence_by` of pipeline.{}", pipeline.id);
+        return Err(Error::new(Code::SequenceColumnMissing, text).with_help(help));
+    }
+    Ok(())
+}
+
+/// Raw with all these columns; new ones are added in a commit of their own.
+async fn prepare_table(
+    workshop: &Workshop,
+    pipeline: &Pipeline,
+    columns: &[Field],
+) -> Result<Table> {
+    let mut table =
+        workshop.tables.open_or_create(&pipeline.raw, || raw::spec(pipeline, columns)).await?;
+    check_settings(&table, pipeline)?;
+    let mut pauses = Pauses::for_at_most(COMMIT_PATIENCE);
+    loop {
+        let missing = raw::missing_columns(&table.schema(), columns);
+        if missing.is_empty() {
+            check_types(&table, columns)?;
+            workshop.tables.remember(&table);
+            return Ok(table);
+        }
+        let _turn = workshop.tables.turn(&pipeline.raw).await;
+        crash::point("schema.before_commit")?;
+        match table.add_columns(&missing).await? {
+            CommitOutcome::Landed => crash::point("schema.after_commit")?,
+            CommitOutcome::Lost(error) if !pauses.wait().await => return Err(error),
+            CommitOutcome::Lost(_) => table.refresh().await?,
+        }
+    }
+}
+
+/// Another ingest may have added a column of the same name just now, with another type.
+fn check_types(table: &Table, columns: &[Field]) -> Result<()> {
+    let schema = table.schema();
+    for column in columns {
+        let Some(at) = find_column(&schema, column.name()) else { continue };
+        let held = schema.field(at).data_type();
+        if !widens_to(column.data_type(), held) {
+            let text = format!(
+                "column {:?}: the files have {}, the table now has {held}",
+                column.name(),
+                column.data_type()
+            );
+            return Err(Error::new(Code::ColumnTypeMismatch, text));
+        }
+    }
+    Ok(())
+}
+
+/// Files in raw's folder that no commit names yet.
+struct Prepared {
+    written: Written,
+    aside: AsideRef,
+    /// Paths of the partition's files that revert rows were computed from.
+    previous: Vec<String>,
+}
+
+async fn write_files(
+    workshop: &Workshop,
+    task: &Task,
+    wanted: &Wanted<'_>,
+    table: &Table,
+    incoming: &Incoming,
+) -> Result<Prepared> {
+    let pipeline = &task.pipeline;
+    let session = work_session(pipeline.sizes.memory_bytes);
+    let aside = incoming.aside();
+    incoming.register(&session, "incoming", &aside)?;
+    let now = workshop.clock.now().timestamp_micros();
+    let own = format!(
+        "CAST({} AS BIGINT) AS {}, CAST({now} AS BIGINT) AS {}, CAST({} AS BIGINT) AS {}",
+        wanted.generation,
+        quoted(raw::GENERATION),
+        quoted(raw::INGESTED_AT),
+        wanted.epoch,
+        quoted(raw::EPOCH),
+    );
+    let mut written = content_rows(&session, pipeline, table, &own, &aside).await?;
+    let previous = partition_paths(table, wanted.epoch)?;
+    if !previous.is_empty() {
+        // Read again only for the keys; what it refuses was kept by the first reading.
+        let unheeded = incoming.aside();
+        session.deregister_table("incoming").map_err(|e| foreign("read the folder", &e))?;
+        incoming.register(&session, "incoming", &unheeded)?;
+        table.register(&session, "previous", Some(&previous), false).await?;
+        let reverts = revert_rows(&session, pipeline, table, &own, &unheeded).await?;
+        written.adds.extend(reverts.adds);
+        written.rows += reverts.rows;
+    }
+    Ok(Prepared { written, aside, previous })
+}
+
+/// The epoch's rows with their `_op`, sorted by key and then as the rule orders them.
+async fn content_rows(
+    session: &SessionContext,
+    pipeline: &Pipeline,
+    table: &Table,
+    own: &str,
+    aside: &AsideRef,
+) -> Result<Written> {
+    let content = &pipeline.content;
+    let op = match &content.delete_when {
+        Some(condition) => format!(
+            "CASE WHEN ({condition}) THEN '{}' ELSE '{}' END",
+            raw::DELETE,
+            raw::UPSERT
+        ),
+        None => format!("'{}'", raw::UPSERT),
+    };
+    let key = quoted_list(table_names(table, &content.key).iter().map(String::as_str));
+    let sequence = match &content.sequence_by {
+        Some(column) => format!("{} ASC NULLS FIRST, ", quoted(&table_name(table, column))),
+        None => String::new(),
+    };
+    let place = quoted_list([raw::FILE, raw::ROW]);
+    let sql = format!(
+        "SELECT *, {op} AS {}, {own} FROM incoming ORDER BY {key}, {sequence}{place}",
+        quoted(raw::OP)
+    );
+    let frame = session.sql(&sql).await.map_err(|error| match &content.delete_when {
+        Some(condition) => {
+            let text = format!("delete_when = {condition:?}: {error}");
+            let help = format!("correct `delete_when` of pipeline.{}", pipeline.id);
+            Error::new(Code::ExpressionInvalid, text).with_help(help)
+        }
+        None => foreign("sort the folder's rows", &error),
+    })?;
+    let stream = frame.execute_stream().await;
+    let stream = stream.map_err(|e| foreign("sort the folder's rows", &e))?;
+    let writer = FileWriter::new(table, pipeline.sizes.target_file_bytes)?;
+    writer.write_all(stream).await.map_err(|error| first_error(aside, error))
+}
+
+/// A revert row for each key of the previous content that the new one lacks.
+async fn revert_rows(
+    session: &SessionContext,
+    pipeline: &Pipeline,
+    table: &Table,
+    own: &str,
+    aside: &AsideRef,
+) -> Result<Written> {
+    let names = table_names(table, &pipeline.content.key);
+    let key = quoted_list(names.iter().map(String::as_str));
+    let on: Vec<String> =
+        names.iter().map(|n| format!("p.{0} = i.{0}", quoted(n))).collect();
+    let sql = format!(
+        "SELECT p.*, '{revert}' AS {op}, '' AS {file}, CAST(0 AS BIGINT) AS {row}, {own} \
+         FROM (SELECT DISTINCT {key} FROM previous) p \
+         LEFT ANTI JOIN incoming i ON {on} ORDER BY {key}",
+        revert = raw::REVERT,
+        op = quoted(raw::OP),
+        file = quoted(raw::FILE),
+        row = quoted(raw::ROW),
+        on = on.join(" AND "),
+    );
+    let doing = "find the keys that vanished";
+    let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
+    let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
+    let writer = FileWriter::new(table, pipeline.sizes.target_file_bytes)?;
+    writer.write_all(stream).await.map_err(|error| first_error(aside, error))
+}
+
+/// A column's name as the table spells it.
+pub(crate) fn table_name(table: &Table, column: &str) -> String {
+    let schema = table.schema();
+    find_column(&schema, column)
+        .map_or_else(|| column.to_owned(), |at| schema.field(at).name().clone())
+}
+
+pub(crate) fn table_names(table: &Table, columns: &[String]) -> Vec<String> {
+    columns.iter().map(|column| table_name(table, column)).collect()
+}
+
+fn partition_paths(table: &Table, epoch: Epoch) -> Result<Vec<String>> {
+    let value = epoch.to_string();
+    let files = table
+        .files_where(|partition| partition.get(raw::EPOCH) == Some(&Some(value.clone())))?;
+    Ok(files.into_iter().map(|file| file.path).collect())
+}
+
+/// The commit of one partition, tried until it landed or cannot any more.
+struct RawCommit<'a> {
+    workshop: &'a Workshop,
+    task: &'a Task,
+    wanted: &'a Wanted<'a>,
+    manifest: &'a Manifest,
+    started: Instant,
+    age_max: Duration,
+}
+
+impl RawCommit<'_> {
+    async fn land(
+        &self,
+        mut table: Table,
+        prepared: Prepared,
+        mut report: Report,
+        permit: &Permit,
+    ) -> Result<Report> {
+        let pipeline = &self.task.pipeline;
+        let mut pauses = Pauses::for_at_most(COMMIT_PATIENCE);
+        crash::point("ingest.before_commit")?;
+        loop {
+            permit.check()?;
+            let turn = self.workshop.tables.turn(&pipeline.raw).await;
+            table.refresh().await?;
+            if let Some(found) = already(&table, pipeline, self.wanted) {
+                return Ok(Report { conflicts: report.conflicts, ..found });
+            }
+            self.check_still_fits(&table, &prepared)?;
+            let outcome = table.commit(self.change(&table, &prepared, &report)?).await?;
+            drop(turn);
+            match outcome {
+                CommitOutcome::Landed => break,
+                CommitOutcome::Lost(error) => {
+                    tracing::debug!(%error, table = pipeline.raw, "lost a commit race");
+                    report.conflicts += 1;
+                    if !pauses.wait().await {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        crash::point("ingest.after_commit")?;
+        self.workshop.tables.remember(&table);
+        if let Err(error) = table.checkpoint_if_due().await {
+            tracing::warn!(%error, "no checkpoint; the next one makes up for it");
+        }
+        Ok(Report { raw_version: Some(table.version()), ..report })
+    }
+
+    /// The files depend on the snapshot in two ways only: revert rows on the previous partition,
+    /// and column types on the schema.
+    fn check_still_fits(&self, table: &Table, prepared: &Prepared) -> Result<()> {
+        let moved_on = |why: &str| {
+            let text = format!("{}: {why} while the epoch was read", table.uri());
+            Err(Error::new(Code::TableMovedOn, text))
+        };
+        if self.started.elapsed() > self.age_max {
+            return moved_on("a quarter of the vacuum retention passed");
+        }
+        let mut present = partition_paths(table, self.wanted.epoch)?;
+        let mut previous = prepared.previous.clone();
+        present.sort();
+        previous.sort();
+        if present != previous {
+            return moved_on("the epoch's partition changed");
+        }
+        Ok(())
+    }
+
+    fn change(&self, table: &Table, prepared: &Prepared, report: &Report) -> Result<Change> {
+        let pipeline = &self.task.pipeline;
+        let value = self.wanted.epoch.to_string();
+        let removes = table
+            .files_where(|partition| partition.get(raw::EPOCH) == Some(&Some(value.clone())))?
+            .into_iter()
+            .map(|file| file.remove)
+            .collect();
+        let app_id = epoch_app_id(&pipeline.id, self.wanted.epoch, EpochMarker::Ingest);
+        Ok(Change {
+            operation: Operation::Overwrite {
+                predicate: format!("{} = {}", raw::EPOCH, self.wanted.epoch),
+            },
+            adds: prepared.written.adds.clone(),
+            removes,
+            others: Vec::new(),
+            markers: vec![Marker { app_id, version: self.wanted.generation }],
+            info: serde_json::json!({
+                "pipeline": pipeline.id,
+                "step": "ingest",
+                "task": self.task.id,
+                "attempt": self.task.attempt,
+                "epochs": [{"epoch": self.wanted.epoch, "generation": self.wanted.generation}],
+                "folder": self.manifest.folder,
+                "reason": self.manifest.reason,
+                "manifest": self.wanted.manifest_hash,
+                "configuration": pipeline.hash(),
+                "rows": report.rows_written,
+                "rows_read": report.rows_read,
+                "rows_quarantined": report.rows_quarantined,
+            }),
+        })
+    }
+}

@@ -1,0 +1,144 @@
+//! The quarantine: refused rows, kept as they came, with place and reason. Ingest is its only
+//! writer, and commits it before raw: raw's marker alone means done.
+
+use std::sync::Arc;
+
+use alluvium_protocol::marker::Generation;
+use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
+use alluvium_table::arrow::array::{
+    Array, ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
+};
+use alluvium_table::arrow::datatypes::{DataType, Field, Schema, TimeUnit};
+use alluvium_table::arrow::json::LineDelimitedWriter;
+use alluvium_table::commit::{Change, CommitOutcome, Operation};
+use alluvium_table::pause::Pauses;
+use alluvium_table::spool::Spool;
+use alluvium_table::write::{FileWriter, Written};
+use alluvium_table::{Table, TableSpec};
+use chrono::{DateTime, Utc};
+
+use crate::raw::{EPOCH, FILE, GENERATION, ROW};
+use crate::tables::Tables;
+use crate::ingest::COMMIT_PATIENCE;
+
+/// Why a row is in quarantine: a NULL in its key.
+pub const NULL_KEY: &str = "null_key";
+
+fn spec() -> TableSpec {
+    let instant = DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()));
+    TableSpec {
+        schema: Arc::new(Schema::new(vec![
+            Field::new(FILE, DataType::Utf8, true),
+            Field::new(ROW, DataType::Int64, true),
+            Field::new("reason", DataType::Utf8, true),
+            Field::new("row", DataType::Utf8, true),
+            Field::new(GENERATION, DataType::Int64, true),
+            Field::new("_quarantined_at", instant, true),
+            Field::new(EPOCH, DataType::Int64, true),
+        ])),
+        partition_by: vec![EPOCH.to_owned()],
+        properties: Vec::new(),
+    }
+}
+
+/// Makes the quarantine of an epoch exactly `refused`. Returns the number of rows.
+pub async fn replace(
+    tables: &Tables,
+    pipeline: &Pipeline,
+    epoch: Epoch,
+    generation: Generation,
+    refused: Spool,
+    now: DateTime<Utc>,
+) -> Result<u64> {
+    let rows = refused.rows() as u64;
+    if rows == 0 && tables.open(&pipeline.quarantine).await?.is_none() {
+        return Ok(0);
+    }
+    let mut table = tables.open_or_create(&pipeline.quarantine, spec).await?;
+    let written = write(&table, refused, epoch, generation, now).await?;
+    let mut pauses = Pauses::for_at_most(COMMIT_PATIENCE);
+    crash::point("quarantine.before_commit")?;
+    loop {
+        let value = epoch.to_string();
+        let removes: Vec<_> = table
+            .files_where(|partition| partition.get(EPOCH) == Some(&Some(value.clone())))?
+            .into_iter()
+            .map(|file| file.remove)
+            .collect();
+        if removes.is_empty() && written.adds.is_empty() {
+            return Ok(0);
+        }
+        // No marker: writing the same partition again changes nothing but file names.
+        let change = Change {
+            operation: Operation::Overwrite { predicate: format!("{EPOCH} = {epoch}") },
+            adds: written.adds.clone(),
+            removes,
+            others: Vec::new(),
+            markers: Vec::new(),
+            info: serde_json::json!({
+                "pipeline": pipeline.id, "epoch": epoch, "generation": generation,
+                "step": "ingest", "rows": rows,
+            }),
+        };
+        match table.commit(change).await? {
+            CommitOutcome::Landed => break,
+            CommitOutcome::Lost(error) if !pauses.wait().await => return Err(error),
+            CommitOutcome::Lost(_) => table.refresh().await?,
+        }
+    }
+    crash::point("quarantine.after_commit")?;
+    tables.remember(&table);
+    Ok(rows)
+}
+
+async fn write(
+    table: &Table,
+    refused: Spool,
+    epoch: Epoch,
+    generation: Generation,
+    now: DateTime<Utc>,
+) -> Result<Written> {
+    let mut writer = FileWriter::new(table, u64::MAX)?;
+    for batch in refused.into_batches()? {
+        writer.write(&as_kept(&batch?, epoch, generation, now)?).await?;
+    }
+    writer.finish().await
+}
+
+fn as_kept(
+    batch: &RecordBatch,
+    epoch: Epoch,
+    generation: Generation,
+    now: DateTime<Utc>,
+) -> Result<RecordBatch> {
+    let rows = batch.num_rows();
+    let data = batch.num_columns() - 2;
+    let data_columns: Vec<usize> = (0..data).collect();
+    let texts = json_lines(&batch.project(&data_columns).map_err(Error::internal)?)?;
+    let constant = |value: i64| Arc::new(Int64Array::from(vec![value; rows])) as ArrayRef;
+    let at = TimestampMicrosecondArray::from(vec![now.timestamp_micros(); rows]);
+    let columns: Vec<ArrayRef> = vec![
+        Arc::clone(batch.column(data)),
+        Arc::clone(batch.column(data + 1)),
+        Arc::new(StringArray::from(vec![NULL_KEY; rows])),
+        Arc::new(texts),
+        constant(generation),
+        Arc::new(at.with_timezone("UTC")),
+        constant(epoch.value()),
+    ];
+    RecordBatch::try_new(spec().schema, columns).map_err(Error::internal)
+}
+
+/// Each row as a JSON object.
+fn json_lines(batch: &RecordBatch) -> Result<StringArray> {
+    let mut text = Vec::new();
+    let mut writer = LineDelimitedWriter::new(&mut text);
+    let failed = |e: &dyn std::fmt::Display| {
+        Error::new(Code::Internal, format!("write refused rows as JSON: {e}"))
+    };
+    writer.write(batch).map_err(|e| failed(&e))?;
+    writer.finish().map_err(|e| failed(&e))?;
+    drop(writer);
+    let text = String::from_utf8(text).map_err(|e| failed(&e))?;
+    Ok(text.lines().map(Some).collect())
+}

@@ -1,0 +1,150 @@
+//! An epoch's data files, read exactly as the manifest pinned them.
+//!
+//! Every request demands the pinned entity tag: a file that changed since is an error, not data.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use alluvium_protocol::manifest::{Manifest, Object};
+use alluvium_protocol::{Code, Error, Result};
+use alluvium_table::arrow::datatypes::SchemaRef;
+use alluvium_table::classify::foreign;
+use alluvium_table::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
+use alluvium_table::parquet::arrow::async_reader::{
+    AsyncFileReader, ParquetRecordBatchStream, ParquetRecordBatchStreamBuilder,
+};
+use alluvium_table::parquet::errors::{ParquetError, Result as ParquetResult};
+use alluvium_table::parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use alluvium_table::store::{StoreRef, object_store_at};
+use bytes::Bytes;
+use futures::future::{BoxFuture, FutureExt};
+use object_store::{GetOptions, GetRange, ObjectStore, path::Path};
+
+/// Rows decoded at a time.
+const BATCH_ROWS: usize = 8192;
+
+/// One data file with its footer read.
+#[derive(Clone)]
+pub struct SourceFile {
+    /// Path within the folder: raw's `_file`.
+    pub name: String,
+    /// Columns as the file has them.
+    pub schema: SchemaRef,
+    /// Rows, by the footer.
+    pub rows: u64,
+    metadata: ArrowReaderMetadata,
+    reader: PinnedReader,
+}
+
+impl SourceFile {
+    /// Opens every file of the manifest and reads its footer.
+    pub async fn open_all(source: &str, manifest: &Manifest) -> Result<Vec<Self>> {
+        let store = object_store_at(source)?;
+        let mut files = Vec::with_capacity(manifest.objects.len());
+        for object in &manifest.objects {
+            files.push(Self::open(&store, &manifest.folder, object).await?);
+        }
+        Ok(files)
+    }
+
+    async fn open(store: &StoreRef, folder: &str, object: &Object) -> Result<Self> {
+        let path = Path::parse(format!("{folder}/{}", object.name))
+            .map_err(|e| Error::new(Code::FileUnreadable, format!("{}: {e}", object.name)))?;
+        let mut reader = PinnedReader {
+            store: Arc::clone(store),
+            path,
+            size: object.size,
+            etag: object.etag.clone(),
+        };
+        let name = object.name.clone();
+        let options = ArrowReaderOptions::new();
+        let metadata = ArrowReaderMetadata::load_async(&mut reader, options)
+            .await
+            .map_err(|e| read_error(folder, &name, &e))?;
+        let rows = u64::try_from(metadata.metadata().file_metadata().num_rows()).unwrap_or(0);
+        Ok(Self { name, schema: Arc::clone(metadata.schema()), rows, metadata, reader })
+    }
+
+    /// The file's rows from the start, in order.
+    pub fn rows(&self) -> ParquetResult<ParquetRecordBatchStream<PinnedReader>> {
+        ParquetRecordBatchStreamBuilder::new_with_metadata(
+            self.reader.clone(),
+            self.metadata.clone(),
+        )
+        .with_batch_size(BATCH_ROWS)
+        .build()
+    }
+}
+
+/// The error of reading one file, in words that name it.
+pub fn read_error(folder: &str, name: &str, error: &ParquetError) -> Error {
+    if is_precondition(error) {
+        let text = format!("{folder}/{name} is not the file that was listed: it changed since");
+        return Error::new(Code::FolderChanged, text);
+    }
+    let mut error = foreign(format!("read {folder}/{name}"), error);
+    if error.code == Code::FileUnreadable {
+        error = error.with_help(
+            "deliver the file again whole, as Parquet; the changed folder is picked up by itself",
+        );
+    }
+    error
+}
+
+fn is_precondition(error: &ParquetError) -> bool {
+    let ParquetError::External(source) = error else { return false };
+    source.downcast_ref::<object_store::Error>().is_some_and(|error| {
+        matches!(
+            error,
+            object_store::Error::Precondition { .. } | object_store::Error::NotFound { .. }
+        )
+    })
+}
+
+/// Reads ranges of one object, always on condition of its pinned entity tag.
+#[derive(Clone)]
+pub struct PinnedReader {
+    store: StoreRef,
+    path: Path,
+    size: u64,
+    etag: Option<String>,
+}
+
+impl PinnedReader {
+    async fn get(&self, range: Range<u64>) -> ParquetResult<Bytes> {
+        let options = GetOptions {
+            if_match: self.etag.clone(),
+            range: Some(GetRange::Bounded(range)),
+            ..GetOptions::default()
+        };
+        let external = |error| ParquetError::External(Box::new(error));
+        let found = self.store.get_opts(&self.path, options).await.map_err(external)?;
+        if found.meta.size != self.size {
+            let text = format!("{} bytes, listed with {}", found.meta.size, self.size);
+            let error = object_store::Error::Precondition {
+                path: self.path.to_string(),
+                source: text.into(),
+            };
+            return Err(external(error));
+        }
+        found.bytes().await.map_err(external)
+    }
+}
+
+impl AsyncFileReader for PinnedReader {
+    fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, ParquetResult<Bytes>> {
+        self.get(range).boxed()
+    }
+
+    fn get_metadata<'a>(
+        &'a mut self,
+        _options: Option<&'a ArrowReaderOptions>,
+    ) -> BoxFuture<'a, ParquetResult<Arc<ParquetMetaData>>> {
+        async move {
+            let size = self.size;
+            let metadata = ParquetMetaDataReader::new().load_and_finish(self, size).await?;
+            Ok(Arc::new(metadata))
+        }
+        .boxed()
+    }
+}

@@ -1,0 +1,95 @@
+//! The tables this process works on: opened once, brought forward at each use.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use alluvium_protocol::{Code, Error, Pipeline, Result};
+use alluvium_table::{Table, TableSpec};
+use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
+
+/// Snapshots by URI, and a commit turn per table.
+#[derive(Default)]
+pub struct Tables {
+    snapshots: Mutex<HashMap<String, Table>>,
+    turns: Mutex<HashMap<String, Arc<AsyncMutex<()>>>>,
+}
+
+impl Tables {
+    /// The newest snapshot, if the table exists.
+    pub async fn open(&self, uri: &str) -> Result<Option<Table>> {
+        let known = self.lock().get(uri).cloned();
+        let table = match known {
+            Some(mut table) => match table.refresh().await {
+                Ok(()) => Some(table),
+                // Deleted, or replaced by another table: look from scratch.
+                Err(_) => Table::open(uri).await?,
+            },
+            None => Table::open(uri).await?,
+        };
+        match &table {
+            Some(table) => self.remember(table),
+            None => drop(self.lock().remove(uri)),
+        }
+        Ok(table)
+    }
+
+    /// The newest snapshot; the table is created when it does not exist.
+    pub async fn open_or_create(&self, uri: &str, spec: impl FnOnce() -> TableSpec) -> Result<Table> {
+        if let Some(table) = self.open(uri).await? {
+            return Ok(table);
+        }
+        let table = Table::create_or_open(uri, &spec()).await?;
+        self.remember(&table);
+        Ok(table)
+    }
+
+    /// Keeps a snapshot for the next use.
+    pub fn remember(&self, table: &Table) {
+        let mut snapshots = self.lock();
+        let is_newer =
+            snapshots.get(table.uri()).is_none_or(|known| known.version() <= table.version());
+        if is_newer {
+            snapshots.insert(table.uri().to_owned(), table.clone());
+        }
+    }
+
+    /// Waits for this process's turn to commit to a table. It saves lost races between slots of one
+    /// process and proves nothing: commits are compare-and-swap with or without it.
+    pub async fn turn(&self, uri: &str) -> OwnedMutexGuard<()> {
+        let turn = {
+            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(turns.entry(uri.to_owned()).or_default())
+        };
+        turn.lock_owned().await
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Table>> {
+        self.snapshots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Refuses a table of ours that was made with other content-defining settings.
+pub fn check_settings(table: &Table, pipeline: &Pipeline) -> Result<()> {
+    let properties = table.properties();
+    for (name, wanted) in pipeline.content_properties() {
+        let Some(found) = properties.get(name) else { continue };
+        if *found != wanted {
+            let setting = name.trim_start_matches("alluvium.");
+            let text = format!(
+                "{} was made with {setting} = {found:?}, the configuration says {wanted:?}",
+                table.uri()
+            );
+            let help = format!(
+                "set {setting} back, or rebuild: move the folders of raw and main away, then \
+                 `alluvium run --once`"
+            );
+            return Err(Error::new(Code::SettingsMismatch, text).with_help(help));
+        }
+    }
+    Ok(())
+}
+
+/// The table was made, or adopted, by a pipeline.
+pub fn is_ours(table: &Table) -> bool {
+    table.properties().contains_key("alluvium.pipeline")
+}

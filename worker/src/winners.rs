@@ -1,0 +1,147 @@
+//! What main is to hold for each key of a set of epochs: the rule of "What main is", as SQL.
+//!
+//! Owns: the one place that says which row of a key wins. The result is a spool with one row per
+//! key: `upsert` with values, or `delete`.
+
+use alluvium_protocol::{Pipeline, Result};
+use alluvium_table::Table;
+use alluvium_table::classify::foreign;
+use alluvium_table::datafusion::execution::context::SessionContext;
+use alluvium_table::session::{quoted, quoted_list};
+use alluvium_table::spool::Spool;
+
+use crate::ingest::{table_name, table_names};
+use crate::raw;
+
+/// Names and order, as raw spells them.
+pub struct Rule {
+    /// The key's columns.
+    pub key: Vec<String>,
+    /// All data columns.
+    pub columns: Vec<String>,
+    /// `ORDER BY` that puts the last row of a key first.
+    last_first: String,
+}
+
+impl Rule {
+    /// The rule of a pipeline over its raw table.
+    pub fn new(pipeline: &Pipeline, table: &Table) -> Self {
+        let schema = table.schema();
+        let columns = raw::data_fields(&schema).into_iter().map(|f| f.name().clone()).collect();
+        let mut last_first = format!("{} DESC", quoted(raw::EPOCH));
+        if let Some(sequence) = &pipeline.content.sequence_by {
+            let sequence = quoted(&table_name(table, sequence));
+            last_first.push_str(&format!(", {sequence} DESC NULLS LAST"));
+        }
+        for place in [raw::FILE, raw::ROW] {
+            last_first.push_str(&format!(", {} DESC", quoted(place)));
+        }
+        Self { key: table_names(table, &pipeline.content.key), columns, last_first }
+    }
+
+    /// `left.k = right.k AND …`
+    pub fn keys_equal(&self, left: &str, right: &str) -> String {
+        let equal = self.key.iter().map(|k| format!("{left}.{0} = {right}.{0}", quoted(k)));
+        equal.collect::<Vec<_>>().join(" AND ")
+    }
+
+    /// The key's columns, quoted, with commas.
+    pub fn key_list(&self) -> String {
+        quoted_list(self.key.iter().map(String::as_str))
+    }
+
+    /// The data columns, quoted, with commas.
+    pub fn column_list(&self) -> String {
+        quoted_list(self.columns.iter().map(String::as_str))
+    }
+
+    /// The last row per key of a relation: for epochs above all applied ones, without reverts.
+    fn last_rows(&self, relation: &str) -> String {
+        format!(
+            "SELECT {columns}, {op} FROM (SELECT {columns}, {op}, row_number() OVER \
+             (PARTITION BY {key} ORDER BY {order}) AS _rank FROM {relation}) WHERE _rank = 1",
+            columns = self.column_list(),
+            op = quoted(raw::OP),
+            key = self.key_list(),
+            order = self.last_first,
+        )
+    }
+
+    /// One row per key of `changes`, by the formula over `applied`; what no row speaks of falls
+    /// back to `base`, or is absent.
+    fn reconciled_rows(&self, has_base: bool) -> String {
+        let op = quoted(raw::OP);
+        let mentioned = format!(
+            "(SELECT a.* FROM applied a LEFT SEMI JOIN keys k ON {} WHERE a.{op} <> '{}')",
+            self.keys_equal("a", "k"),
+            raw::REVERT
+        );
+        let rest = if has_base {
+            let columns: Vec<String> = self
+                .columns
+                .iter()
+                .map(|c| {
+                    let from = if self.key.contains(c) { "k" } else { "b" };
+                    format!("{from}.{0} AS {0}", quoted(c))
+                })
+                .collect();
+            format!(
+                "SELECT {columns}, CASE WHEN b._present THEN '{upsert}' ELSE '{delete}' END AS {op} \
+                 FROM (SELECT k.* FROM keys k LEFT ANTI JOIN mentioned m ON {unmentioned}) k \
+                 LEFT JOIN (SELECT *, TRUE AS _present FROM base) b ON {same}",
+                columns = columns.join(", "),
+                upsert = raw::UPSERT,
+                delete = raw::DELETE,
+                unmentioned = self.keys_equal("k", "m"),
+                same = self.keys_equal("k", "b"),
+            )
+        } else {
+            let columns: Vec<String> = self
+                .columns
+                .iter()
+                .map(|c| {
+                    let from = if self.key.contains(c) { format!("k.{}", quoted(c)) } else { "NULL".to_owned() };
+                    format!("{from} AS {}", quoted(c))
+                })
+                .collect();
+            format!(
+                "SELECT {columns}, '{delete}' AS {op} \
+                 FROM keys k LEFT ANTI JOIN mentioned m ON {unmentioned}",
+                columns = columns.join(", "),
+                delete = raw::DELETE,
+                unmentioned = self.keys_equal("k", "m"),
+            )
+        };
+        format!(
+            "WITH keys AS (SELECT DISTINCT {key} FROM changes), mentioned AS {mentioned}, \
+             last AS ({last}) \
+             SELECT {columns}, {op} FROM last UNION ALL {rest}",
+            key = self.key_list(),
+            last = self.last_rows("mentioned"),
+            columns = self.column_list(),
+        )
+    }
+}
+
+/// Where the rows come from; registered in the session under these roles.
+pub enum Scope {
+    /// `changes` alone decides.
+    Fast,
+    /// `changes` names the keys, `applied` decides, `base` (when registered) is the ground.
+    Reconcile {
+        /// A table `base` is registered.
+        has_base: bool,
+    },
+}
+
+/// Computes one row per key.
+pub async fn compute(session: &SessionContext, rule: &Rule, scope: &Scope) -> Result<Spool> {
+    let doing = "find each key's last row";
+    let sql = match scope {
+        Scope::Fast => rule.last_rows("changes"),
+        Scope::Reconcile { has_base } => rule.reconciled_rows(*has_base),
+    };
+    let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
+    let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
+    Spool::collect(stream, doing).await
+}
