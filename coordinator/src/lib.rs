@@ -6,6 +6,8 @@
 //! Never: reads or writes a row of data, claims a lease, or knows a worker.
 
 pub mod book;
+mod carrying_out;
+pub mod discovering;
 pub mod discovery;
 pub mod ledger;
 pub mod manifests;
@@ -13,7 +15,8 @@ pub mod notice;
 pub mod readiness;
 pub mod rebuild;
 pub mod requests;
-pub mod results;
+mod results;
 pub mod run;
+pub mod scribe;
 pub mod sequencing;
 pub mod standing;

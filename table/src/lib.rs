@@ -11,6 +11,7 @@ pub mod classify;
 pub mod commit;
 pub mod history;
 pub mod pause;
+pub mod query;
 pub mod scan;
 pub mod schema;
 pub mod session;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use alluvium_protocol::{Code, Error, Result, crash};
+use alluvium_protocol::{Code, Error, Pipeline, Result, crash};
 use deltalake::arrow::datatypes::{Schema, SchemaRef};
 use deltalake::kernel::transaction::CommitProperties;
 use deltalake::kernel::{Add, Remove, StructType};
@@ -171,6 +171,27 @@ impl Table {
     /// The table's properties.
     pub fn properties(&self) -> HashMap<String, String> {
         self.state.metadata().configuration().clone()
+    }
+
+    /// Refuses a table that was made with other content-defining settings.
+    pub fn check_settings(&self, pipeline: &Pipeline) -> Result<()> {
+        let properties = self.properties();
+        for (name, wanted) in pipeline.content_properties() {
+            let Some(found) = properties.get(name).filter(|found| **found != wanted) else {
+                continue;
+            };
+            let setting = name.trim_start_matches("alluvium.");
+            let text = format!(
+                "{} was made with {setting} = {found:?}, the configuration says {wanted:?}",
+                self.uri
+            );
+            let help = format!(
+                "set {setting} back; or rebuild: move the folders of raw and main away, then \
+                 `alluvium run --once`"
+            );
+            return Err(Error::new(Code::SettingsMismatch, text).with_help(help));
+        }
+        Ok(())
     }
 
     /// The store whose root is the table.

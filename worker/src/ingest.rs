@@ -27,7 +27,6 @@ use object_store::ObjectStoreExt;
 
 use crate::incoming::{AsideRef, Incoming, first_error};
 use crate::source::SourceFile;
-use crate::tables::check_settings;
 use crate::{Permit, Workshop, quarantine, raw};
 
 /// How long a commit is tried against other writers before the attempt counts as failed.
@@ -56,7 +55,7 @@ pub async fn ingest(
     let pipeline = &task.pipeline;
     let present = workshop.tables.open(&pipeline.raw).await?;
     if let Some(table) = &present {
-        check_settings(table, pipeline)?;
+        table.check_settings(pipeline)?;
         if let Some(report) = already(table, pipeline, wanted) {
             return Ok(report);
         }
@@ -175,7 +174,7 @@ async fn prepare_table(
 ) -> Result<Table> {
     let mut table =
         workshop.tables.open_or_create(&pipeline.raw, || raw::spec(pipeline, columns)).await?;
-    check_settings(&table, pipeline)?;
+    table.check_settings(pipeline)?;
     let mut pauses = Pauses::for_at_most(COMMIT_PATIENCE);
     loop {
         let missing = raw::missing_columns(&table.schema(), columns);

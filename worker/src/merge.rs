@@ -14,7 +14,7 @@ use std::time::Instant;
 use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id, floor_app_id};
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
-use alluvium_table::arrow::array::{Array, AsArray};
+use alluvium_table::arrow::array::AsArray;
 use alluvium_table::arrow::compute::cast;
 use alluvium_table::arrow::datatypes::{DataType, Int64Type, Schema};
 use alluvium_table::classify::foreign;
@@ -27,7 +27,7 @@ use alluvium_table::write::{FileWriter, Written};
 use alluvium_table::{LiveFile, Table, TableSpec};
 
 use crate::ingest::COMMIT_PATIENCE;
-use crate::tables::{check_settings, is_ours};
+use crate::tables::is_ours;
 use crate::winners::{self, Rule, Scope};
 use crate::{Permit, Workshop, raw};
 
@@ -275,7 +275,7 @@ async fn open_raw(workshop: &Workshop, pipeline: &Pipeline) -> Result<Table> {
     let raw = raw.ok_or_else(|| {
         Error::new(Code::NotPossibleNow, format!("there is no raw table at {}", pipeline.raw))
     })?;
-    check_settings(&raw, pipeline)?;
+    raw.check_settings(pipeline)?;
     Ok(raw)
 }
 
@@ -295,7 +295,7 @@ async fn prepare_main(workshop: &Workshop, task: &Task) -> Result<Table> {
     let mut main = workshop.tables.open_or_create(&pipeline.main, spec).await?;
     let mut pauses = Pauses::for_at_most(COMMIT_PATIENCE);
     loop {
-        check_settings(&main, pipeline)?;
+        main.check_settings(pipeline)?;
         let missing = raw::missing_columns(&main.schema(), &data);
         let outcome = if !is_ours(&main) {
             adopt(&mut main, pipeline).await?

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use alluvium_protocol::marker::Generation;
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
 use alluvium_table::arrow::array::{
-    Array, ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
+    ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
 };
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, TimeUnit};
 use alluvium_table::arrow::json::LineDelimitedWriter;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use alluvium_protocol::{Code, Error, Pipeline, Result};
+use alluvium_protocol::Result;
 use alluvium_table::{Table, TableSpec};
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
@@ -66,27 +66,6 @@ impl Tables {
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Table>> {
         self.snapshots.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Refuses a table of ours that was made with other content-defining settings.
-pub fn check_settings(table: &Table, pipeline: &Pipeline) -> Result<()> {
-    let properties = table.properties();
-    for (name, wanted) in pipeline.content_properties() {
-        let Some(found) = properties.get(name) else { continue };
-        if *found != wanted {
-            let setting = name.trim_start_matches("alluvium.");
-            let text = format!(
-                "{} was made with {setting} = {found:?}, the configuration says {wanted:?}",
-                table.uri()
-            );
-            let help = format!(
-                "set {setting} back, or rebuild: move the folders of raw and main away, then \
-                 `alluvium run --once`"
-            );
-            return Err(Error::new(Code::SettingsMismatch, text).with_help(help));
-        }
-    }
-    Ok(())
 }
 
 /// The table was made, or adopted, by a pipeline.

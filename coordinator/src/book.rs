@@ -1,0 +1,319 @@
+//! The book: what one pipeline's coordinator knows, in memory.
+//!
+//! Rebuilt at every start from markers, manifests and listings (and, in watch mode, from the
+//! ledger's word about blocked epochs). Losing it loses nothing.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use alluvium_protocol::marker::{Generation, Markers};
+use alluvium_protocol::state::{Event, State};
+use alluvium_protocol::task::{Step, Work};
+use alluvium_protocol::{Epoch, Error, Pipeline, Result};
+use alluvium_table::Table;
+use chrono::{DateTime, Utc};
+use uuid::Uuid;
+
+use crate::discovery::Source;
+use crate::manifests::Manifests;
+use crate::readiness::Quiet;
+use crate::sequencing::{EpochView, PipelineView};
+
+/// Files below this share of the target size are small, as for the worker.
+const SMALL_FILE_DIVISOR: u64 = 4;
+
+/// What is known of one epoch.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// The folder's name, once one was seen.
+    pub folder: Option<String>,
+    /// Where the epoch stands.
+    pub state: State,
+    /// The newest generation that was asked for.
+    pub generation: Generation,
+    /// Why it is blocked, or failed last.
+    pub error: Option<Error>,
+    /// Failed attempts of the present step.
+    pub failures: u32,
+    /// Workers that died at the present step.
+    pub crashes: u32,
+    /// The next attempt waits until then.
+    pub not_before: Option<DateTime<Utc>>,
+    /// Since when the folder is known and not complete.
+    pub waiting_since: Option<DateTime<Utc>>,
+    /// Why the folder is not complete.
+    pub why: Option<String>,
+    /// Listings for `quiet`.
+    pub quiet: Option<Quiet>,
+    /// When the folder will be quiet if nothing changes.
+    pub settles_at: Option<DateTime<Utc>>,
+    /// The folder is not what was read.
+    pub changed: Option<String>,
+    /// Bytes in raw.
+    pub bytes: u64,
+    /// Content that is empty by request.
+    pub is_empty: bool,
+    /// It came after a higher epoch was in main.
+    pub late: bool,
+    /// It blocked in this process: a repetition within one `run --once` is pointless.
+    pub blocked_here: bool,
+}
+
+impl Entry {
+    fn new(state: State, generation: Generation) -> Self {
+        Self {
+            folder: None,
+            state,
+            generation,
+            error: None,
+            failures: 0,
+            crashes: 0,
+            not_before: None,
+            waiting_since: None,
+            why: None,
+            quiet: None,
+            settles_at: None,
+            changed: None,
+            bytes: 0,
+            is_empty: false,
+            late: false,
+            blocked_here: false,
+        }
+    }
+
+    /// Moves the state machine; an illegal move is a bug that stops the epoch, not the process.
+    pub fn apply(&mut self, event: Event) -> Result<()> {
+        self.state = self.state.after(event).map_err(Error::internal)?;
+        if !matches!(event, Event::Failed | Event::GaveBack | Event::Blocked(_)) {
+            self.not_before = None;
+        }
+        if matches!(event, Event::ContentPinned | Event::RetryAsked | Event::IngestDone) {
+            self.failures = 0;
+            self.crashes = 0;
+            self.error = None;
+            self.blocked_here = false;
+        }
+        Ok(())
+    }
+
+    fn view(&self) -> EpochView {
+        EpochView {
+            state: self.state,
+            bytes: self.bytes,
+            not_before: self.not_before,
+            waiting_since: self.waiting_since,
+            is_empty: self.is_empty,
+        }
+    }
+}
+
+/// One pipeline's book.
+pub struct Book {
+    /// The definition.
+    pub pipeline: Pipeline,
+    /// Its source.
+    pub source: Source,
+    /// Its manifests.
+    pub manifests: Manifests,
+    /// Markers of raw and main, as last read or reported.
+    pub markers: Markers,
+    /// Epochs above the floor, or known from markers.
+    pub entries: BTreeMap<Epoch, Entry>,
+    /// Tasks that are out.
+    pub outstanding: HashMap<Uuid, Work>,
+    /// Main exists.
+    pub has_main: bool,
+    /// Main's data files, and the small ones.
+    pub main_files: (u64, u64),
+    /// Small files at which optimize had nothing more to do.
+    pub small_files_left: u64,
+    /// Maintenance rests until then.
+    pub maintenance_not_before: Option<DateTime<Utc>>,
+    /// When cleanup last ended.
+    pub cleaned_at: Option<DateTime<Utc>>,
+    /// Names in the source that are no epochs: the first few, and how many.
+    pub junk: (BTreeSet<String>, usize),
+    /// Folders below `start_from` or the floor, not processed.
+    pub settled_folders: usize,
+    /// The source cannot be listed, or the tables cannot be used.
+    pub error: Option<Error>,
+    /// Versions of raw and main, where they exist.
+    pub versions: (Option<i64>, Option<i64>),
+}
+
+impl Book {
+    /// Reads tables and manifests. A table that cannot be used is noted, not fatal: other
+    /// pipelines go on.
+    pub async fn open(pipeline: Pipeline) -> Result<Self> {
+        let mut book = Self {
+            source: Source::open(&pipeline)?,
+            manifests: Manifests::open(&pipeline)?,
+            markers: Markers::default(),
+            entries: BTreeMap::new(),
+            outstanding: HashMap::new(),
+            has_main: false,
+            main_files: (0, 0),
+            small_files_left: 0,
+            maintenance_not_before: None,
+            cleaned_at: None,
+            junk: (BTreeSet::new(), 0),
+            settled_folders: 0,
+            error: None,
+            versions: (None, None),
+            pipeline,
+        };
+        if let Err(error) = book.read_tables().await {
+            book.error = Some(error);
+        }
+        Ok(book)
+    }
+
+    /// Reads markers and manifests anew and places every epoch that is not out at work.
+    pub async fn read_tables(&mut self) -> Result<()> {
+        let id = self.pipeline.id.clone();
+        let raw = Table::open(&self.pipeline.raw).await?;
+        let main = Table::open(&self.pipeline.main).await?;
+        for table in [&raw, &main].into_iter().flatten() {
+            table.check_settings(&self.pipeline)?;
+        }
+        let of = |table: &Option<Table>| {
+            table.as_ref().map(|t| Markers::of_pipeline(&id, t.transactions())).unwrap_or_default()
+        };
+        self.markers = Markers::joined(of(&raw), of(&main));
+        let is_ours =
+            main.as_ref().is_some_and(|t| t.properties().contains_key("alluvium.pipeline"));
+        self.has_main = is_ours;
+        self.versions = (raw.as_ref().map(Table::version), main.as_ref().map(Table::version));
+        if let Some(main) = &main {
+            let limit = self.pipeline.sizes.target_file_bytes / SMALL_FILE_DIVISOR;
+            let files = main.files()?;
+            let small = files.iter().filter(|file| file.size < limit).count();
+            self.main_files = (files.len() as u64, small as u64);
+        }
+        let contents = raw.as_ref().map(raw_contents).transpose()?.unwrap_or_default();
+        let pinned = self.manifests.newest().await?;
+        let epochs: BTreeSet<Epoch> = self
+            .markers
+            .ingest
+            .keys()
+            .chain(self.markers.merge.keys())
+            .chain(self.markers.wanted.keys())
+            .chain(pinned.keys())
+            .copied()
+            .collect();
+        for epoch in epochs {
+            let content = contents.get(&epoch).copied().unwrap_or_default();
+            self.place(epoch, pinned.get(&epoch).copied(), content).await?;
+        }
+        Ok(())
+    }
+
+    async fn place(
+        &mut self,
+        epoch: Epoch,
+        pinned: Option<Generation>,
+        content: RawContent,
+    ) -> Result<()> {
+        let is_ingested = self.markers.ingest.contains_key(&epoch);
+        let is_empty = is_ingested && !content.has_rows;
+        let found = State::from_tables(epoch, &self.markers, pinned, is_empty);
+        let Some(state) = found else { return Ok(()) };
+        let generation = self.markers.generation(epoch).max(pinned.unwrap_or(0));
+        let highest = self.markers.applied().last().copied();
+        let entry = self.entries.entry(epoch).or_insert_with(|| Entry::new(state, generation));
+        if entry.state.is_outstanding() || (entry.state.is_stopped() && !state.is_end()) {
+            return Ok(());
+        }
+        entry.state = state;
+        entry.generation = generation;
+        entry.bytes = content.bytes;
+        entry.is_empty = is_empty;
+        entry.late = !state.is_end() && highest.is_some_and(|highest| highest > epoch);
+        if state == State::Ready && entry.folder.is_none() {
+            let loaded = self.manifests.load(epoch, generation).await?;
+            if let Some(loaded) = loaded {
+                entry.is_empty = loaded.manifest.reason.is_empty_content();
+                entry.folder = Some(loaded.manifest.folder);
+            }
+        }
+        Ok(())
+    }
+
+    /// The entry of an epoch, made when it is new.
+    pub fn entry(&mut self, epoch: Epoch, state: State) -> &mut Entry {
+        let highest = self.markers.applied().last().copied();
+        self.entries.entry(epoch).or_insert_with(|| {
+            let mut entry = Entry::new(state, 0);
+            entry.late = highest.is_some_and(|highest| highest > epoch);
+            entry
+        })
+    }
+
+    /// The epoch lies below `start_from` or at the floor: its story is over, or never began.
+    pub fn is_settled(&self, epoch: Epoch) -> bool {
+        self.pipeline.start_from.is_some_and(|start| epoch.value() < start)
+            || self.markers.is_settled(epoch)
+    }
+
+    /// What sequencing sees. `epochs` keeps the views alive.
+    pub fn view<'a>(&'a self, epochs: &'a BTreeMap<Epoch, EpochView>) -> PipelineView<'a> {
+        let is_out = |steps: &[Step]| {
+            self.outstanding.values().any(|work| steps.contains(&work.step()))
+        };
+        PipelineView {
+            pipeline: &self.pipeline,
+            epochs,
+            is_rewriting: is_out(&[Step::Merge, Step::Optimize]),
+            is_cleaning: is_out(&[Step::Cleanup]),
+            is_held: self.markers.is_held(),
+            has_main: self.has_main,
+            small_files: self.main_files.1,
+            small_files_left: self.small_files_left,
+            maintenance_not_before: self.maintenance_not_before,
+            cleaned_at: self.cleaned_at,
+        }
+    }
+
+    /// Every epoch as sequencing sees it.
+    pub fn epoch_views(&self) -> BTreeMap<Epoch, EpochView> {
+        self.entries.iter().map(|(epoch, entry)| (*epoch, entry.view())).collect()
+    }
+
+    /// Epochs that wait for work of ours.
+    pub fn waiting(&self) -> usize {
+        let is_waiting =
+            |e: &&Entry| matches!(e.state, State::Ready | State::Ingested) || e.state.is_outstanding();
+        self.entries.values().filter(is_waiting).count()
+    }
+}
+
+/// What raw holds of an epoch.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RawContent {
+    /// Bytes of its files.
+    pub bytes: u64,
+    /// Rows in them.
+    pub rows: u64,
+    /// At least one row is not a revert.
+    pub has_rows: bool,
+}
+
+/// Raw's partitions by epoch, from the statistics of their files.
+pub fn raw_contents(raw: &Table) -> Result<BTreeMap<Epoch, RawContent>> {
+    let mut contents: BTreeMap<Epoch, RawContent> = BTreeMap::new();
+    for file in raw.files()? {
+        let value = file.partition.get("_epoch").cloned().flatten();
+        let Some(epoch) = value.and_then(|text| text.parse::<Epoch>().ok()) else { continue };
+        let content = contents.entry(epoch).or_default();
+        content.bytes += file.size;
+        content.rows += file.rows.unwrap_or(0);
+        content.has_rows |= !is_all_reverts(file.stats.as_deref());
+    }
+    Ok(contents)
+}
+
+fn is_all_reverts(stats: Option<&str>) -> bool {
+    let parsed = stats.and_then(|text| serde_json::from_str::<serde_json::Value>(text).ok());
+    parsed.is_some_and(|stats| {
+        stats["minValues"]["_op"] == "revert" && stats["maxValues"]["_op"] == "revert"
+    })
+}

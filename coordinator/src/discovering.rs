@@ -1,0 +1,396 @@
+//! One discovery of one pipeline: listing, readiness, second listing, pinned manifest.
+//!
+//! Owns: the order of these effects, and what a listing does to the book. A folder that cannot be
+//! used blocks its own epoch; a source that cannot be listed stops only its pipeline.
+
+use alluvium_protocol::manifest::{Manifest, Object, Reason};
+use alluvium_protocol::pipeline::Ready;
+use alluvium_protocol::state::{Event, State};
+use alluvium_protocol::task::{Step, Work};
+use alluvium_protocol::{Code, Epoch, Error, Result};
+use chrono::{DateTime, Utc};
+use tokio::sync::mpsc;
+
+use crate::book::Book;
+use crate::discovery::{Contents, Listing};
+use crate::notice::Notice;
+use crate::readiness::{self, Judgement};
+
+/// Processed folders compared with their manifests at each discovery, newest first: a bound on
+/// the listings that watching for changes costs.
+const CHANGE_CHECKS_MAX: usize = 50;
+
+/// Discovers one pipeline.
+pub async fn discover(
+    book: &mut Book,
+    now: DateTime<Utc>,
+    notices: &mpsc::UnboundedSender<Notice>,
+) {
+    if let Err(error) = try_discover(book, now, notices).await {
+        let is_news = book.error.as_ref() != Some(&error);
+        book.error = Some(error.clone());
+        if is_news {
+            tracing::error!(pipeline = book.pipeline.id, %error, "pipeline cannot go on");
+            let text = with_help(&error);
+            let _ = notices.send(Notice::Warning { pipeline: book.pipeline.id.clone(), text });
+        }
+    }
+}
+
+fn with_help(error: &Error) -> String {
+    match &error.help {
+        Some(help) => format!("{error}; {help}"),
+        None => error.to_string(),
+    }
+}
+
+async fn try_discover(
+    book: &mut Book,
+    now: DateTime<Utc>,
+    notices: &mpsc::UnboundedSender<Notice>,
+) -> Result<()> {
+    if book.error.is_some() {
+        book.read_tables().await?;
+    }
+    let listing = book.source.list().await?;
+    book.error = None;
+    note_junk(book, &listing, notices);
+    book.settled_folders = 0;
+    for (epoch, name) in &listing.files {
+        if !listing.folders.contains_key(epoch) {
+            let text = format!("{}/{name} is a file; an epoch is a folder", book.pipeline.source);
+            let help = format!("move the file into a folder of that name, or away: `{name}/…`");
+            block(book, *epoch, Error::new(Code::EpochNotAFolder, text).with_help(help), notices);
+        }
+    }
+    for (epoch, names) in &listing.folders {
+        if let Err(error) = look_at(book, *epoch, names, now, notices).await {
+            if error.class() == alluvium_protocol::Class::Permanent {
+                block(book, *epoch, error, notices);
+            } else {
+                return Err(error);
+            }
+        }
+    }
+    forget_vanished(book, &listing);
+    watch_for_changes(book, &listing, notices).await?;
+    let (waiting, known) = (book.waiting(), book.entries.len());
+    let pipeline = book.pipeline.id.clone();
+    let _ = notices.send(Notice::Discovered { pipeline, waiting, known });
+    Ok(())
+}
+
+fn note_junk(book: &mut Book, listing: &Listing, notices: &mpsc::UnboundedSender<Notice>) {
+    if book.junk.1 != listing.junk_count && listing.junk_count > 0 {
+        let names: Vec<&str> = listing.junk.iter().map(String::as_str).collect();
+        let text = format!(
+            "{} name(s) in {} are no epochs and are left alone: {}",
+            listing.junk_count,
+            book.pipeline.source,
+            names.join(", ")
+        );
+        let _ = notices.send(Notice::Warning { pipeline: book.pipeline.id.clone(), text });
+    }
+    book.junk = (listing.junk.clone(), listing.junk_count);
+}
+
+/// Looks at one epoch's folder and moves the book accordingly.
+async fn look_at(
+    book: &mut Book,
+    epoch: Epoch,
+    names: &[String],
+    now: DateTime<Utc>,
+    notices: &mpsc::UnboundedSender<Notice>,
+) -> Result<()> {
+    if book.is_settled(epoch) && !book.entries.contains_key(&epoch) {
+        book.settled_folders += 1;
+        return Ok(());
+    }
+    let is_known = book.entries.contains_key(&epoch);
+    let entry = book.entry(epoch, State::Incomplete);
+    if !is_known {
+        entry.waiting_since = Some(now);
+    }
+    if names.len() > 1 {
+        let text = format!("the folders {} are one epoch, {epoch}", names.join(" and "));
+        if entry.state.is_end() || entry.state == State::Ingested {
+            entry.changed = Some(text);
+            return Ok(());
+        }
+        let help = "keep one of them, move the other's files into it or away";
+        return Err(Error::new(Code::AmbiguousFolder, text).with_help(help));
+    }
+    entry.folder = Some(names[0].clone());
+    let wants_listing = match entry.state {
+        State::Empty | State::Incomplete => true,
+        // A folder that changed since it blocked the epoch is tried again by itself.
+        State::Blocked(Step::Ingest) => true,
+        _ => false,
+    };
+    if wants_listing { examine(book, epoch, &names[0], now, notices).await } else { Ok(()) }
+}
+
+/// Judges a folder that is not pinned yet, or whose pinned content could not be read.
+async fn examine(
+    book: &mut Book,
+    epoch: Epoch,
+    folder: &str,
+    now: DateTime<Utc>,
+    notices: &mpsc::UnboundedSender<Notice>,
+) -> Result<()> {
+    let contents = book.source.contents(folder).await?;
+    let state = book.entries[&epoch].state;
+    if state.is_stopped() {
+        return examine_blocked(book, epoch, &contents, now).await;
+    }
+    let earlier = book.entries[&epoch].quiet.clone();
+    let judgement = readiness::judge(&book.pipeline.ready, &contents, earlier.as_ref(), now);
+    let pipeline = book.pipeline.id.clone();
+    let entry = book.entry(epoch, State::Incomplete);
+    entry.settles_at = None;
+    let (event, why) = match judgement {
+        Judgement::Empty => (Event::FolderEmpty, "the folder has no data files".to_owned()),
+        Judgement::Incomplete { why } => (Event::FolderIncomplete, why),
+        Judgement::Settling { until, quiet } => {
+            // One second chance per discovery run: a folder that changed while it was watched is
+            // named as incomplete and found again later.
+            let is_first = entry.quiet.is_none();
+            let still = entry.quiet.as_ref() == Some(&quiet);
+            if is_first || still {
+                entry.settles_at = Some(until);
+            }
+            entry.quiet = Some(quiet);
+            (Event::FolderIncomplete, "it is being watched for changes".to_owned())
+        }
+        Judgement::Open => {
+            entry.quiet = None;
+            return pin_folder(book, epoch, folder, Reason::Arrival, None, now).await;
+        }
+    };
+    entry.apply(event)?;
+    if entry.why.as_ref() != Some(&why) {
+        entry.why = Some(why.clone());
+        let _ = notices.send(Notice::EpochWaits { pipeline, epoch, why });
+    }
+    Ok(())
+}
+
+/// A blocked epoch whose folder is no longer what was pinned goes on with new content.
+async fn examine_blocked(
+    book: &mut Book,
+    epoch: Epoch,
+    contents: &Contents,
+    now: DateTime<Utc>,
+) -> Result<()> {
+    let generation = book.entries[&epoch].generation;
+    let pinned = match generation {
+        0 => None,
+        generation => book.manifests.load(epoch, generation).await?,
+    };
+    let is_same = pinned.is_some_and(|pinned| same_objects(&pinned.manifest.objects, &contents.objects));
+    let is_changed = generation > 0 && !is_same;
+    // Blocked before anything was pinned (two folders, a file): the cause may be gone.
+    if !is_changed && generation > 0 {
+        return Ok(());
+    }
+    let entry = &book.entries[&epoch];
+    match readiness::judge(&book.pipeline.ready, contents, entry.quiet.as_ref(), now) {
+        Judgement::Open => {}
+        Judgement::Settling { until, quiet } => {
+            let entry = book.entry(epoch, State::Incomplete);
+            let is_news = entry.quiet.as_ref() != Some(&quiet);
+            entry.settles_at = (entry.quiet.is_none() || !is_news).then_some(until);
+            entry.quiet = Some(quiet);
+            return Ok(());
+        }
+        Judgement::Empty | Judgement::Incomplete { .. } => return Ok(()),
+    }
+    let reason = if generation == 0 { Reason::Arrival } else { Reason::Changed };
+    let folder = book.entries[&epoch].folder.clone().unwrap_or_default();
+    pin_folder(book, epoch, &folder, reason, None, now).await
+}
+
+fn same_objects(a: &[Object], b: &[Object]) -> bool {
+    a.len() == b.len()
+        && a.iter().zip(b).all(|(a, b)| a.name == b.name && a.size == b.size && a.etag == b.etag)
+}
+
+/// Makes the second listing and pins it as the epoch's content at the next generation.
+pub async fn pin_folder(
+    book: &mut Book,
+    epoch: Epoch,
+    folder: &str,
+    reason: Reason,
+    request: Option<&str>,
+    now: DateTime<Utc>,
+) -> Result<()> {
+    let produced = match &book.pipeline.ready {
+        Ready::Manifest(name) => Some((name.clone(), book.source.read(folder, name).await?)),
+        Ready::Marker(_) | Ready::Quiet(_) => None,
+    };
+    // Begun after the sign of completeness was seen: it sees every file that was there before it.
+    let contents = book.source.contents(folder).await?;
+    let objects = match produced {
+        None => contents.objects,
+        Some((name, body)) => {
+            let place = format!("{}/{folder}/{name}", book.pipeline.source);
+            match readiness::select(&body, &contents, &place)? {
+                Some(objects) => objects,
+                None => {
+                    let entry = book.entry(epoch, State::Incomplete);
+                    entry.why = Some(format!("files that {name} names are not there yet"));
+                    return Ok(());
+                }
+            }
+        }
+    };
+    if objects.is_empty() {
+        let text = format!("{folder} has no data files");
+        return Err(Error::new(Code::NotPossibleNow, text));
+    }
+    pin(book, epoch, folder, reason, request, objects, now).await
+}
+
+/// Pins content and moves the epoch to `Ready`.
+pub async fn pin(
+    book: &mut Book,
+    epoch: Epoch,
+    folder: &str,
+    reason: Reason,
+    request: Option<&str>,
+    objects: Vec<Object>,
+    now: DateTime<Utc>,
+) -> Result<()> {
+    let known = book.entries.get(&epoch).map_or(0, |entry| entry.generation);
+    let generation = known.max(book.markers.generation(epoch)) + 1;
+    let manifest = Manifest {
+        pipeline: book.pipeline.id.clone(),
+        epoch,
+        generation,
+        folder: folder.to_owned(),
+        reason,
+        request: request.map(str::to_owned),
+        pinned_at: now,
+        objects,
+    };
+    let pinned = book.manifests.store(manifest).await?;
+    let entry = book.entry(epoch, State::Incomplete);
+    entry.apply(Event::ContentPinned)?;
+    entry.generation = pinned.manifest.generation;
+    entry.folder = Some(pinned.manifest.folder);
+    entry.is_empty = pinned.manifest.reason.is_empty_content();
+    entry.waiting_since = None;
+    entry.why = None;
+    entry.settles_at = None;
+    entry.changed = None;
+    Ok(())
+}
+
+/// The ingest task of a pinned epoch. A manifest that cannot be read blocks the epoch.
+pub async fn ingest_work(book: &mut Book, epoch: Epoch) -> Option<Work> {
+    let generation = book.entries.get(&epoch)?.generation;
+    let loaded = match book.manifests.load(epoch, generation).await {
+        Ok(Some(pinned)) => Ok(pinned),
+        Ok(None) => Err(Error::new(
+            Code::StorageUnavailable,
+            format!("the manifest of epoch {epoch}, generation {generation}, is gone"),
+        )),
+        Err(error) => Err(error),
+    };
+    match loaded {
+        Ok(pinned) => Some(Work::Ingest {
+            epoch,
+            generation,
+            manifest: Manifest::path(&book.pipeline.id, epoch, generation),
+            manifest_hash: pinned.hash,
+        }),
+        Err(error) => {
+            let entry = book.entries.get_mut(&epoch)?;
+            entry.error = Some(error);
+            // Legal from Ready; the epoch is listed and pinned anew by the next process.
+            let _ = entry.apply(Event::Blocked(Step::Ingest));
+            None
+        }
+    }
+}
+
+/// Blocks an epoch whose folder cannot be used; told once.
+fn block(book: &mut Book, epoch: Epoch, error: Error, notices: &mpsc::UnboundedSender<Notice>) {
+    let pipeline = book.pipeline.id.clone();
+    let entry = book.entry(epoch, State::Incomplete);
+    if entry.state.is_end() || entry.state.is_outstanding() {
+        entry.changed = Some(error.to_string());
+        return;
+    }
+    let is_news = entry.error.as_ref() != Some(&error);
+    if entry.apply(Event::Blocked(Step::Ingest)).is_err() {
+        return;
+    }
+    entry.blocked_here = true;
+    entry.settles_at = None;
+    entry.error = Some(error.clone());
+    if is_news {
+        let step = Step::Ingest;
+        let _ = notices.send(Notice::EpochBlocked { pipeline, epoch, step, error });
+    }
+}
+
+/// Epochs whose folder went away before anything was pinned are no epochs any more.
+fn forget_vanished(book: &mut Book, listing: &Listing) {
+    book.entries.retain(|epoch, entry| {
+        let is_listed =
+            listing.folders.contains_key(epoch) || listing.files.contains_key(epoch);
+        let is_unpinned = entry.generation == 0
+            && matches!(
+                entry.state,
+                State::Empty | State::Incomplete | State::Blocked(Step::Ingest)
+            );
+        is_listed || !is_unpinned
+    });
+}
+
+/// Compares processed folders with what was read. Work goes on; a person decides on a replay.
+async fn watch_for_changes(
+    book: &mut Book,
+    listing: &Listing,
+    notices: &mpsc::UnboundedSender<Notice>,
+) -> Result<()> {
+    let candidates: Vec<(Epoch, String, i64)> = book
+        .entries
+        .iter()
+        .rev()
+        .filter(|(_, entry)| entry.state == State::Processed && entry.changed.is_none())
+        .filter_map(|(epoch, entry)| {
+            let names = listing.folders.get(epoch)?;
+            Some((*epoch, names.first()?.clone(), entry.generation))
+        })
+        .take(CHANGE_CHECKS_MAX)
+        .collect();
+    for (epoch, folder, generation) in candidates {
+        let Some(pinned) = book.manifests.load(epoch, generation).await? else { continue };
+        if pinned.manifest.reason.is_empty_content() {
+            continue;
+        }
+        let contents = book.source.contents(&folder).await?;
+        // A producer's manifest may name only some of the files that are there.
+        let is_same = match &book.pipeline.ready {
+            Ready::Manifest(_) => pinned.manifest.objects.iter().all(|object| {
+                contents.objects.iter().any(|o| same_objects(&[o.clone()], &[object.clone()]))
+            }),
+            Ready::Marker(_) | Ready::Quiet(_) => {
+                same_objects(&pinned.manifest.objects, &contents.objects)
+            }
+        };
+        if is_same {
+            continue;
+        }
+        let id = book.pipeline.id.clone();
+        let text = format!(
+            "folder {folder} changed after it was read; `alluvium replay {id} {epoch}` reads it again"
+        );
+        let entry = book.entry(epoch, State::Processed);
+        entry.changed = Some(text.clone());
+        let _ = notices.send(Notice::Warning { pipeline: id, text });
+    }
+    Ok(())
+}

@@ -1,0 +1,271 @@
+//! How things stand, for people: read from tables, manifests and a listing, changing nothing.
+
+use std::collections::BTreeMap;
+
+use alluvium_protocol::state::State;
+use alluvium_protocol::task::Step;
+use alluvium_protocol::{Epoch, Error, Pipeline, Result};
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::book::Book;
+use crate::discovery::Listing;
+use crate::ledger::{Ledger, LedgerTable};
+use crate::readiness::{self, Judgement};
+use crate::sequencing::{Plan, plan};
+
+/// One epoch, as people see it.
+#[derive(Clone, Debug, Serialize)]
+pub struct EpochStanding {
+    /// The pipeline.
+    pub pipeline: String,
+    /// The epoch.
+    pub epoch: Epoch,
+    /// The folder's name.
+    pub folder: String,
+    /// The word for its state.
+    pub state: String,
+    /// Which content of it counts.
+    pub generation: i64,
+    /// It came after a higher one.
+    pub late: bool,
+    /// When it was merged.
+    pub processed_at: Option<String>,
+    /// Why it waits, is blocked, or should be looked at.
+    pub note: Option<String>,
+    /// The code of its last error.
+    pub code: Option<String>,
+    /// The step at which it stopped.
+    pub stopped_at: Option<String>,
+}
+
+/// One pipeline, as people see it.
+#[derive(Clone, Debug, Serialize)]
+pub struct PipelineStanding {
+    /// The pipeline.
+    pub pipeline: String,
+    /// `fresh`, `behind`, `blocked`, `broken`, `paused` or `empty`.
+    pub health: &'static str,
+    /// The newest epoch with all lower known epochs applied.
+    pub fresh_to: Option<Epoch>,
+    /// Epochs by state.
+    pub epochs: BTreeMap<String, usize>,
+    /// Raw's version.
+    pub raw_version: Option<i64>,
+    /// Main's version.
+    pub main_version: Option<i64>,
+    /// Main's data files.
+    pub main_files: u64,
+    /// Small ones among them.
+    pub main_small_files: u64,
+    /// Names in the source that are no epochs.
+    pub junk: usize,
+    /// The first few of these names.
+    pub junk_names: Vec<String>,
+    /// Folders below `start_from` or the floor.
+    pub settled_folders: usize,
+    /// What stops it, or holds it up.
+    pub why: Vec<String>,
+    /// What stops it, when its source or tables cannot be used.
+    pub error: Option<Error>,
+}
+
+/// A pipeline's book, brought up to the source without pinning anything.
+pub struct Standing {
+    /// The book.
+    pub book: Book,
+    /// The plan from here.
+    pub plan: Plan,
+    processed: BTreeMap<Epoch, String>,
+}
+
+impl Standing {
+    /// Reads everything that says how a pipeline stands.
+    pub async fn read(pipeline: Pipeline, now: DateTime<Utc>) -> Result<Self> {
+        let ledger = Ledger::open(&pipeline.state);
+        let mut book = Book::open(pipeline).await?;
+        if book.error.is_none() {
+            match book.source.list().await {
+                Ok(listing) => look(&mut book, &listing, now).await,
+                Err(error) => book.error = Some(error),
+            }
+        }
+        let mut processed = BTreeMap::new();
+        let id = book.pipeline.id.replace('\'', "''");
+        // A ledger that cannot be read takes times and reasons away, nothing else.
+        let rows = ledger
+            .select(
+                LedgerTable::ProcessedFolders,
+                &format!("SELECT epoch, max(processed_at) AS at FROM t WHERE pipeline = '{id}' GROUP BY epoch"),
+            )
+            .await
+            .unwrap_or_default();
+        for row in &rows {
+            if let (Some(epoch), Some(at)) = (row["epoch"].as_i64().and_then(Epoch::new), row["at"].as_str()) {
+                processed.insert(epoch, at.to_owned());
+            }
+        }
+        recall_blocked(&mut book, &ledger).await;
+        let views = book.epoch_views();
+        let plan = plan(&book.view(&views), now);
+        Ok(Self { book, plan, processed })
+    }
+
+    /// Its epochs, ascending.
+    pub fn epochs(&self) -> Vec<EpochStanding> {
+        let mut found = Vec::new();
+        for (epoch, entry) in &self.book.entries {
+            let waits = self.plan.waits.iter().find(|wait| wait.epoch == Some(*epoch));
+            let stopped_at = match entry.state {
+                State::Blocked(step) | State::Parked(step) => Some(step.as_str().to_owned()),
+                _ => None,
+            };
+            let error = entry.error.as_ref().filter(|_| entry.state.is_stopped());
+            let note = error
+                .map(|e| e.message.clone())
+                .or_else(|| entry.changed.clone())
+                .or_else(|| entry.why.clone())
+                .or_else(|| waits.map(|wait| wait.why.clone()));
+            found.push(EpochStanding {
+                pipeline: self.book.pipeline.id.clone(),
+                epoch: *epoch,
+                folder: entry.folder.clone().unwrap_or_else(|| epoch.to_string()),
+                state: entry.state.as_str().to_owned(),
+                generation: entry.generation,
+                late: entry.late,
+                processed_at: self.processed.get(epoch).cloned(),
+                note,
+                code: error.map(|e| e.code.to_string()),
+                stopped_at,
+            });
+        }
+        found
+    }
+
+    /// The whole pipeline.
+    pub fn pipeline(&self) -> PipelineStanding {
+        let book = &self.book;
+        let mut epochs: BTreeMap<String, usize> = BTreeMap::new();
+        let mut fresh_to = None;
+        let mut is_whole = true;
+        for (epoch, entry) in &book.entries {
+            *epochs.entry(entry.state.as_str().to_owned()).or_default() += 1;
+            is_whole &= entry.state.is_end();
+            if is_whole {
+                fresh_to = Some(*epoch);
+            }
+        }
+        let count = |names: &[&str]| names.iter().filter_map(|name| epochs.get(*name)).sum::<usize>();
+        let health = if book.error.is_some() {
+            "broken"
+        } else if book.markers.is_held() {
+            "paused"
+        } else if count(&["blocked", "parked"]) > 0 {
+            "blocked"
+        } else if count(&["ready", "ingested", "ingesting", "merging"]) > 0 {
+            "behind"
+        } else if book.entries.is_empty() {
+            "empty"
+        } else {
+            "fresh"
+        };
+        let mut why: Vec<String> = Vec::new();
+        if let Some(error) = &book.error {
+            why.push(match &error.help {
+                Some(help) => format!("{error}; {help}"),
+                None => error.to_string(),
+            });
+        }
+        for wait in &self.plan.waits {
+            why.push(match wait.epoch {
+                Some(epoch) => format!("epoch {epoch}: {}", wait.why),
+                None => wait.why.clone(),
+            });
+        }
+        PipelineStanding {
+            pipeline: book.pipeline.id.clone(),
+            health,
+            fresh_to,
+            epochs,
+            raw_version: book.versions.0,
+            main_version: book.versions.1,
+            main_files: book.main_files.0,
+            main_small_files: book.main_files.1,
+            junk: book.junk.1,
+            junk_names: book.junk.0.iter().cloned().collect(),
+            settled_folders: book.settled_folders,
+            why,
+            error: book.error.clone(),
+        }
+    }
+}
+
+/// Places folders that nothing is pinned of, by one listing each, and compares the newest others.
+async fn look(book: &mut Book, listing: &Listing, now: DateTime<Utc>) {
+    book.junk = (listing.junk.clone(), listing.junk_count);
+    for (epoch, names) in &listing.folders {
+        let is_known = book.entries.contains_key(epoch);
+        if !is_known && book.is_settled(*epoch) {
+            book.settled_folders += 1;
+            continue;
+        }
+        let folder = names[0].clone();
+        let ready = book.pipeline.ready.clone();
+        let contents = if is_known { None } else { book.source.contents(&folder).await.ok() };
+        let entry = book.entry(*epoch, State::Incomplete);
+        entry.folder = Some(folder);
+        let Some(contents) = contents else { continue };
+        entry.waiting_since = Some(now);
+        if names.len() > 1 {
+            entry.state = State::Blocked(Step::Ingest);
+            entry.why = Some(format!("the folders {} are one epoch", names.join(" and ")));
+            continue;
+        }
+        (entry.state, entry.why) = match readiness::judge(&ready, &contents, None, now) {
+            Judgement::Empty => (State::Empty, Some("the folder has no data files".to_owned())),
+            Judgement::Incomplete { why } => (State::Incomplete, Some(why)),
+            Judgement::Settling { .. } => {
+                (State::Incomplete, Some("a run watches whether it changes".to_owned()))
+            }
+            Judgement::Open => (State::Ready, None),
+        };
+    }
+}
+
+/// The ledger's word about epochs that wait for a person: an epoch whose last event blocked it.
+pub async fn recall_blocked(book: &mut Book, ledger: &Ledger) {
+    let id = book.pipeline.id.replace('\'', "''");
+    let sql = format!(
+        "SELECT epoch, verdict, step, code, message, help FROM (SELECT *, row_number() OVER \
+         (PARTITION BY epoch ORDER BY at DESC) AS rank FROM t \
+         WHERE pipeline = '{id}' AND epoch IS NOT NULL) WHERE rank = 1 AND verdict <> 'done'"
+    );
+    let rows = ledger.select(LedgerTable::StepEvents, &sql).await.unwrap_or_default();
+    for row in &rows {
+        recall(book, row);
+    }
+}
+
+fn recall(book: &mut Book, row: &Value) {
+    let Some(epoch) = row["epoch"].as_i64().and_then(Epoch::new) else { return };
+    let Some(entry) = book.entries.get_mut(&epoch) else { return };
+    let code = row["code"].as_str().and_then(alluvium_protocol::Code::parse);
+    let step = match row["step"].as_str() {
+        Some("ingest") => Step::Ingest,
+        Some("merge") => Step::Merge,
+        _ => return,
+    };
+    let is_still_there = match step {
+        Step::Ingest => entry.state == State::Ready,
+        _ => entry.state == State::Ingested,
+    };
+    let Some(code) = code.filter(|_| is_still_there) else { return };
+    if code == alluvium_protocol::Code::FolderChanged {
+        return;
+    }
+    let message = row["message"].as_str().unwrap_or("").to_owned();
+    let help = row["help"].as_str().map(str::to_owned);
+    entry.state = State::Blocked(step);
+    entry.error = Some(Error { code, message, help });
+}

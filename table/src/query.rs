@@ -1,0 +1,37 @@
+//! Rows of a query as JSON objects, for people and for our own small readings.
+
+use alluvium_protocol::{Code, Error, Result};
+use deltalake::arrow::array::RecordBatch;
+use deltalake::arrow::json::ArrayWriter;
+use deltalake::datafusion::execution::context::SessionContext;
+use serde_json::Value;
+
+/// Runs a statement and returns its rows; NULLs are left out.
+pub async fn rows(session: &SessionContext, sql: &str) -> Result<Vec<Value>> {
+    to_json(&batches(session, sql).await?)
+}
+
+/// Runs a statement and returns its batches (at least one, so that the columns are known).
+pub async fn batches(session: &SessionContext, sql: &str) -> Result<Vec<RecordBatch>> {
+    let failed = |e: &dyn std::fmt::Display| Error::new(Code::QueryFailed, e.to_string());
+    let frame = session.sql(sql).await.map_err(|e| failed(&e))?;
+    let schema = frame.schema().inner().clone();
+    let mut batches = frame.collect().await.map_err(|e| failed(&e))?;
+    if batches.is_empty() {
+        batches.push(RecordBatch::new_empty(schema));
+    }
+    Ok(batches)
+}
+
+/// Rows as JSON objects.
+pub fn to_json(batches: &[RecordBatch]) -> Result<Vec<Value>> {
+    let mut writer = ArrayWriter::new(Vec::new());
+    let rows: Vec<&RecordBatch> = batches.iter().collect();
+    writer.write_batches(&rows).map_err(Error::internal)?;
+    writer.finish().map_err(Error::internal)?;
+    let body = writer.into_inner();
+    if body.is_empty() {
+        return Ok(Vec::new());
+    }
+    serde_json::from_slice(&body).map_err(Error::internal)
+}

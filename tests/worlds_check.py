@@ -1,0 +1,132 @@
+"""The statements that every world must satisfy, over the tables alone.
+
+Owns: the list of statements and how a broken one reads.
+Calls: the oracle. Never: runs the product, changes a file, or takes the ledger's word for rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from oracle import (
+    REVERT,
+    OracleError,
+    World,
+    applied_epochs,
+    compare,
+    epochs_needing_merge,
+    expected_main,
+    key_of,
+    main_from_raw,
+    pipeline_ids,
+    read_main,
+    step_markers,
+    world_from_raw,
+)
+from oracle_reading import marker_disagreements, read_markers, read_table, table_exists
+from worlds_files import PIPELINE
+
+LEDGER = "state/ledger/processed_folders"
+
+
+def check_world(home: Path, model: World, complete: set[int]) -> list[str]:
+    """Everything that does not hold, one line each. `complete`: delivered with their marker."""
+    raw, main = home / "raw", home / "main"
+    if not complete and not table_exists(main):
+        return []
+    try:
+        markers = {"raw": read_markers(raw), "main": read_markers(main)}
+        ids = pipeline_ids(markers["raw"]) | pipeline_ids(markers["main"])
+        if len(ids) > 1:
+            return [f"the markers name several pipeline ids: {sorted(ids)}"]
+        pipeline_id = next(iter(ids), PIPELINE)
+        lines = _markers(markers["raw"], markers["main"], pipeline_id, complete)
+        lines += _prefixed("raw log", marker_disagreements(raw))
+        lines += _prefixed("main log", marker_disagreements(main))
+        found = read_main(main, model.key)
+        lines += _prefixed("main by model", compare(expected_main(model, complete), found))
+        by_raw = main_from_raw(raw, main, pipeline_id, model.key, model.sequence_by)
+        lines += _prefixed("main by raw", by_raw)
+        lines += _prefixed("raw by model", _raw(raw, model, markers["raw"], pipeline_id))
+        if complete:
+            applied = step_markers(markers["main"], pipeline_id, "merge")
+            lines += _prefixed("ledger", _ledger(home / LEDGER, applied))
+    except OracleError as error:
+        return [str(error)]
+    return lines
+
+
+def _prefixed(what: str, lines: Iterable[str]) -> list[str]:
+    return [f"{what}: {line}" for line in lines]
+
+
+def _markers(
+    raw: dict[str, int], main: dict[str, int], pipeline_id: str, complete: set[int]
+) -> list[str]:
+    """Applied are exactly the complete epochs, and nobody needs a merge."""
+    applied = applied_epochs(main, pipeline_id)
+    lines = []
+    if lacking := sorted(complete - applied):
+        lines.append(f"markers: complete epochs are not applied: {lacking}")
+    ingested = set(step_markers(raw, pipeline_id, "ingest"))
+    merged = set(step_markers(main, pipeline_id, "merge"))
+    if extra := sorted((ingested | merged) - complete):
+        lines.append(f"markers: epochs are processed that are not complete: {extra}")
+    return lines + _prefixed("markers", epochs_needing_merge(main, raw, pipeline_id))
+
+
+def _raw(raw: Path, model: World, markers: dict[str, int], pipeline_id: str) -> list[str]:
+    """Raw's partitions say what the folders said when they were asked for last."""
+    found = world_from_raw(raw, model.key, model.sequence_by)
+    lines = compare(_by_place(model), _by_place(found))
+    for epoch, rows in found.content.items():
+        reverts = [key_of(row.columns, model.key) for row in rows if row.op == REVERT]
+        lasting = {key_of(row.columns, model.key) for row in rows if row.op != REVERT}
+        if both := sorted(lasting & set(reverts), key=repr):
+            lines.append(f"epoch {epoch} has rows and reverts of the keys {both}")
+        if len(reverts) != len(set(reverts)):
+            lines.append(f"epoch {epoch} reverts a key twice")
+        # The model may know more: an epoch replayed before its first ingest has no reverts.
+        known = model.content.get(epoch, [])
+        allowed = {key_of(row.columns, model.key) for row in known if row.op == REVERT}
+        if strange := sorted(set(reverts) - allowed, key=repr):
+            lines.append(f"epoch {epoch} reverts keys it never had, or still has: {strange}")
+    ingested = step_markers(markers, pipeline_id, "ingest")
+    held = {(row["_epoch"], row["_generation"]) for row in read_table(raw) if row["_op"] != REVERT}
+    for epoch, generation in sorted(held):
+        if ingested.get(int(epoch)) != generation:
+            lines.append(
+                f"epoch {epoch} holds rows of generation {generation}, "
+                f"its ingest marker says {ingested.get(int(epoch))}"
+            )
+    return lines
+
+
+def _by_place(world: World) -> dict[tuple, dict]:
+    return {
+        (epoch, row.file, row.row): {"_op": row.op, **row.columns}
+        for epoch, rows in world.content.items()
+        for row in rows
+        if row.op != REVERT
+    }
+
+
+def _ledger(table: Path, merged: dict[int, int]) -> list[str]:
+    """Each (epoch, generation) at most once, the newest of every applied epoch exactly once."""
+    if not table_exists(table):
+        return [f"there is no table {table.name}"]
+    rows = read_table(table)
+    seen = Counter((row["pipeline"], row["epoch"], row["generation"]) for row in rows)
+    lines = [f"{entry} stands {count} times" for entry, count in seen.items() if count > 1]
+    for epoch, generation in sorted(merged.items()):
+        if seen[(PIPELINE, epoch, generation)] == 0:
+            others = sorted(entry[2] for entry in seen if entry[1] == epoch)
+            lines.append(f"epoch {epoch} lacks generation {generation} (it has {others})")
+    for row in rows:
+        name = row["epoch_folder"]
+        if not re.fullmatch(r"[0-9]+", name) or int(name) != row["epoch"]:
+            lines.append(f"folder {name!r} is not the name of epoch {row['epoch']}")
+    return lines

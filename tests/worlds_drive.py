@@ -1,0 +1,250 @@
+"""Plays one planned world against the real binary, and keeps the model of what it should be.
+
+Owns: the world's folder, its files, the processes it starts, the exit codes it accepts.
+Calls: the plan, the model, `worlds_check`. Never: decides what happens next, waits by sleeping,
+reads the product's state for the model, or ends a process it did not start.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from oracle import World, content_of
+from oracle_reading import read_source_folder, table_version
+from worlds_check import check_world
+from worlds_files import PIPELINE, complete_folder, config_text, write_files, write_junk
+from worlds_plan import Action, Check, Deliver, Fault, Lose, Plan, Run, Shape, Verb, describe
+
+TIMEOUT_SECONDS = 120
+STDERR_LINES = 40
+KILLED = -9
+# A lost reply is retried (0), or it ends this run with an error that the next one heals.
+AFTER_LOST_REPLY = {0, 1, 4}
+# While a replay is to be repeated its folder differs from what was pinned: an alert is right.
+WHILE_FOLDER_CHANGED = {0, 1}
+
+
+class WorldFailed(Exception):
+    """What went wrong in this world, one line each."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__(lines[0])
+        self.lines = lines
+
+
+@dataclass
+class Outcome:
+    """What is told about a world when it is over."""
+
+    plan: Plan
+    history: list[str] = field(default_factory=list)
+    failure: list[str] = field(default_factory=list)
+    stderr: list[str] = field(default_factory=list)
+    points_killed: set[str] = field(default_factory=set)
+    replies_lost: dict[int, int] = field(default_factory=dict)
+    invocations: int = 0
+
+
+def crash_points(binary: Path) -> list[str]:
+    """The binary's named crash points, one per line of its hidden verb."""
+    done = subprocess.run(
+        [binary, "crash-points"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    points = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode or not points:
+        raise WorldFailed([f"`crash-points` exits {done.returncode} and names {len(points)}"])
+    return points
+
+
+def play_world(plan: Plan, binary: Path, points: list[str], home: Path) -> Outcome:
+    """Plays the plan in the folder `home`, which must not exist."""
+    outcome = Outcome(plan)
+    try:
+        player = _Player(plan.shape, binary, points, home, outcome)
+        for action in plan.actions:
+            outcome.history.append(describe(action, points))
+            player.play(action)
+    except WorldFailed as failed:
+        outcome.failure = failed.lines
+    except Exception as error:  # A world that cannot be played or read is a failed world.
+        outcome.failure = [f"{type(error).__name__}: {error}"]
+    return outcome
+
+
+@dataclass
+class _Player:
+    shape: Shape
+    binary: Path
+    points: list[str]
+    home: Path
+    outcome: Outcome
+    complete: set[int] = field(default_factory=set)
+    unrepeated: set[tuple[str, int]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.model = World(self.shape.key, self.shape.sequence_by)
+        for folder in ("incoming", "logs"):
+            (self.home / folder).mkdir(parents=True)
+        (self.home / "alluvium.toml").write_text(config_text(self.shape))
+
+    def play(self, action: Action) -> None:
+        match action:
+            case Deliver():
+                self._deliver(action)
+            case Run():
+                self._run(action)
+            case Verb():
+                self._verb(action)
+            case Lose():
+                lost = self.home / ("state/ledger" if action.what == "ledger" else "state")
+                shutil.rmtree(lost, ignore_errors=True)
+            case Check():
+                self._check(action.still)
+
+    # --- actions ---
+
+    def _deliver(self, action: Deliver) -> None:
+        folder = self._folder(action.epoch)
+        write_files(folder, action.files, self.shape.key)
+        if action.junk:
+            write_junk(self.home / "incoming", folder)
+        if action.complete:
+            complete_folder(folder)
+            self.complete.add(action.epoch)
+            self.model.set_content(action.epoch, self._folder_content(action.epoch))
+
+    def _run(self, action: Run) -> None:
+        calls = [(["run", "--once"], fault) for fault in action.faults]
+        self._invoke(calls, {"ALLUVIUM_TEST_NO_LOCK": "1"} if len(calls) > 1 else {})
+
+    def _verb(self, action: Verb) -> None:
+        if action.files is not None:
+            folder = self._folder(action.epoch)
+            shutil.rmtree(folder)
+            write_files(folder, action.files, self.shape.key)
+            complete_folder(folder)
+        name, epoch = action.name, action.epoch
+        self.unrepeated.discard((name, epoch))
+        args = [name, PIPELINE, str(epoch), "--yes"]
+        self._invoke([(args, action.fault)], {})
+        if action.fault:
+            # Whether it took effect is not known; the plan repeats it before it checks.
+            self.unrepeated.add((name, epoch))
+        elif name == "replay":
+            self.model.set_content(epoch, self._folder_content(epoch))
+        else:
+            self.model.clear(epoch)
+
+    def _check(self, still: bool) -> None:
+        if lines := check_world(self.home, self.model, self.complete):
+            raise WorldFailed(lines)
+        if not still:
+            return
+        before = self._versions()
+        self._invoke([(["run", "--once"], None)], {})
+        if self._versions() != before:
+            raise WorldFailed(
+                [f"one more run changes the tables: versions {before}, then {self._versions()}"]
+            )
+        if lines := check_world(self.home, self.model, self.complete):
+            raise WorldFailed(["after one more run:", *lines])
+
+    # --- processes ---
+
+    def _accepted(self, fault: Fault | None) -> set[int]:
+        codes = {0}
+        if fault and fault.kind == "crash":
+            codes.add(KILLED)
+        if fault and fault.kind == "fail":
+            codes |= AFTER_LOST_REPLY
+        if any(name == "replay" for name, _ in self.unrepeated):
+            codes |= WHILE_FOLDER_CHANGED
+        return codes
+
+    def _invoke(self, calls: list[tuple[list[str], Fault | None]], env: dict[str, str]) -> None:
+        """Starts all calls at once, waits for all, and judges their exit codes."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        logs, processes = [], []
+        for args, fault in calls:
+            self.outcome.invocations += 1
+            log = self.home / "logs" / f"{self.outcome.invocations:02}-{args[0]}"
+            logs.append(log.with_suffix(".stderr"))
+            processes.append(self._start(args, log, {**env, **self._fault_env(fault)}))
+        codes = [_code_by(deadline, process) for process in processes]
+        self.outcome.stderr = _tails(logs)
+        told = ["hung" if code is None else f"exit {code}" for code in codes]
+        self.outcome.history[-1] += f" -> {' and '.join(told)}"
+        wrong = []
+        for code, (args, fault) in zip(codes, calls):
+            self._count(code, fault)
+            accepted = self._accepted(fault)
+            if code is None:
+                wrong.append(f"{args[0]} hung: no end within {TIMEOUT_SECONDS} s")
+            elif code not in accepted:
+                wrong.append(f"{args[0]}: exit {code}, expected one of {sorted(accepted)}")
+        if wrong:
+            raise WorldFailed(wrong)
+
+    def _start(self, args: list[str], log: Path, env: dict[str, str]) -> subprocess.Popen:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("ALLUVIUM_")}
+        stdout, stderr = log.with_suffix(".stdout"), log.with_suffix(".stderr")
+        with stdout.open("wb") as out, stderr.open("wb") as err:
+            return subprocess.Popen(
+                [self.binary, *args, "--config", "alluvium.toml"],
+                cwd=self.home,
+                env={**inherited, **env},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+            )
+
+    def _fault_env(self, fault: Fault | None) -> dict[str, str]:
+        if fault is None:
+            return {}
+        return {f"ALLUVIUM_{fault.kind.upper()}": f"{fault.point(self.points)}:{fault.nth}"}
+
+    def _count(self, code: int | None, fault: Fault | None) -> None:
+        if fault and code == KILLED:
+            self.outcome.points_killed.add(fault.point(self.points))
+        if fault and fault.kind == "fail" and code is not None:
+            lost = self.outcome.replies_lost
+            lost[code] = lost.get(code, 0) + 1
+
+    # --- what is where ---
+
+    def _folder(self, epoch: int) -> Path:
+        return self.home / "incoming" / str(epoch)
+
+    def _folder_content(self, epoch: int) -> list:
+        return content_of(read_source_folder(self._folder(epoch)), self.shape.key)
+
+    def _versions(self) -> dict[str, int | None]:
+        return {name: table_version(self.home / name) for name in ("raw", "main")}
+
+
+def _code_by(deadline: float, process: subprocess.Popen) -> int | None:
+    """The exit code, or None for a process that had to be ended."""
+    try:
+        return process.wait(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return None
+
+
+def _tails(logs: Iterable[Path]) -> list[str]:
+    lines = []
+    for log in logs:
+        lines.append(f"{log.name}:")
+        lines += log.read_text(errors="replace").splitlines()[-STDERR_LINES:]
+    return lines

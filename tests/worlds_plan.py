@@ -1,0 +1,383 @@
+"""Random worlds: what is delivered, what is asked for and what goes wrong, from a seed alone.
+
+Owns: the shape of a world (configuration), its folders' rows and its actions, in order.
+Never: touches a disk, starts a process or looks at an outcome: one seed is always one plan.
+
+The rules of the game (a plan never leaves them):
+- a folder changes only together with `replay`: a changed folder alone is ignored by the product;
+- a verb that was killed, or whose reply was lost, is repeated plainly before anything is checked;
+- while a replay is to be repeated no other verb is asked;
+- `undo` is asked only of an epoch that a plain run has surely merged, `replay` also of one that
+  a killed run may have begun, `skip` of any complete one.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+Columns = dict[str, Any]
+
+INVOCATIONS_MIN, INVOCATIONS_MAX = 7, 14
+ROWS_MAX = 30
+# Bytewise order differs from natural order, from case-blind order and from folder order.
+FILE_NAMES = (
+    "part-0.parquet", "part-10.parquet", "part-2.parquet", "B.parquet", "a.parquet",
+    "a-b.parquet", "a/b.parquet", "day=2/part-0.parquet",
+)  # fmt: skip
+AWKWARD_KEYS = ("k1 ", "K1", "", "ключ", "k'1", 'k"1', "10", "9")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The configuration of a world."""
+
+    key: tuple[str, ...]
+    sequence_by: str | None
+    order: str
+    slots: int
+    batch_epochs: int | None
+    small_files: int | None
+
+
+@dataclass(frozen=True)
+class File:
+    """One parquet file of a folder."""
+
+    name: str
+    rows: tuple[Columns, ...]
+    row_group_rows: int
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`crash` kills the process at a point, `fail` loses a reply there. `pick` chooses a point."""
+
+    kind: str
+    pick: float
+    nth: int
+
+    def point(self, points: list[str]) -> str:
+        """The named point; without a list of points, where in the list it would lie."""
+        if not points:
+            return f"<{self.pick:.0%} of the points>"
+        return points[int(self.pick * len(points))]
+
+    def describe(self, points: list[str]) -> str:
+        """As in the environment: point:n."""
+        return f"{self.kind} {self.point(points)}:{self.nth}"
+
+
+@dataclass(frozen=True)
+class Deliver:
+    """Files arrive in a folder; `complete` writes the marker last."""
+
+    epoch: int
+    files: tuple[File, ...]
+    complete: bool
+    junk: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """`run --once`; two faults mean two processes at the same time."""
+
+    faults: tuple[Fault | None, ...]
+
+    @property
+    def plain(self) -> bool:
+        return not any(self.faults)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """replay, undo or skip of an epoch. `files`: the folder is rewritten first."""
+
+    name: str
+    epoch: int
+    files: tuple[File, ...] | None
+    fault: Fault | None
+
+
+@dataclass(frozen=True)
+class Lose:
+    """`ledger` or `state`: the folder is deleted."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """All statements about the tables; `still` adds that one more run changes nothing."""
+
+    still: bool = False
+
+
+Action = Deliver | Run | Verb | Lose | Check
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole world."""
+
+    seed: int
+    shape: Shape
+    actions: tuple[Action, ...]
+
+
+def make_plan(seed: int) -> Plan:
+    """The world of this seed."""
+    planner = _Planner(random.Random(seed))
+    return Plan(seed, planner.shape, tuple(planner.play()))
+
+
+def describe(action: Action, points: list[str]) -> str:
+    """One line of history."""
+    match action:
+        case Deliver():
+            state = "complete" if action.complete else "without marker"
+            return f"deliver {action.epoch}: {_files(action.files)}; {state}" + (
+                ", junk beside it" if action.junk else ""
+            )
+        case Run():
+            what = "run" if len(action.faults) == 1 else "two runs at the same time"
+            faults = [fault.describe(points) for fault in action.faults if fault]
+            return f"{what}, {', '.join(faults)}" if faults else what
+        case Verb():
+            text = f"{action.name} {action.epoch}"
+            text += f", folder now: {_files(action.files)}" if action.files is not None else ""
+            return text + (f", {action.fault.describe(points)}" if action.fault else "")
+        case Lose():
+            return f"delete the {'ledger' if action.what == 'ledger' else 'whole state folder'}"
+        case Check():
+            return "check, then one more run changes nothing" if action.still else "check"
+
+
+def _files(files: tuple[File, ...]) -> str:
+    return ", ".join(f"{file.name} ({len(file.rows)} rows)" for file in files) or "no files"
+
+
+@dataclass
+class _Planner:
+    """Keeps what is possible next. Epochs move undelivered → incomplete → complete → sure."""
+
+    rng: random.Random
+    shape: Shape = field(init=False)
+    pool: list[str] = field(init=False)
+    undelivered: list[int] = field(init=False)
+    incomplete: dict[int, tuple[File, ...]] = field(default_factory=dict)
+    folders: dict[int, tuple[File, ...]] = field(default_factory=dict)
+    begun: set[int] = field(default_factory=set)
+    sure: set[int] = field(default_factory=set)
+    emptied: set[int] = field(default_factory=set)
+    repeats: list[Verb] = field(default_factory=list)
+    actions: list[Action] = field(default_factory=list)
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        rng = self.rng
+        composite = rng.random() < 0.3
+        self.shape = Shape(
+            key=("pguid", "site") if composite else ("pguid",),
+            sequence_by="seq" if rng.random() < 0.5 else None,
+            order=rng.choice(("sequential", "arrival")),
+            slots=rng.randint(1, 4),
+            batch_epochs=rng.choice((None, 1, 3, 100)),
+            small_files=2 if rng.random() < 0.4 else None,
+        )
+        self.pool = [f"k{n}" for n in range(rng.randint(3, 12))]
+        if rng.random() < 0.3:
+            self.pool += rng.sample(AWKWARD_KEYS, 3)
+        # 1..120 crosses 9/10 and 99/100, where order by name is wrong. Units are never mixed.
+        start = 1 if rng.random() < 0.7 else 1_700_000_000
+        spread = rng.choice((12, 120))
+        self.undelivered = rng.sample(range(start, start + spread), rng.randint(3, 8))
+        if rng.random() < 0.4:
+            self.undelivered.sort()
+
+    # --- the order of things ---
+
+    def play(self) -> list[Action]:
+        budget = self.rng.randint(INVOCATIONS_MIN, INVOCATIONS_MAX)
+        # Two for the last check (a run before it, a run within it), one per verb to repeat.
+        while self._invocations() + len(self.repeats) + 2 < budget:
+            self._one_action(left=budget - self._invocations() - len(self.repeats) - 2)
+        self._deliver_the_rest()
+        self._repeat_all()
+        self._run((None,))
+        self.actions.append(Check(still=True))
+        return self.actions
+
+    def _invocations(self) -> int:
+        runs = sum(len(action.faults) for action in self.actions if isinstance(action, Run))
+        return runs + sum(isinstance(action, Verb) for action in self.actions)
+
+    def _one_action(self, left: int) -> None:
+        rng = self.rng
+        waiting = len(self.undelivered) + len(self.incomplete)
+        # Early rather than late: a run with nothing to do teaches little.
+        if not self.folders and rng.random() < 0.9:
+            return self._deliver_or_complete()
+        if waiting and rng.random() < 1.6 * waiting / (waiting + left):
+            return self._deliver_or_complete()
+        work = bool(self.repeats or self.folders.keys() - self.sure)
+        choices = {
+            "plain": 4 if work else 1,
+            "crash": 6 if work else 1,
+            "fail": 3 if work else 1,
+            "twice": (3 if work else 1) if left >= 2 else 0,
+            "verb": 6 if self.folders and not self._replay_is_open() else 0,
+            "repeat": 4 if self.repeats else 0,
+            "lose": 3 if self.begun else 0,
+        }
+        match rng.choices(list(choices), list(choices.values()))[0]:
+            case "plain":
+                self._run((None,))
+                if not self.repeats and rng.random() < 0.5:
+                    self.actions.append(Check())
+            case "crash":
+                self._run((self._fault("crash"),))
+            case "fail":
+                self._run((self._fault("fail"),))
+            case "twice":
+                second = self._fault(rng.choice(("crash", "fail"))) if rng.random() < 0.4 else None
+                self._run((None, second))
+            case "lose":
+                self.actions.append(Lose(rng.choice(("ledger", "state"))))
+            case "repeat":
+                self._repeat(self.repeats.pop(0))
+            case "verb":
+                self._verb(left)
+
+    def _replay_is_open(self) -> bool:
+        """Then a folder differs from what was pinned, and may rightly stop other requests."""
+        return any(verb.name == "replay" for verb in self.repeats)
+
+    def _fault(self, kind: str) -> Fault:
+        nth = self.rng.choice((1, 1, 1, 2, 2, 3, 4))
+        return Fault(kind, self.rng.random(), nth)
+
+    def _run(self, faults: tuple[Fault | None, ...]) -> None:
+        run = Run(faults)
+        self.actions.append(run)
+        self.begun |= self.folders.keys()
+        if run.plain and not self.repeats:
+            self.sure |= self.folders.keys()
+
+    # --- deliveries ---
+
+    def _deliver_or_complete(self) -> None:
+        rng = self.rng
+        if self.incomplete and (not self.undelivered or rng.random() < 0.4):
+            epoch = rng.choice(sorted(self.incomplete))
+            first = self.incomplete.pop(epoch)
+            taken = {file.name for file in first}
+            more = self._new_files(epoch, rng.randint(0, 2), taken)
+            self.folders[epoch] = first + more
+            self.actions.append(Deliver(epoch, more, complete=True))
+            return
+        epoch = self.undelivered.pop(0)
+        complete = rng.random() < 0.8
+        files = self._new_files(epoch, rng.randint(1, 3))
+        (self.folders if complete else self.incomplete)[epoch] = files
+        self.actions.append(Deliver(epoch, files, complete, junk=rng.random() < 0.2))
+
+    def _deliver_the_rest(self) -> None:
+        """All, but in one world of five an incomplete folder stays incomplete for ever."""
+        patience = self.rng.random() < 0.8
+        while self.undelivered or (patience and self.incomplete):
+            self._deliver_or_complete()
+
+    # --- verbs ---
+
+    def _verb(self, left: int) -> None:
+        rng = self.rng
+        busy = {verb.epoch for verb in self.repeats}
+        possible = [("skip", epoch) for epoch in self.folders if epoch not in self.emptied]
+        possible += [("undo", epoch) for epoch in self.sure - self.emptied]
+        possible += [("replay", epoch) for epoch in self.begun for _ in range(3)]
+        possible = sorted((name, epoch) for name, epoch in possible if epoch not in busy)
+        if not possible:
+            return self._run((None,))
+        name, epoch = rng.choice(possible)
+        fault = None
+        if left >= 2 and rng.random() < 0.4:
+            fault = self._fault(rng.choice(("crash", "crash", "fail")))
+        files = None
+        if name == "replay" and rng.random() < 0.85:
+            files = self.folders[epoch] = self._changed_files(epoch)
+        verb = Verb(name, epoch, files, fault)
+        self.actions.append(verb)
+        self.emptied = self.emptied - {epoch} if name == "replay" else self.emptied | {epoch}
+        if fault:
+            self.repeats.append(replace(verb, files=None, fault=None))
+
+    def _repeat(self, verb: Verb) -> None:
+        self.actions.append(verb)
+
+    def _repeat_all(self) -> None:
+        while self.repeats:
+            self._repeat(self.repeats.pop(0))
+
+    # --- rows ---
+
+    def _new_files(self, epoch: int, count: int, taken: Iterable[str] = ()) -> tuple[File, ...]:
+        free = [name for name in FILE_NAMES if name not in set(taken)]
+        return tuple(self._file(epoch, name) for name in self.rng.sample(free, count))
+
+    def _file(self, epoch: int, name: str) -> File:
+        empty = self.rng.random() < 0.08
+        rows = 0 if empty else self.rng.randint(1, self.rng.choice((4, ROWS_MAX)))
+        self.version += 1
+        return File(
+            name,
+            tuple(self._row(f"{epoch}/{name}/{at}/v{self.version}") for at in range(rows)),
+            self.rng.choice((2, 5, 1000)),
+        )
+
+    def _changed_files(self, epoch: int) -> tuple[File, ...]:
+        """The folder before a replay: keys vanish, rows change, files go, come and move."""
+        rng = self.rng
+        gone = set(rng.sample(self.pool, rng.randint(0, len(self.pool) // 2)))
+        files = []
+        for file in self.folders[epoch]:
+            self.version += 1
+            fate = rng.random()
+            if fate < 0.2 and len(self.folders[epoch]) > 1:
+                continue
+            if fate < 0.4:
+                files.append(self._file(epoch, file.name))
+            elif fate < 0.8:
+                rows = [row for row in file.rows if row["pguid"] not in gone]
+                rows = [self._touched(row) if rng.random() < 0.3 else row for row in rows]
+                files.append(replace(file, rows=tuple(rows)))
+            else:
+                files.append(file)
+        if not files or rng.random() < 0.3:
+            files += self._new_files(epoch, 1, {file.name for file in files})
+        return tuple(files)
+
+    def _touched(self, row: Columns) -> Columns:
+        return {**row, "name": f"{row['name']}+v{self.version}", "op": self._op()}
+
+    def _row(self, name: str) -> Columns:
+        """`name` is unlike any other row's, so that a wrong winner shows."""
+        rng = self.rng
+        row: Columns = {"pguid": None if rng.random() < 0.04 else rng.choice(self.pool)}
+        if "site" in self.shape.key:
+            row["site"] = None if rng.random() < 0.04 else rng.randint(-1, 1)
+        row["op"] = self._op()
+        row["seq"] = None if rng.random() < 0.2 else rng.randint(-2, 3)
+        row["name"] = name
+        row["amount"] = rng.choice((None, math.nan, 0.1, -2.5, 1e300, float(rng.randint(0, 9))))
+        minutes = rng.randint(0, 10**6)
+        at = dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc) + dt.timedelta(minutes=minutes)
+        row["updated_at"] = None if rng.random() < 0.1 else at
+        return row
+
+    def _op(self) -> str | None:
+        return self.rng.choice(("I", "U", "U", "D", None, "d"))
