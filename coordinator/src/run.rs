@@ -16,7 +16,7 @@ use alluvium_protocol::queue::{Delivery, Lane, Queue};
 use alluvium_protocol::retry::Limits;
 use alluvium_protocol::state::{Event, State};
 use alluvium_protocol::task::{FORMAT_MAJOR, Step, Task, TaskResult, Work, decode, encode};
-use alluvium_protocol::{Epoch, Result, crash};
+use alluvium_protocol::{Code, Epoch, Result, crash};
 use chrono::{DateTime, Utc};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -64,8 +64,8 @@ pub struct Coordinator {
 pub struct Outcome {
     /// Epochs that wait for a person.
     pub stopped: usize,
-    /// Pipelines whose source or tables cannot be used.
-    pub broken: usize,
+    /// The codes of pipelines whose source or tables cannot be used.
+    pub broken: Vec<Code>,
     /// Epochs whose folders are not complete, with the reason.
     pub incomplete: Vec<(String, Epoch, String)>,
 }
@@ -248,7 +248,7 @@ impl Coordinator {
     fn outcome(&self) -> Outcome {
         let mut outcome = Outcome::default();
         for book in &self.books {
-            outcome.broken += usize::from(book.error.is_some());
+            outcome.broken.extend(book.error.as_ref().map(|error| error.code));
             for (epoch, entry) in &book.entries {
                 match entry.state {
                     State::Blocked(_) | State::Parked(_) => outcome.stopped += 1,

@@ -35,3 +35,18 @@ pub fn to_json(batches: &[RecordBatch]) -> Result<Vec<Value>> {
     }
     serde_json::from_slice(&body).map_err(Error::internal)
 }
+
+/// Parses an SQL expression over a row, without knowing the row's columns.
+pub fn check_expression(text: &str) -> Result<()> {
+    use deltalake::datafusion::sql::sqlparser::dialect::GenericDialect;
+    use deltalake::datafusion::sql::sqlparser::parser::Parser;
+    let invalid =
+        |why: String| Error::new(Code::ExpressionInvalid, format!("not an SQL expression: {why}"));
+    let parser = Parser::new(&GenericDialect {}).try_with_sql(text);
+    let mut parser = parser.map_err(|e| invalid(e.to_string()))?;
+    parser.parse_expr().map_err(|e| invalid(e.to_string()))?;
+    match parser.peek_token().token {
+        deltalake::datafusion::sql::sqlparser::tokenizer::Token::EOF => Ok(()),
+        other => Err(invalid(format!("unexpected {other}"))),
+    }
+}

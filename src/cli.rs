@@ -1,0 +1,248 @@
+//! The command line: verbs, arguments, help with examples. No verb does anything here.
+
+use std::path::PathBuf;
+
+use alluvium_protocol::Epoch;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const OVERVIEW: &str = "Alluvium carries epoch folders from storage into Delta tables: exactly once \
+in effect, in order, right under any crash.";
+
+const EXAMPLES: &str = "\
+Examples:
+  alluvium demo                            see it work: sample epochs, processed, shown
+  alluvium config reference > alluvium.toml
+  alluvium run --once                      process what is ready, then stop (for cron)
+  alluvium run                             keep watching
+  alluvium status                          what is fresh, what is red, and why
+  alluvium query researchers \"SELECT count(*) FROM main\"
+  alluvium explain AL-0301                 what an error code means, and what to do
+
+Exit codes: 0 ok, 1 something failed or is blocked, 2 usage or configuration, 3 unhealthy,
+4 a dependency cannot be reached, 5 conflict or locked, 130 interrupted.";
+
+/// The whole command line.
+#[derive(Parser)]
+#[command(name = "alluvium", version, about = OVERVIEW, after_help = EXAMPLES, arg_required_else_help = true, disable_help_subcommand = true)]
+pub(crate) struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+    /// The configuration file [default: ALLUVIUM_CONFIG, then ./alluvium.toml]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// How logs are written to stderr
+    #[arg(long, global = true, value_enum, default_value = "human")]
+    pub(crate) log_format: LogFormat,
+    /// Which logs: error, warn, info, debug, or a filter [default: ALLUVIUM_LOG, then warn]
+    #[arg(long, global = true, value_name = "FILTER")]
+    pub(crate) log: Option<String>,
+}
+
+/// How logs look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For eyes.
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+/// How results look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For eyes.
+    Table,
+    /// One JSON document.
+    Json,
+}
+
+#[derive(Args)]
+pub(crate) struct OutputArgument {
+    /// How the result is printed
+    #[arg(short = 'o', long = "output", value_enum, default_value = "table")]
+    pub(crate) output: Output,
+}
+
+/// The verbs.
+#[derive(Subcommand)]
+pub(crate) enum Verb {
+    /// Write sample epochs, process them, show what happened; no configuration, no services
+    Demo(Demo),
+    /// Process epochs in this process: discovery, ingest, merge, optimize, cleanup
+    Run {
+        /// Drain what is ready and stop: 0 all merged, 1 something is blocked
+        #[arg(long)]
+        once: bool,
+        /// Only this pipeline
+        pipeline: Option<String>,
+    },
+    /// What is fresh, what is red, and why
+    Status {
+        /// Only this pipeline
+        pipeline: Option<String>,
+        #[command(flatten)]
+        output: OutputArgument,
+    },
+    /// Every epoch with its state
+    Epochs {
+        /// Only this pipeline
+        pipeline: Option<String>,
+        /// Only epochs in this state (processed, blocked, incomplete, …)
+        #[arg(long)]
+        state: Option<String>,
+        #[command(flatten)]
+        output: OutputArgument,
+    },
+    /// Every attempt, newest first
+    Runs {
+        /// Only this pipeline
+        pipeline: Option<String>,
+        /// Only this epoch
+        #[arg(long)]
+        epoch: Option<Epoch>,
+        /// At most so many
+        #[arg(long, default_value_t = 50)]
+        limit: usize,
+        #[command(flatten)]
+        output: OutputArgument,
+    },
+    /// What a run would do now, and why the rest waits
+    Plan {
+        /// Only this pipeline
+        pipeline: Option<String>,
+        /// List the files that a cleanup would delete now
+        #[arg(long)]
+        cleanup: bool,
+        #[command(flatten)]
+        output: OutputArgument,
+    },
+    /// Try a blocked or parked epoch again
+    Retry(OfEpoch),
+    /// Leave an epoch out: its content becomes empty
+    Skip(OfEpoch),
+    /// Read an epoch's folder again and make main as if it had always been so
+    Replay(OfEpoch),
+    /// Take an epoch's content out of main
+    Undo(OfEpoch),
+    /// Stop publishing tasks of a pipeline, until `resume`
+    Pause {
+        /// The pipeline
+        pipeline: String,
+    },
+    /// Go on after `pause`
+    Resume {
+        /// The pipeline
+        pipeline: String,
+    },
+    /// Run SQL over main, raw, quarantine and the ledger
+    #[command(after_help = QUERY_EXAMPLES)]
+    Query {
+        /// The pipeline whose tables are meant
+        pipeline: String,
+        /// SQL; tables: main, raw, quarantine, processed_folders, step_events, audit_log
+        sql: String,
+        /// Main as it was at this version
+        #[arg(long, value_name = "V", conflicts_with = "at_epoch")]
+        at_version: Option<u64>,
+        /// Main as it was right after this epoch was merged
+        #[arg(long, value_name = "EPOCH")]
+        at_epoch: Option<Epoch>,
+        #[command(flatten)]
+        output: OutputArgument,
+    },
+    /// What an error code means: what happened, what is still safe, what to do
+    Explain {
+        /// Such as AL-0301; without it all codes are listed
+        code: Option<String>,
+    },
+    /// Check, show or document the configuration
+    Config {
+        #[command(subcommand)]
+        verb: ConfigVerb,
+    },
+    /// The ledger: what people read about epochs
+    Ledger {
+        #[command(subcommand)]
+        verb: LedgerVerb,
+    },
+    /// Every manual act
+    Audit {
+        #[command(subcommand)]
+        verb: AuditVerb,
+    },
+    /// The names of all crash points, for tests
+    #[command(hide = true)]
+    CrashPoints,
+}
+
+const QUERY_EXAMPLES: &str = "\
+Examples:
+  alluvium query researchers \"SELECT count(*) FROM main\"
+  alluvium query researchers \"SELECT * FROM main WHERE pguid = 'x'\" --at-epoch 1700086400
+  alluvium query researchers \"SELECT _epoch, _op, count(*) FROM raw GROUP BY 1, 2 ORDER BY 1\"
+  alluvium query researchers \"SELECT reason, row FROM quarantine\" -o json";
+
+#[derive(Args)]
+#[command(after_help = DEMO_EXAMPLES)]
+pub(crate) struct Demo {
+    /// Rows in each epoch
+    #[arg(long, default_value_t = 1000)]
+    pub(crate) rows: u64,
+    /// Epoch folders, the late and the incomplete one among them
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u64).range(3..=100_000))]
+    pub(crate) epochs: u64,
+    /// The same seed makes the same data
+    #[arg(long, default_value_t = 7)]
+    pub(crate) seed: u64,
+    /// Where it all goes
+    #[arg(long, value_name = "DIR", default_value = "alluvium-demo")]
+    pub(crate) out: PathBuf,
+    /// Write the folders and the configuration only; process nothing
+    #[arg(long)]
+    pub(crate) data_only: bool,
+}
+
+const DEMO_EXAMPLES: &str = "\
+Examples:
+  alluvium demo
+  alluvium demo --rows 1000000 --epochs 10 --out ./big";
+
+#[derive(Args)]
+pub(crate) struct OfEpoch {
+    /// The pipeline
+    pub(crate) pipeline: String,
+    /// The epoch
+    pub(crate) epoch: Epoch,
+    /// Do not ask
+    #[arg(long)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum ConfigVerb {
+    /// Tell every problem at once
+    Validate,
+    /// Effective values and where each comes from
+    Show {
+        #[command(flatten)]
+        output: OutputArgument,
+    },
+    /// Every setting, as a commented file
+    Reference,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum LedgerVerb {
+    /// Restore what the tables know and the ledger does not name
+    Rebuild,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum AuditVerb {
+    /// Newest first
+    List {
+        #[command(flatten)]
+        output: OutputArgument,
+    },
+}

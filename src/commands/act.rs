@@ -1,0 +1,166 @@
+//! `alluvium retry | skip | replay | undo | pause | resume`: manual acts, asked, recorded, done.
+
+use std::path::Path;
+
+use alluvium_coordinator::ledger::{Ledger, LedgerTable};
+use alluvium_coordinator::requests::{Request, Requests, Verb};
+use alluvium_coordinator::standing::Standing;
+use alluvium_protocol::state::State;
+use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
+use chrono::Utc;
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::cli::OfEpoch;
+use crate::commands::run::{drive, exit};
+use crate::config::{self, Config};
+use crate::lock;
+use crate::printer::{self, Exit};
+
+/// An act on one epoch.
+pub(crate) async fn on_epoch(file: Option<&Path>, verb: Verb, of: &OfEpoch) -> Result<Exit> {
+    let config = config::load(file)?;
+    let pipeline = config.select(Some(&of.pipeline))?.remove(0);
+    let standing = Standing::read(pipeline.clone(), Utc::now()).await?;
+    let state = check(&standing, verb, of.epoch)?;
+    if verb != Verb::Retry {
+        let question = question(verb, &of.pipeline, of.epoch, &state);
+        if !printer::confirm(&question, of.yes)? {
+            printer::say("nothing was changed");
+            return Ok(Exit::Ok);
+        }
+    }
+    carry_out(&config, pipeline, verb, Some(of.epoch), &state).await
+}
+
+/// An act on a whole pipeline.
+pub(crate) async fn on_pipeline(file: Option<&Path>, verb: Verb, name: &str) -> Result<Exit> {
+    let config = config::load(file)?;
+    let pipeline = config.select(Some(name))?.remove(0);
+    let standing = Standing::read(pipeline.clone(), Utc::now()).await?;
+    if !standing.book.has_main {
+        let text = format!("{name} has no main table yet: there is nothing to pause or resume");
+        return Err(Error::new(Code::NotPossibleNow, text));
+    }
+    let state = if standing.book.markers.is_held() { "paused" } else { "running" };
+    carry_out(&config, pipeline, verb, None, state).await
+}
+
+/// The epoch exists and the act makes sense. Returns its state, for the record.
+fn check(standing: &Standing, verb: Verb, epoch: Epoch) -> Result<String> {
+    let id = &standing.book.pipeline.id;
+    if let Some(error) = &standing.book.error {
+        return Err(error.clone());
+    }
+    if standing.book.is_settled(epoch) {
+        let text = format!("epoch {epoch} lies below `start_from` or the floor: it is settled");
+        return Err(Error::new(Code::EpochSettled, text));
+    }
+    let Some(entry) = standing.book.entries.get(&epoch) else {
+        return Err(Error::new(Code::UnknownEpoch, format!("{id} knows no epoch {epoch}"))
+            .with_help(format!("`alluvium epochs {id}` lists them")));
+    };
+    let refuse = |why: &str, help: String| {
+        Err(Error::new(Code::NotPossibleNow, format!("epoch {epoch} {why}")).with_help(help))
+    };
+    match (verb, entry.state) {
+        (Verb::Replay, State::Empty | State::Incomplete) => {
+            refuse("is not complete: it is read when it is", format!("`alluvium plan {id}`"))
+        }
+        (Verb::Undo, State::Empty | State::Incomplete) => refuse(
+            "was never read: there is nothing to undo",
+            format!("`alluvium skip {id} {epoch}` leaves it out"),
+        ),
+        _ => Ok(entry.state.as_str().to_owned()),
+    }
+}
+
+fn question(verb: Verb, pipeline: &str, epoch: Epoch, state: &str) -> String {
+    match verb {
+        Verb::Replay => format!(
+            "{pipeline} {epoch} ({state}): read its folder again and make main as if it had always \
+             been so?"
+        ),
+        _ => format!("{pipeline} {epoch} ({state}): take its content out of main, and leave it out?"),
+    }
+}
+
+async fn carry_out(
+    config: &Config,
+    pipeline: Pipeline,
+    verb: Verb,
+    epoch: Option<Epoch>,
+    state: &str,
+) -> Result<Exit> {
+    let by = std::env::var("USER").unwrap_or_else(|_| "unknown".to_owned());
+    let request = Request {
+        id: Uuid::new_v4().to_string(),
+        verb,
+        pipeline: pipeline.id.clone(),
+        epoch,
+        by,
+        at: Utc::now(),
+    };
+    Requests::open(&config.state)?.ask(&request).await?;
+    record(config, &request, state).await?;
+    let taken = match lock::take(&config.state) {
+        Ok(taken) => taken,
+        Err(error) if error.code == Code::StateLocked => {
+            printer::say(&format!("asked; {}: it carries it out at its next poll", error.message));
+            return Ok(Exit::Ok);
+        }
+        Err(error) => return Err(error),
+    };
+    let (outcome, _) =
+        drive(config, vec![pipeline.clone()], true, CancellationToken::new()).await?;
+    drop(taken);
+    tell(config, &pipeline, verb, epoch).await?;
+    Ok(match verb {
+        Verb::Pause | Verb::Resume => Exit::Ok,
+        _ => exit(&outcome),
+    })
+}
+
+async fn record(config: &Config, request: &Request, state: &str) -> Result<()> {
+    let row = json!({
+        "at": request.at.to_rfc3339(),
+        "by": request.by,
+        "verb": request.verb.as_str(),
+        "pipeline": request.pipeline,
+        "epoch": request.epoch,
+        "request": request.id,
+        "detail": format!("it was {state}"),
+    });
+    Ledger::open(&config.state).append(LedgerTable::AuditLog, vec![row]).await
+}
+
+/// Says how it ended, from the tables.
+async fn tell(
+    config: &Config,
+    pipeline: &Pipeline,
+    verb: Verb,
+    epoch: Option<Epoch>,
+) -> Result<()> {
+    let standing = Standing::read(pipeline.clone(), Utc::now()).await?;
+    let id = &pipeline.id;
+    match epoch {
+        None => {
+            let is_held = standing.book.markers.is_held();
+            let text = if is_held {
+                format!("{id} is paused; `alluvium resume {id}` goes on")
+            } else {
+                format!("{id} is running; `alluvium run` processes it")
+            };
+            printer::say(&text);
+        }
+        Some(epoch) => {
+            let entry = standing.book.entries.get(&epoch);
+            let state = entry.map_or("unknown", |entry| entry.state.as_str());
+            let held = if standing.book.markers.is_held() { " (the pipeline is paused)" } else { "" };
+            printer::say(&format!("{id} {epoch}: {} done, it is {state}{held}", verb.as_str()));
+        }
+    }
+    tracing::debug!(state = config.state, "told how it ended");
+    Ok(())
+}

@@ -1,0 +1,139 @@
+//! `alluvium demo`: sample epochs, processed and shown; no configuration, no services.
+
+use std::path::Path;
+
+use alluvium_protocol::{Code, Error, Result};
+use alluvium_table::classify::foreign;
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::{Demo, Output};
+use crate::commands::run::drive;
+use crate::commands::{query, stand};
+use crate::printer::{self, Exit};
+use crate::sample::{self, Size};
+use crate::{config, lock};
+
+/// The demo's configuration, to be read and changed.
+const CONFIGURATION: &str = r#"# Written by `alluvium demo`. All settings: `alluvium config reference`
+[state]
+uri = "./lake/_alluvium"             # ledger and manifests
+
+[pipeline.researchers]
+source = "./incoming-data"           # one folder per delivery, named by its time
+raw    = "./lake/raw"                # every row that came, by epoch
+main   = "./lake/main"               # the current row of each key
+key    = ["pguid"]
+delete_when = "op = 'D'"
+ready  = { marker = "_SUCCESS" }     # a folder is complete when this file is in it
+"#;
+
+/// Carries out `demo`.
+pub(crate) async fn demo(demo: &Demo) -> Result<Exit> {
+    let out = &demo.out;
+    let file = out.join("alluvium.toml");
+    let size = Size { rows: demo.rows, seed: demo.seed };
+    let late = demo.epochs / 2;
+    let incomplete = demo.epochs - 1;
+    let is_new = !file.exists();
+    if is_new {
+        prepare(out, &file, demo, late, incomplete, size)?;
+    } else {
+        printer::say(&format!(
+            "{} is there already: nothing is written, the run goes on where it ended\n",
+            out.display()
+        ));
+    }
+    if demo.data_only {
+        sample::write(&out.join("incoming-data"), late, size, true)?;
+        printer::say(&format!("process it: cd {} && alluvium run --once", out.display()));
+        return Ok(Exit::Ok);
+    }
+    process(&file).await?;
+    if is_new {
+        printer::say(&format!(
+            "\nepoch {} arrives late, after higher ones are in main: it must not overwrite them",
+            sample::epoch(late)
+        ));
+        sample::write(&out.join("incoming-data"), late, size, true)?;
+        process(&file).await?;
+    }
+    show(&file).await?;
+    next_steps(out);
+    Ok(Exit::Ok)
+}
+
+fn prepare(
+    out: &Path,
+    file: &Path,
+    demo: &Demo,
+    late: u64,
+    incomplete: u64,
+    size: Size,
+) -> Result<()> {
+    let is_taken = out.read_dir().is_ok_and(|mut entries| entries.next().is_some());
+    if is_taken {
+        let text = format!("{} is not empty and holds no demo", out.display());
+        return Err(Error::new(Code::NotPossibleNow, text)
+            .with_help("name another folder: `alluvium demo --out DIR`"));
+    }
+    printer::say(&format!(
+        "writing {} epoch folders of {} rows to {}",
+        demo.epochs,
+        demo.rows,
+        out.join("incoming-data").display()
+    ));
+    let source = out.join("incoming-data");
+    for index in (0..demo.epochs).filter(|index| *index != late) {
+        sample::write(&source, index, size, index != incomplete)?;
+    }
+    // Last: a demo that was cut off while it wrote its data begins anew.
+    std::fs::write(file, CONFIGURATION)
+        .map_err(|e| foreign(format!("write {}", file.display()), &e))
+}
+
+async fn process(file: &Path) -> Result<()> {
+    let config = config::load(Some(file))?;
+    let _lock = lock::take(&config.state)?;
+    let pipelines = config.select(None)?;
+    let (outcome, totals) = drive(&config, pipelines, true, CancellationToken::new()).await?;
+    if totals.merged == 0 && totals.ingested == 0 {
+        printer::say("nothing to process: every complete epoch is in main already");
+    }
+    for (_, epoch, why) in &outcome.incomplete {
+        printer::say(&format!("left alone: {epoch}: {why}"));
+    }
+    if outcome.stopped > 0 {
+        return Err(Error::internal("the sample data cannot be processed"));
+    }
+    Ok(())
+}
+
+async fn show(file: &Path) -> Result<()> {
+    printer::say("\nevery epoch (`alluvium epochs`):");
+    stand::epochs(Some(file), None, None, Output::Table).await?;
+    printer::say("\na few rows of main (`alluvium query researchers \"…\"`):");
+    let sql = "SELECT pguid, wos_count, tot_cites, hindex, award_amount_usd FROM main \
+               ORDER BY tot_cites DESC LIMIT 5";
+    let now = query::At { version: None, epoch: None };
+    query::query(Some(file), "researchers", sql, now, Output::Table).await?;
+    Ok(())
+}
+
+fn next_steps(out: &Path) {
+    let main = std::path::absolute(out.join("lake/main")).unwrap_or_else(|_| out.join("lake/main"));
+    printer::say(&format!(
+        "
+main table  {main}
+look on     cd {out}
+            alluvium status                                   what is fresh, and why not
+            alluvium query researchers \"SELECT count(*) FROM main\"
+            alluvium undo researchers {first}             take an epoch back, then `replay` it
+            alluvium demo                                     again: nothing is processed twice
+from Python pip install deltalake pyarrow
+            python3 -c 'from deltalake import DeltaTable; print(DeltaTable(\"{main}\").to_pyarrow_table())'
+your data   alluvium config reference > alluvium.toml",
+        main = main.display(),
+        out = out.display(),
+        first = sample::epoch(0),
+    ));
+}

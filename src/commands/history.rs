@@ -1,0 +1,128 @@
+//! `alluvium runs | audit list | ledger rebuild`: what the ledger says, and its restoration.
+
+use std::path::Path;
+
+use alluvium_coordinator::book::Book;
+use alluvium_coordinator::ledger::{Ledger, LedgerTable};
+use alluvium_coordinator::rebuild;
+use alluvium_protocol::{Epoch, Result};
+use serde_json::Value;
+
+use crate::cli::Output;
+use crate::config;
+use crate::printer::{self, Exit};
+
+/// Every attempt, newest first.
+pub(crate) async fn runs(
+    file: Option<&Path>,
+    pipeline: Option<&str>,
+    epoch: Option<Epoch>,
+    limit: usize,
+    output: Output,
+) -> Result<Exit> {
+    let config = config::load(file)?;
+    let mut conditions = vec!["TRUE".to_owned()];
+    for pipeline in config.select(pipeline)?.iter().filter(|_| pipeline.is_some()) {
+        conditions.push(format!("pipeline = '{}'", pipeline.id));
+    }
+    conditions.extend(epoch.map(|epoch| format!("epoch = {epoch}")));
+    let sql = format!(
+        "SELECT * FROM t WHERE {} ORDER BY at DESC, epoch DESC LIMIT {limit}",
+        conditions.join(" AND ")
+    );
+    let rows = Ledger::open(&config.state).select(LedgerTable::StepEvents, &sql).await?;
+    if output == Output::Json {
+        printer::json_items("runs", &rows)?;
+        return Ok(Exit::Ok);
+    }
+    if rows.is_empty() {
+        printer::say("no attempts are known; `alluvium run --once` makes some");
+        return Ok(Exit::Ok);
+    }
+    let lines = rows
+        .iter()
+        .map(|row| {
+            let message = match (row["code"].as_str(), row["message"].as_str()) {
+                (Some(code), Some(message)) => format!("{code}: {message}"),
+                _ => counts(row),
+            };
+            vec![
+                time(&row["at"]),
+                text(&row["pipeline"]),
+                text(&row["epoch"]),
+                text(&row["step"]),
+                text(&row["attempt"]),
+                text(&row["verdict"]),
+                format!("{} ms", text(&row["duration_ms"])),
+                message,
+            ]
+        })
+        .collect();
+    let head = ["at", "pipeline", "epoch", "step", "attempt", "verdict", "took", "what"];
+    printer::table(&head, lines);
+    Ok(Exit::Ok)
+}
+
+fn counts(row: &Value) -> String {
+    let number = |name: &str| row[name].as_i64().unwrap_or(0);
+    match row["step"].as_str() {
+        Some("ingest") => {
+            format!("{} rows read, {} refused", number("rows_read"), number("rows_quarantined"))
+        }
+        Some("merge") => format!(
+            "+{} ~{} -{}",
+            number("rows_inserted"),
+            number("rows_updated"),
+            number("rows_deleted")
+        ),
+        _ => String::new(),
+    }
+}
+
+fn text(value: &Value) -> String {
+    match value {
+        Value::Null => String::new(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+fn time(value: &Value) -> String {
+    let text = text(value);
+    text.split('.').next().unwrap_or(&text).trim_end_matches('Z').replace('T', " ")
+}
+
+/// Every manual act, newest first.
+pub(crate) async fn audit(file: Option<&Path>, output: Output) -> Result<Exit> {
+    let config = config::load(file)?;
+    let sql = "SELECT * FROM t ORDER BY at DESC";
+    let rows = Ledger::open(&config.state).select(LedgerTable::AuditLog, sql).await?;
+    if output == Output::Json {
+        printer::json_items("audit", &rows)?;
+        return Ok(Exit::Ok);
+    }
+    let names = ["by", "verb", "pipeline", "epoch", "detail"];
+    let lines = rows
+        .iter()
+        .map(|row| {
+            let rest = names.iter().map(|name| text(&row[*name]));
+            std::iter::once(time(&row["at"])).chain(rest).collect()
+        })
+        .collect();
+    printer::table(&["at", "by", "verb", "pipeline", "epoch", "detail"], lines);
+    Ok(Exit::Ok)
+}
+
+/// Restores what the tables know and the ledger does not name.
+pub(crate) async fn rebuild(file: Option<&Path>) -> Result<Exit> {
+    let config = config::load(file)?;
+    for pipeline in config.pipelines {
+        let book = Book::open(pipeline).await?;
+        if let Some(error) = book.error {
+            return Err(error);
+        }
+        let rows = rebuild::rebuild(&book, &config.state).await?;
+        printer::say(&format!("{}: {rows} epoch(s) restored", book.pipeline.id));
+    }
+    Ok(Exit::Ok)
+}

@@ -1,0 +1,64 @@
+//! The verbs, one file each (small ones share).
+
+mod act;
+mod configuration;
+mod demo;
+mod explain;
+mod history;
+mod query;
+mod run;
+mod stand;
+
+use alluvium_coordinator::requests::Verb as Asked;
+use alluvium_protocol::{Result, crash};
+
+use crate::cli::{Arguments, AuditVerb, ConfigVerb, LedgerVerb, Verb};
+use crate::printer::{self, Exit};
+
+/// Carries out the command line.
+pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
+    let file = arguments.config.as_deref();
+    match arguments.verb {
+        Verb::Demo(demo) => demo::demo(&demo).await,
+        Verb::Run { once, pipeline } => run::run(file, pipeline.as_deref(), once).await,
+        Verb::Status { pipeline, output } => {
+            stand::status(file, pipeline.as_deref(), output.output).await
+        }
+        Verb::Epochs { pipeline, state, output } => {
+            stand::epochs(file, pipeline.as_deref(), state.as_deref(), output.output).await
+        }
+        Verb::Plan { pipeline, cleanup: true, output } => {
+            stand::cleanup_plan(file, pipeline.as_deref(), output.output).await
+        }
+        Verb::Plan { pipeline, cleanup: false, output } => {
+            stand::plan(file, pipeline.as_deref(), output.output).await
+        }
+        Verb::Runs { pipeline, epoch, limit, output } => {
+            history::runs(file, pipeline.as_deref(), epoch, limit, output.output).await
+        }
+        Verb::Retry(of) => act::on_epoch(file, Asked::Retry, &of).await,
+        Verb::Skip(of) => act::on_epoch(file, Asked::Skip, &of).await,
+        Verb::Replay(of) => act::on_epoch(file, Asked::Replay, &of).await,
+        Verb::Undo(of) => act::on_epoch(file, Asked::Undo, &of).await,
+        Verb::Pause { pipeline } => act::on_pipeline(file, Asked::Pause, &pipeline).await,
+        Verb::Resume { pipeline } => act::on_pipeline(file, Asked::Resume, &pipeline).await,
+        Verb::Query { pipeline, sql, at_version, at_epoch, output } => {
+            let at = query::At { version: at_version, epoch: at_epoch };
+            query::query(file, &pipeline, &sql, at, output.output).await
+        }
+        Verb::Explain { code } => explain::explain(code.as_deref()),
+        Verb::Config { verb: ConfigVerb::Validate } => configuration::validate(file),
+        Verb::Config { verb: ConfigVerb::Show { output } } => {
+            configuration::show(file, output.output)
+        }
+        Verb::Config { verb: ConfigVerb::Reference } => configuration::reference(),
+        Verb::Ledger { verb: LedgerVerb::Rebuild } => history::rebuild(file).await,
+        Verb::Audit { verb: AuditVerb::List { output } } => {
+            history::audit(file, output.output).await
+        }
+        Verb::CrashPoints => {
+            printer::data(&crash::POINTS.join("\n"));
+            Ok(Exit::Ok)
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! From checked values to the resolved configuration: defaults, cross-checks, absolute paths.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use alluvium_protocol::Pipeline;
+use alluvium_protocol::pipeline::{Content, OnBlock, Order, Ready, Sizes};
+use toml::Value;
+
+use super::settings::{Kind, SETTINGS};
+use super::value::{bytes_of, duration_of};
+use super::{Config, Problem};
+
+/// Vacuum below this would delete files of tasks that still run.
+const RETENTION_MIN: Duration = Duration::from_secs(3600);
+
+/// The file's values.
+pub(super) struct Source {
+    pub(super) leaves: BTreeMap<String, Value>,
+    pub(super) origins: BTreeMap<String, String>,
+    pub(super) base: PathBuf,
+    pub(super) file: PathBuf,
+}
+
+impl Source {
+    /// The value of a setting: set, or its default.
+    fn value(&self, path: &str, pattern: &str) -> Option<Value> {
+        if let Some(value) = self.leaves.get(path) {
+            return Some(value.clone());
+        }
+        let setting = SETTINGS.iter().find(|setting| setting.path == pattern)?;
+        let text = setting.default?;
+        format!("value = {text}").parse::<toml::Table>().ok()?.remove("value")
+    }
+
+    fn of<'a>(&'a self, name: &'a str) -> Section<'a> {
+        Section { source: self, name }
+    }
+
+    fn location(&self, text: &str) -> String {
+        if text.contains("://") {
+            return text.to_owned();
+        }
+        let joined = self.base.join(Path::new(text));
+        let mut clean = PathBuf::new();
+        for part in joined.components() {
+            match part {
+                std::path::Component::CurDir => {}
+                std::path::Component::ParentDir => drop(clean.pop()),
+                other => clean.push(other),
+            }
+        }
+        clean.display().to_string()
+    }
+}
+
+/// One pipeline's values.
+struct Section<'a> {
+    source: &'a Source,
+    name: &'a str,
+}
+
+impl Section<'_> {
+    fn get(&self, key: &str) -> Option<Value> {
+        let path = format!("pipeline.{}.{key}", self.name);
+        self.source.value(&path, &format!("pipeline.*.{key}"))
+    }
+
+    fn text(&self, key: &str) -> Option<String> {
+        self.get(key)?.as_str().map(str::to_owned)
+    }
+
+    fn location(&self, key: &str) -> Option<String> {
+        self.text(key).map(|text| self.source.location(&text))
+    }
+
+    fn number(&self, key: &str) -> Option<i64> {
+        self.get(key)?.as_integer()
+    }
+
+    fn flag(&self, key: &str) -> bool {
+        self.get(key).and_then(|value| value.as_bool()).unwrap_or(false)
+    }
+
+    fn duration(&self, key: &str) -> Duration {
+        self.text(key).as_deref().and_then(duration_of).unwrap_or_default()
+    }
+
+    fn bytes(&self, key: &str) -> u64 {
+        self.text(key).as_deref().and_then(bytes_of).unwrap_or(1)
+    }
+}
+
+/// Builds the configuration, or returns all problems, those found before included.
+pub(super) fn build(
+    source: &Source,
+    names: &[String],
+    mut problems: Vec<Problem>,
+) -> Result<Config, Vec<Problem>> {
+    if names.is_empty() {
+        let text = "no pipeline is configured; add [pipeline.NAME] with source, raw, main and key";
+        problems.push(Problem { path: "pipeline".to_owned(), text: text.to_owned() });
+    }
+    let state = match source.leaves.get("state.uri").and_then(Value::as_str) {
+        Some(text) => source.location(text),
+        None => source.location("_alluvium"),
+    };
+    let memory = source.value("worker.memory", "worker.memory");
+    let memory = memory.as_ref().and_then(Value::as_str).and_then(bytes_of).unwrap_or(512 << 20);
+    let mut pipelines = Vec::new();
+    for name in names {
+        check_pipeline(source, name, &mut problems);
+        pipelines.push(pipeline(source, name, &state, memory));
+    }
+    check_collisions(&pipelines, &state, &mut problems);
+    if !problems.is_empty() {
+        problems.sort_by(|a, b| a.path.cmp(&b.path));
+        problems.dedup();
+        return Err(problems);
+    }
+    let number = |path: &str| source.value(path, path).and_then(|value| value.as_integer());
+    let processors = std::thread::available_parallelism().map_or(2, usize::from);
+    let slots = number("worker.slots").and_then(|n| usize::try_from(n).ok()).unwrap_or(processors);
+    let poll = source.value("run.poll", "run.poll");
+    Ok(Config {
+        slots,
+        poll: poll.as_ref().and_then(Value::as_str).and_then(duration_of).unwrap_or_default(),
+        attempts: number("run.attempts").and_then(|n| u32::try_from(n).ok()).unwrap_or(3),
+        effective: effective(source, names, &state, slots),
+        state,
+        pipelines,
+        file: source.file.clone(),
+    })
+}
+
+fn check_pipeline(source: &Source, name: &str, problems: &mut Vec<Problem>) {
+    let section = source.of(name);
+    let mut problem = |key: &str, text: String| {
+        let path = format!("pipeline.{name}{}{key}", if key.is_empty() { "" } else { "." });
+        problems.push(Problem { path, text });
+    };
+    let is_name = name.starts_with(|c: char| c.is_ascii_lowercase())
+        && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+    if !is_name {
+        problem("", "a name is lower-case letters, digits and _, and begins with a letter".to_owned());
+    }
+    for setting in SETTINGS.iter().filter(|setting| setting.without == "required") {
+        let key = setting.path.trim_start_matches("pipeline.*.");
+        if section.get(key).is_none() {
+            problem(key, format!("required; for example `{key} = {}`", setting.example));
+        }
+    }
+    for key in ["source", "raw", "main", "quarantine"] {
+        if let Some(text) = section.location(key)
+            && let Err(error) = alluvium_table::store::local_path(&text)
+        {
+            problem(key, error.message);
+        }
+    }
+    let signs = ["ready.quiet", "ready.marker", "ready.manifest"];
+    let set: Vec<&str> = signs.into_iter().filter(|key| section.get(key).is_some()).collect();
+    if set.len() > 1 {
+        problem("ready", format!("exactly one of quiet, marker, manifest; found {}", set.len()));
+    }
+    if section.flag("adopt") && section.number("start_from").is_none() {
+        let text = "needs `start_from = EPOCH`: lower epochs are in the adopted table already";
+        problem("adopt", text.to_owned());
+    }
+    let is_short = section.duration("cleanup.retention") < RETENTION_MIN;
+    if is_short && std::env::var_os("ALLUVIUM_TEST_SHORT_RETENTION").is_none() {
+        let text = "at least 1h: a shorter retention deletes files of tasks that still run";
+        problem("cleanup.retention", text.to_owned());
+    }
+    if let Some(condition) = section.text("delete_when")
+        && let Err(error) = alluvium_table::query::check_expression(&condition)
+    {
+        problem("delete_when", error.message);
+    }
+    let own = ["_epoch", "_op", "_file", "_row", "_generation", "_ingested_at"];
+    let keys = section.get("key").and_then(|value| value.as_array().cloned()).unwrap_or_default();
+    for key in keys.iter().filter_map(Value::as_str) {
+        if own.contains(&key) || key.contains(',') {
+            problem("key", format!("{key:?} cannot be a key column"));
+        }
+    }
+}
+
+/// Two pipelines that write one table would undo each other.
+fn check_collisions(pipelines: &[Pipeline], state: &str, problems: &mut Vec<Problem>) {
+    let mut seen: BTreeMap<String, String> = BTreeMap::new();
+    for pipeline in pipelines {
+        let tables = [
+            ("raw", &pipeline.raw),
+            ("main", &pipeline.main),
+            ("quarantine", &pipeline.quarantine),
+        ];
+        for (key, uri) in tables {
+            let path = format!("pipeline.{}.{key}", pipeline.id);
+            let place = uri.trim_end_matches('/').to_owned();
+            if place.is_empty() {
+                continue;
+            }
+            if place == state.trim_end_matches('/') {
+                let text = "is the state folder; a table needs a folder of its own".to_owned();
+                problems.push(Problem { path: path.clone(), text });
+            }
+            if place == pipeline.source.trim_end_matches('/') {
+                let text = "is the source; a table needs a folder of its own".to_owned();
+                problems.push(Problem { path: path.clone(), text });
+            }
+            if let Some(other) = seen.insert(place, path.clone()) {
+                let text = format!("names the same table as {other}; each needs its own");
+                problems.push(Problem { path, text });
+            }
+        }
+    }
+}
+
+fn pipeline(source: &Source, name: &str, state: &str, memory: u64) -> Pipeline {
+    let section = source.of(name);
+    let raw = section.location("raw").unwrap_or_default();
+    let quarantine = section
+        .location("quarantine")
+        .unwrap_or_else(|| format!("{}_quarantine", raw.trim_end_matches('/')));
+    let key = section.get("key").and_then(|value| value.as_array().cloned()).unwrap_or_default();
+    let ready = if let Some(marker) = section.text("ready.marker") {
+        Ready::Marker(marker)
+    } else if let Some(manifest) = section.text("ready.manifest") {
+        Ready::Manifest(manifest)
+    } else {
+        let quiet = section.text("ready.quiet").as_deref().and_then(duration_of);
+        Ready::Quiet(quiet.unwrap_or(Duration::from_secs(60)))
+    };
+    let is_arrival = section.text("order").as_deref() == Some("arrival");
+    let goes_on = section.text("on_block").as_deref() == Some("continue");
+    let size = |value: Option<i64>| value.and_then(|n| usize::try_from(n).ok()).unwrap_or(1);
+    Pipeline {
+        id: name.to_owned(),
+        source: section.location("source").unwrap_or_default(),
+        main: section.location("main").unwrap_or_default(),
+        quarantine,
+        raw,
+        state: state.to_owned(),
+        content: Content {
+            key: key.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+            sequence_by: section.text("sequence_by"),
+            delete_when: section.text("delete_when"),
+        },
+        order: if is_arrival { Order::Arrival } else { Order::Sequential },
+        on_block: if goes_on { OnBlock::Continue } else { OnBlock::Stop },
+        hold_for_earlier: section.duration("hold_for_earlier"),
+        ready,
+        include: section.text("files.include"),
+        exclude: section.text("files.exclude"),
+        start_from: section.number("start_from"),
+        adopt: section.flag("adopt"),
+        optimize: section.flag("optimize.enabled"),
+        cleanup_every: section.flag("cleanup.enabled").then(|| section.duration("cleanup.every")),
+        sizes: Sizes {
+            target_file_bytes: section.bytes("optimize.target_file_size"),
+            batch_epochs: size(section.number("merge.batch_epochs")),
+            batch_bytes: section.bytes("merge.batch_bytes"),
+            small_files: size(section.number("optimize.small_files")),
+            bin_bytes: section.bytes("optimize.bin_size"),
+            vacuum_retention: section.duration("cleanup.retention"),
+            memory_bytes: usize::try_from(memory).unwrap_or(usize::MAX),
+        },
+    }
+}
+
+/// Every setting's effective value with its origin.
+fn effective(
+    source: &Source,
+    names: &[String],
+    state: &str,
+    slots: usize,
+) -> BTreeMap<String, (String, String)> {
+    let mut effective = BTreeMap::new();
+    for setting in SETTINGS {
+        let paths: Vec<String> = if setting.path.contains('*') {
+            names.iter().map(|name| setting.path.replace('*', name)).collect()
+        } else {
+            vec![setting.path.to_owned()]
+        };
+        for path in paths {
+            let shown = match source.leaves.get(&path) {
+                Some(value) => {
+                    let origin = source.origins.get(&path).cloned();
+                    let value = match (setting.kind, value.as_str()) {
+                        (Kind::Location, Some(text)) => format!("{:?}", source.location(text)),
+                        _ => value.to_string(),
+                    };
+                    (value, origin.unwrap_or_else(|| source.file.display().to_string()))
+                }
+                None => {
+                    let value = match (setting.path, setting.default) {
+                        ("state.uri", _) => format!("{state:?}"),
+                        ("worker.slots", _) => slots.to_string(),
+                        (_, Some(default)) => default.to_owned(),
+                        (_, None) => continue,
+                    };
+                    (value, "default".to_owned())
+                }
+            };
+            effective.insert(path, shown);
+        }
+    }
+    effective
+}

@@ -1,0 +1,245 @@
+//! The configuration: one file for every role, read whole, all problems told at once.
+//!
+//! Layers, later ones win: defaults, the file, `ALLUVIUM_SECTION__KEY` variables.
+
+mod build;
+pub(crate) mod reference;
+pub(crate) mod settings;
+pub(crate) mod value;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use alluvium_protocol::{Code, Error, Pipeline, Result};
+use toml::{Table, Value};
+
+use settings::{find, is_section, siblings};
+
+/// The resolved configuration.
+#[derive(Debug)]
+pub(crate) struct Config {
+    /// The state folder.
+    pub(crate) state: String,
+    /// Tasks at a time.
+    pub(crate) slots: usize,
+    /// Pause between listings.
+    pub(crate) poll: std::time::Duration,
+    /// Attempts before a block.
+    pub(crate) attempts: u32,
+    /// Pipelines by name.
+    pub(crate) pipelines: Vec<Pipeline>,
+    /// Effective values and where each comes from, for `config show`.
+    pub(crate) effective: BTreeMap<String, (String, String)>,
+    /// The file.
+    pub(crate) file: PathBuf,
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Problem {
+    /// Dotted key path.
+    pub(crate) path: String,
+    /// What is wrong, and what would be right.
+    pub(crate) text: String,
+}
+
+/// Where the configuration file is looked for without `--config`.
+const FILE_NAME: &str = "alluvium.toml";
+
+/// Finds the file: `--config`, `ALLUVIUM_CONFIG`, `./alluvium.toml`.
+pub(crate) fn locate(given: Option<&Path>) -> Result<PathBuf> {
+    if let Some(path) = given {
+        if path.is_file() {
+            return Ok(path.to_owned());
+        }
+        let text = format!("there is no file {}", path.display());
+        return Err(Error::new(Code::ConfigNotFound, text).with_help("check the path of `--config`"));
+    }
+    if let Ok(path) = std::env::var("ALLUVIUM_CONFIG") {
+        if Path::new(&path).is_file() {
+            return Ok(path.into());
+        }
+        let text = format!("ALLUVIUM_CONFIG names {path}, which is not a file");
+        return Err(Error::new(Code::ConfigNotFound, text));
+    }
+    let path = PathBuf::from(FILE_NAME);
+    if path.is_file() {
+        return Ok(path);
+    }
+    let here = std::env::current_dir().map_or_else(|_| ".".to_owned(), |d| d.display().to_string());
+    Err(Error::new(Code::ConfigNotFound, format!("there is no {FILE_NAME} in {here}")).with_help(
+        "start with `alluvium demo`, write one with `alluvium config reference > alluvium.toml`, \
+         or name one with `--config FILE`",
+    ))
+}
+
+/// Reads, checks and resolves the configuration.
+pub(crate) fn load(given: Option<&Path>) -> Result<Config> {
+    let file = locate(given)?;
+    let text = std::fs::read_to_string(&file).map_err(|error| {
+        Error::new(Code::ConfigNotFound, format!("{} cannot be read: {error}", file.display()))
+    })?;
+    parse(&text, &file, std::env::vars()).map_err(|problems| {
+        let list: Vec<String> =
+            problems.iter().map(|p| format!("\n  {}: {}", p.path, p.text)).collect();
+        let count = if problems.len() == 1 { "1 problem" } else { "problems" };
+        let text = format!("{} in {}:{}", count, file.display(), list.concat());
+        Error::new(Code::ConfigInvalid, text)
+            .with_help("correct it, then `alluvium config validate`; all settings: `alluvium config reference`")
+    })
+}
+
+/// Resolves the configuration from its text and the environment.
+pub(crate) fn parse(
+    text: &str,
+    file: &Path,
+    environment: impl Iterator<Item = (String, String)>,
+) -> std::result::Result<Config, Vec<Problem>> {
+    let mut table: Table = text.parse().map_err(|error: toml::de::Error| {
+        vec![Problem { path: file.display().to_string(), text: error.to_string() }]
+    })?;
+    let mut problems = Vec::new();
+    let mut origins: BTreeMap<String, String> = BTreeMap::new();
+    let base = base_of(file);
+    apply_environment(&mut table, environment, &mut origins);
+    let mut leaves: BTreeMap<String, Value> = BTreeMap::new();
+    walk(&mut Vec::new(), &Value::Table(table.clone()), &mut leaves, &mut problems);
+    for (path, value) in &mut leaves {
+        expand_all(path, value, &base, &mut problems);
+    }
+    for (path, value) in &leaves {
+        let parts: Vec<String> = path.split('.').map(str::to_owned).collect();
+        if let Some(setting) = find(&parts)
+            && let Err(text) = setting.kind.check(value)
+        {
+            problems.push(Problem { path: path.clone(), text });
+        }
+    }
+    let names: Vec<String> = match table.get("pipeline") {
+        Some(Value::Table(pipelines)) => pipelines.keys().cloned().collect(),
+        _ => Vec::new(),
+    };
+    let source = build::Source { leaves, origins, base, file: file.to_owned() };
+    build::build(&source, &names, problems)
+}
+
+fn base_of(file: &Path) -> PathBuf {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new("."));
+    std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned())
+}
+
+/// `ALLUVIUM_SECTION__KEY=value`; the value is TOML where it parses as such, text otherwise.
+fn apply_environment(
+    table: &mut Table,
+    environment: impl Iterator<Item = (String, String)>,
+    origins: &mut BTreeMap<String, String>,
+) {
+    for (name, text) in environment {
+        let Some(rest) = name.strip_prefix("ALLUVIUM_").filter(|rest| rest.contains("__")) else {
+            continue;
+        };
+        let path: Vec<String> = rest.split("__").map(str::to_lowercase).collect();
+        let parsed = format!("value = {text}").parse::<Table>().ok();
+        let value = parsed.and_then(|mut t| t.remove("value")).unwrap_or(Value::String(text));
+        insert(table, &path, value);
+        origins.insert(path.join("."), format!("environment variable {name}"));
+    }
+}
+
+/// Puts a value at a path; what stands in the way is replaced.
+fn insert(table: &mut Table, path: &[String], value: Value) {
+    match path {
+        [] => {}
+        [last] => drop(table.insert(last.clone(), value)),
+        [first, rest @ ..] => {
+            let mut inner = match table.remove(first) {
+                Some(Value::Table(inner)) => inner,
+                _ => Table::new(),
+            };
+            insert(&mut inner, rest, value);
+            table.insert(first.clone(), Value::Table(inner));
+        }
+    }
+}
+
+/// Collects leaves by path; unknown keys become problems with a suggestion.
+fn walk(
+    path: &mut Vec<String>,
+    value: &Value,
+    leaves: &mut BTreeMap<String, Value>,
+    problems: &mut Vec<Problem>,
+) {
+    let dotted = path.join(".");
+    if find(path).is_some() {
+        leaves.insert(dotted, value.clone());
+        return;
+    }
+    let is_known = path.is_empty() || is_section(path);
+    match value {
+        Value::Table(table) if is_known => {
+            for (name, inner) in table {
+                path.push(name.clone());
+                walk(path, inner, leaves, problems);
+                path.pop();
+            }
+        }
+        _ if is_known => {
+            let text = format!("expected a section with {}", siblings(path).join(", "));
+            problems.push(Problem { path: dotted, text });
+        }
+        _ => problems.push(Problem { path: dotted, text: unknown(path) }),
+    }
+}
+
+fn unknown(path: &[String]) -> String {
+    let Some((name, parent)) = path.split_last() else { return String::new() };
+    if parent.is_empty() && ["cluster", "storage"].contains(&name.as_str()) {
+        return "this build runs embedded on local paths; the section is not known yet".to_owned();
+    }
+    let candidates = siblings(parent);
+    let best = candidates
+        .iter()
+        .map(|candidate| (strsim::jaro_winkler(candidate, name), candidate))
+        .max_by(|a, b| a.0.total_cmp(&b.0));
+    match best {
+        Some((likeness, candidate)) if likeness > 0.75 => {
+            format!("unknown setting; did you mean `{candidate}`?")
+        }
+        _ => format!("unknown setting; known here: {}", candidates.join(", ")),
+    }
+}
+
+fn expand_all(path: &str, value: &mut Value, base: &Path, problems: &mut Vec<Problem>) {
+    match value {
+        Value::String(text) => match value::expand(text, base) {
+            Ok(expanded) => *text = expanded,
+            Err(text) => problems.push(Problem { path: path.to_owned(), text }),
+        },
+        Value::Array(list) => {
+            for item in list {
+                expand_all(path, item, base, problems);
+            }
+        }
+        _ => {}
+    }
+}
+
+impl Config {
+    /// The pipelines asked for, or all.
+    pub(crate) fn select(&self, name: Option<&str>) -> Result<Vec<Pipeline>> {
+        let Some(name) = name else { return Ok(self.pipelines.clone()) };
+        match self.pipelines.iter().find(|pipeline| pipeline.id == name) {
+            Some(pipeline) => Ok(vec![pipeline.clone()]),
+            None => {
+                let names: Vec<&str> = self.pipelines.iter().map(|p| p.id.as_str()).collect();
+                let text = format!("there is no pipeline {name:?} in {}", self.file.display());
+                Err(Error::new(Code::UnknownPipeline, text)
+                    .with_help(format!("the configuration has: {}", names.join(", "))))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,60 @@
+//! `config reference`: every setting as a commented configuration file that works when its
+//! required lines are filled in.
+
+use super::settings::{SETTINGS, Setting};
+
+/// The reference, as TOML with comments.
+pub(crate) fn reference() -> String {
+    let mut text = String::from(
+        "# alluvium.toml: every setting. Lines that begin with `# ` and a name show the default or an\n\
+         # example; remove the `# ` to set it. Relative paths start at this file. A variable\n\
+         # ALLUVIUM_SECTION__KEY overrides a line; \"${ENV}\" and \"file:PATH\" work in any text.\n",
+    );
+    let mut section = String::new();
+    for setting in SETTINGS {
+        let (prefix, key) = split(setting);
+        if prefix != section {
+            text.push_str(&format!("\n[{prefix}]\n"));
+            section = prefix;
+        }
+        for line in wrap(setting.doc, 92) {
+            text.push_str(&format!("# {line}\n"));
+        }
+        let note = match setting.default {
+            Some(_) => String::new(),
+            None if setting.without == "required" => "   # required".to_owned(),
+            None => format!("   # without it: {}", setting.without),
+        };
+        let value = setting.default.unwrap_or(setting.example);
+        let hash = if setting.without == "required" { "" } else { "# " };
+        text.push_str(&format!("{hash}{key} = {value}{note}\n"));
+    }
+    text
+}
+
+/// `pipeline.*.merge.batch_bytes` is `merge.batch_bytes` in `[pipeline.researchers]`.
+fn split(setting: &Setting) -> (String, String) {
+    match setting.path.strip_prefix("pipeline.*.") {
+        Some(key) => ("pipeline.researchers".to_owned(), key.to_owned()),
+        None => match setting.path.split_once('.') {
+            Some((section, key)) => (section.to_owned(), key.to_owned()),
+            None => (String::new(), setting.path.to_owned()),
+        },
+    }
+}
+
+fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        let line = lines.last_mut();
+        match line {
+            Some(line) if line.is_empty() => line.push_str(word),
+            Some(line) if line.len() + 1 + word.len() <= width => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}

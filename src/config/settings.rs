@@ -1,0 +1,197 @@
+//! Every setting, once: validation, defaults and `config reference` are made from this table.
+
+use super::value::{bytes_of, duration_of};
+
+/// What a setting holds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Kind {
+    /// Any text.
+    Text,
+    /// A path or URI; relative ones start at the configuration file.
+    Location,
+    /// A regular expression that a whole name must match.
+    Pattern,
+    /// A whole number within bounds.
+    Number(i64, i64),
+    /// true or false.
+    Flag,
+    /// `60s`, `5m`, `12h`, `7d`.
+    Duration,
+    /// `64KiB`, `128MiB`, `2GiB`.
+    Size,
+    /// A list of texts, not empty.
+    Names,
+    /// One of these words.
+    OneOf(&'static [&'static str]),
+}
+
+/// One setting.
+pub(crate) struct Setting {
+    /// Dotted path; `*` stands for a pipeline's name.
+    pub(crate) path: &'static str,
+    /// What it holds.
+    pub(crate) kind: Kind,
+    /// The default in TOML; `None`: none, see `note`.
+    pub(crate) default: Option<&'static str>,
+    /// Shown where there is no default: `required`, or what happens without it.
+    pub(crate) without: &'static str,
+    /// An example in TOML, for the reference.
+    pub(crate) example: &'static str,
+    /// What it does, in a sentence or two.
+    pub(crate) doc: &'static str,
+}
+
+macro_rules! settings {
+    ($($path:literal, $kind:expr, $default:expr, $without:literal, $example:literal, $doc:literal;)*) => {
+        /// All settings, in the order of the reference.
+        pub(crate) const SETTINGS: &[Setting] = &[$(Setting {
+            path: $path, kind: $kind, default: $default, without: $without, example: $example, doc: $doc,
+        },)*];
+    };
+}
+
+const MOST: i64 = 1_000_000;
+
+settings! {
+    "state.uri", Kind::Location, None, "`_alluvium` beside this file", r#""./lake/_alluvium""#,
+        "Ledger, manifests and requests. Losing it loses no data: it is rebuilt from the tables.";
+    "worker.slots", Kind::Number(1, 256), None, "the number of processors", "4",
+        "Tasks that one process works on at a time.";
+    "worker.memory", Kind::Size, Some(r#""512MiB""#), "", r#""1GiB""#,
+        "Working memory of one task; sorts spill to disk beyond it.";
+    "run.poll", Kind::Duration, Some(r#""10s""#), "", r#""60s""#,
+        "Pause between two listings of a source.";
+    "run.attempts", Kind::Number(1, 100), Some("3"), "", "5",
+        "Attempts of a task that fails for a passing reason, before its epoch is blocked.";
+    "pipeline.*.source", Kind::Location, None, "required", r#""./incoming-data""#,
+        "Holds the epoch folders: folders whose names are numbers.";
+    "pipeline.*.raw", Kind::Location, None, "required", r#""./lake/raw""#,
+        "Delta table with every row that came, by epoch.";
+    "pipeline.*.main", Kind::Location, None, "required", r#""./lake/main""#,
+        "Delta table with the current row of each key: the one that people read.";
+    "pipeline.*.quarantine", Kind::Location, None, "raw's path with `_quarantine`", r#""./lake/quarantine""#,
+        "Delta table with refused rows and the reason.";
+    "pipeline.*.key", Kind::Names, None, "required", r#"["pguid"]"#,
+        "Columns that identify a row. Kept in the tables: changing it means rebuilding them.";
+    "pipeline.*.format", Kind::OneOf(&["parquet"]), Some(r#""parquet""#), "", r#""parquet""#,
+        "Format of the data files.";
+    "pipeline.*.files.include", Kind::Pattern, None, "all files", r#"".*\\.parquet""#,
+        "Only files whose path within the folder matches. Hidden (`_x`, `.x`), empty and `.crc` files never count.";
+    "pipeline.*.files.exclude", Kind::Pattern, None, "no files", r#"".*\\.tmp""#,
+        "No files whose path within the folder matches.";
+    "pipeline.*.ready.quiet", Kind::Duration, None, "`60s`, when no other sign is set", r#""60s""#,
+        "A folder is complete when two listings at least this far apart are equal.";
+    "pipeline.*.ready.marker", Kind::Text, None, "not used", r#""_SUCCESS""#,
+        "A folder is complete when it holds a file of this name.";
+    "pipeline.*.ready.manifest", Kind::Text, None, "not used", r#""manifest.json""#,
+        "A folder is complete when the files that this JSON file lists are there; only they are read.";
+    "pipeline.*.delete_when", Kind::Text, None, "no row is a delete", r#""op = 'D'""#,
+        "SQL over the incoming row; true makes it a delete of its key. Names are case-sensitive.";
+    "pipeline.*.sequence_by", Kind::Text, None, "file name, then position in the file", r#""updated_at""#,
+        "Column that orders rows of one key within an epoch; the largest wins, NULL is lowest.";
+    "pipeline.*.order", Kind::OneOf(&["sequential", "arrival"]), Some(r#""sequential""#), "", r#""arrival""#,
+        "`sequential`: epoch n+1 merges after n. `arrival`: as they come. The result is the same.";
+    "pipeline.*.on_block", Kind::OneOf(&["stop", "continue"]), Some(r#""stop""#), "", r#""continue""#,
+        "Whether a blocked epoch stops later merges of its pipeline (sequential order).";
+    "pipeline.*.hold_for_earlier", Kind::Duration, Some(r#""0s""#), "", r#""2h""#,
+        "How long later epochs wait for a lower folder that is not complete (sequential order).";
+    "pipeline.*.start_from", Kind::Number(0, i64::MAX), None, "all epochs", "1700000000",
+        "Epochs below this number are not processed.";
+    "pipeline.*.adopt", Kind::Flag, Some("false"), "", "true",
+        "Build on a main table that exists already: it becomes the base. Needs `start_from`; lower epochs count as done.";
+    "pipeline.*.merge.batch_epochs", Kind::Number(1, 1000), Some("100"), "", "20",
+        "Most waiting epochs that one merge takes together.";
+    "pipeline.*.merge.batch_bytes", Kind::Size, Some(r#""512MiB""#), "", r#""1GiB""#,
+        "Most raw bytes that one merge takes together (a single epoch may be larger).";
+    "pipeline.*.optimize.enabled", Kind::Flag, Some("true"), "", "false",
+        "Whether small files of main are rewritten into larger ones sorted by key.";
+    "pipeline.*.optimize.small_files", Kind::Number(2, MOST), Some("20"), "", "50",
+        "So many files below a quarter of the target size make an optimize.";
+    "pipeline.*.optimize.target_file_size", Kind::Size, Some(r#""128MiB""#), "", r#""64MiB""#,
+        "Data files of raw and main are cut at about this size.";
+    "pipeline.*.optimize.bin_size", Kind::Size, Some(r#""512MiB""#), "", r#""256MiB""#,
+        "Most bytes that one optimize commit rewrites.";
+    "pipeline.*.cleanup.enabled", Kind::Flag, Some("true"), "", "false",
+        "Whether files that nothing refers to any more are deleted.";
+    "pipeline.*.cleanup.every", Kind::Duration, Some(r#""24h""#), "", r#""7d""#,
+        "Pause between two cleanups.";
+    "pipeline.*.cleanup.retention", Kind::Duration, Some(r#""168h""#), "", r#""30d""#,
+        "Age after which unreferenced files go: readers of older versions need them so long.";
+}
+
+impl Kind {
+    /// Checks a value; Err says what was expected.
+    pub(crate) fn check(self, value: &toml::Value) -> Result<(), String> {
+        let found = || match value {
+            toml::Value::String(text) => format!("found {text:?}"),
+            other => format!("found {other}"),
+        };
+        let expected = |what: &str| Err(format!("expected {what}; {}", found()));
+        match self {
+            Self::Text | Self::Location => match value.as_str() {
+                Some(text) if !text.is_empty() => Ok(()),
+                _ => expected("a text in quotes"),
+            },
+            Self::Pattern => match value.as_str().map(regex::Regex::new) {
+                Some(Ok(_)) => Ok(()),
+                Some(Err(error)) => Err(format!("not a regular expression: {error}")),
+                None => expected("a regular expression in quotes"),
+            },
+            Self::Number(least, most) => match value.as_integer() {
+                Some(number) if (least..=most).contains(&number) => Ok(()),
+                _ if most == i64::MAX => expected(&format!("a whole number from {least}")),
+                _ => expected(&format!("a whole number from {least} to {most}")),
+            },
+            Self::Flag => value.as_bool().map_or_else(|| expected("true or false"), |_| Ok(())),
+            Self::Duration => match value.as_str().and_then(duration_of) {
+                Some(_) => Ok(()),
+                None => expected("a duration such as \"60s\", \"5m\", \"12h\" or \"7d\""),
+            },
+            Self::Size => match value.as_str().and_then(bytes_of) {
+                Some(_) => Ok(()),
+                None => expected("a size such as \"64KiB\", \"128MiB\" or \"2GiB\""),
+            },
+            Self::Names => {
+                let names = value.as_array().map(|list| {
+                    !list.is_empty() && list.iter().all(|name| name.as_str().is_some_and(|n| !n.is_empty()))
+                });
+                if names == Some(true) { Ok(()) } else { expected("a list of names such as [\"id\"]") }
+            }
+            Self::OneOf(words) => match value.as_str() {
+                Some(word) if words.contains(&word) => Ok(()),
+                _ => {
+                    let list: Vec<String> = words.iter().map(|word| format!("{word:?}")).collect();
+                    expected(&list.join(" or "))
+                }
+            },
+        }
+    }
+}
+
+/// The setting that stands for a path such as `pipeline.orders.key`.
+pub(crate) fn find(path: &[String]) -> Option<&'static Setting> {
+    SETTINGS.iter().find(|setting| matches(setting.path, path, false))
+}
+
+/// The path leads to a table that holds settings.
+pub(crate) fn is_section(path: &[String]) -> bool {
+    SETTINGS.iter().any(|setting| matches(setting.path, path, true))
+}
+
+fn matches(pattern: &str, path: &[String], only_start: bool) -> bool {
+    let parts: Vec<&str> = pattern.split('.').collect();
+    let fits = parts.iter().zip(path).all(|(part, name)| *part == "*" || part == name);
+    fits && if only_start { path.len() < parts.len() } else { path.len() == parts.len() }
+}
+
+/// Names that could follow a path, for suggestions.
+pub(crate) fn siblings(path: &[String]) -> Vec<&'static str> {
+    let mut names: Vec<&str> = SETTINGS
+        .iter()
+        .filter(|setting| matches(setting.path, path, true))
+        .filter_map(|setting| setting.path.split('.').nth(path.len()))
+        .filter(|name| *name != "*")
+        .collect();
+    names.dedup();
+    names
+}

@@ -1,0 +1,140 @@
+//! All output: data to stdout, talk to stderr. Nothing else prints.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "the one place that prints")]
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+
+use alluvium_protocol::{Class, Code, Error, Result};
+use anstyle::{AnsiColor, Style};
+use serde_json::{Value, json};
+
+/// How the process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Exit {
+    /// All is well.
+    Ok = 0,
+    /// Something failed or is blocked.
+    Failed = 1,
+    /// Usage or configuration.
+    Usage = 2,
+    /// Unhealthy.
+    Unhealthy = 3,
+    /// A dependency cannot be reached.
+    Unreachable = 4,
+    /// Conflict or locked.
+    Conflict = 5,
+    /// Interrupted.
+    Interrupted = 130,
+}
+
+/// The exit code of an error that ends the process.
+pub(crate) fn exit_of(code: Code) -> Exit {
+    match code {
+        Code::ConfigInvalid
+        | Code::ConfigNotFound
+        | Code::UnknownPipeline
+        | Code::UnknownEpoch
+        | Code::NotPossibleNow
+        | Code::EpochSettled => Exit::Usage,
+        Code::StateLocked | Code::SettingsMismatch | Code::TableNotOurs => Exit::Conflict,
+        Code::SourceUnreadable | Code::StorageUnavailable | Code::QueueFailed => Exit::Unreachable,
+        _ => Exit::Failed,
+    }
+}
+
+/// Prints what clap has to say.
+pub(crate) fn usage(error: &clap::Error) -> ExitCode {
+    let _ = error.print();
+    ExitCode::from(if error.use_stderr() { Exit::Usage as u8 } else { Exit::Ok as u8 })
+}
+
+/// Prints the error that ends the process.
+pub(crate) fn failure(error: &Error) -> ExitCode {
+    tell_error(error);
+    ExitCode::from(exit_of(error.code) as u8)
+}
+
+/// Prints an error: what, why, what to type next.
+pub(crate) fn tell_error(error: &Error) {
+    let red = Style::new().fg_color(Some(AnsiColor::Red.into())).bold();
+    anstream::eprintln!("{red}error{red:#} {}: {}", error.code, error.message);
+    if let Some(help) = &error.help {
+        anstream::eprintln!("  help: {help}");
+    }
+    let more = if error.class() == Class::Permanent { "" } else { " (it may pass by itself)" };
+    anstream::eprintln!("  more: alluvium explain {}{more}", error.code);
+}
+
+/// Says something to the person, beside the data.
+pub(crate) fn say(text: &str) {
+    anstream::eprintln!("{text}");
+}
+
+/// Says something that needs attention.
+pub(crate) fn warn(text: &str) {
+    let yellow = Style::new().fg_color(Some(AnsiColor::Yellow.into())).bold();
+    anstream::eprintln!("{yellow}warning{yellow:#}: {text}");
+}
+
+/// Data: a text to stdout. A closed pipe ends quietly.
+pub(crate) fn data(text: &str) {
+    let mut stdout = std::io::stdout().lock();
+    let _ = stdout.write_all(text.as_bytes());
+    if !text.ends_with('\n') {
+        let _ = stdout.write_all(b"\n");
+    }
+    let _ = stdout.flush();
+}
+
+/// Data: the stable JSON envelope.
+pub(crate) fn json_items(schema: &str, items: &[Value]) -> Result<()> {
+    let document = json!({"schema": format!("alluvium.{schema}/v1"), "items": items});
+    data(&serde_json::to_string_pretty(&document).map_err(Error::internal)?);
+    Ok(())
+}
+
+/// Data: a table.
+pub(crate) fn table(head: &[&str], rows: Vec<Vec<String>>) {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_content_arrangement(comfy_table::ContentArrangement::Dynamic);
+    if let Some(width) = terminal_width() {
+        table.set_width(width);
+    }
+    table.set_header(head.iter().map(|name| name.to_uppercase()));
+    for row in rows {
+        table.add_row(row);
+    }
+    let text: Vec<String> =
+        table.to_string().lines().map(|line| line.trim_end().to_owned()).collect();
+    data(&text.join("\n"));
+}
+
+fn terminal_width() -> Option<u16> {
+    if !std::io::stdout().is_terminal() {
+        return None;
+    }
+    std::env::var("COLUMNS").ok()?.parse().ok()
+}
+
+/// Asks before something is changed. Without a terminal only `--yes` goes on.
+pub(crate) fn confirm(question: &str, yes: bool) -> Result<bool> {
+    if yes {
+        return Ok(true);
+    }
+    if !std::io::stdin().is_terminal() {
+        return Err(Error::new(Code::NotPossibleNow, "this asks first, and there is no terminal")
+            .with_help("add `--yes`"));
+    }
+    eprint!("{question} [y/N] ");
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer).map_err(Error::internal)?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
+/// stderr is a terminal: progress may move.
+pub(crate) fn is_lively() -> bool {
+    std::io::stderr().is_terminal()
+}

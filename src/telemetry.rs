@@ -1,0 +1,20 @@
+//! Logs to stderr, for eyes or machines. Traces come with the cluster.
+
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::{Arguments, LogFormat};
+
+/// Starts logging. A filter that cannot be read falls back to warnings.
+pub(crate) fn start(arguments: &Arguments) {
+    let filter = arguments
+        .log
+        .clone()
+        .or_else(|| std::env::var("ALLUVIUM_LOG").ok())
+        .unwrap_or_else(|| "warn,deltalake_core=error,buoyant_kernel=error".to_owned());
+    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("warn"));
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match arguments.log_format {
+        LogFormat::Human => logs.with_target(false).init(),
+        LogFormat::Json => logs.json().flatten_event(true).init(),
+    }
+}
