@@ -187,7 +187,12 @@ async fn examine_blocked(
         0 => None,
         generation => book.manifests.load(epoch, generation).await?,
     };
-    let is_same = pinned.is_some_and(|pinned| same_objects(&pinned.manifest.objects, &contents.objects));
+    // A person asked for empty content: the folder's files have no say.
+    if pinned.as_ref().is_some_and(|pinned| pinned.manifest.reason.is_empty_content()) {
+        return Ok(());
+    }
+    let is_same =
+        pinned.is_some_and(|pinned| same_objects(&pinned.manifest.objects, &contents.objects));
     let is_changed = generation > 0 && !is_same;
     // Blocked before anything was pinned (two folders, a file): the cause may be gone.
     if !is_changed && generation > 0 {

@@ -195,7 +195,8 @@ fn has_waiting_above(view: &PipelineView<'_>, number: Epoch) -> bool {
 }
 
 /// The first group of the candidates: late epochs among themselves, newer ones among themselves,
-/// bounded in number and bytes (a first epoch of any size goes).
+/// bounded in number and bytes (a first epoch of any size goes). Empty content costs nothing and
+/// does not count: before main exists it must not wait in a full group of its own.
 fn group(view: &PipelineView<'_>, candidates: &[Epoch]) -> Vec<Epoch> {
     let highest_done = view
         .epochs
@@ -206,11 +207,14 @@ fn group(view: &PipelineView<'_>, candidates: &[Epoch]) -> Vec<Epoch> {
     let is_late = |number: &Epoch| highest_done.is_some_and(|highest| *number < highest);
     let sizes = &view.pipeline.sizes;
     let mut group: Vec<Epoch> = Vec::new();
+    let mut full_ones = 0;
     let mut bytes = 0;
     for number in candidates {
-        bytes += view.epochs[number].bytes;
+        let epoch = &view.epochs[number];
+        bytes += epoch.bytes;
+        full_ones += usize::from(!epoch.is_empty);
         let is_other_kind = group.first().is_some_and(|first| is_late(first) != is_late(number));
-        let is_full = group.len() >= sizes.batch_epochs || bytes > sizes.batch_bytes;
+        let is_full = full_ones > sizes.batch_epochs || bytes > sizes.batch_bytes;
         if !group.is_empty() && (is_other_kind || is_full) {
             break;
         }

@@ -239,7 +239,11 @@ async fn write_files(
         wanted.epoch,
         quoted(raw::EPOCH),
     );
-    let mut written = content_rows(&session, pipeline, table, &own, &aside).await?;
+    // Empty content by request: there are no rows, and perhaps no columns to speak of.
+    let mut written = match incoming.rows() {
+        0 => Written::default(),
+        _ => content_rows(&session, pipeline, table, &own, &aside).await?,
+    };
     let previous = partition_paths(table, wanted.epoch)?;
     if !previous.is_empty() {
         // Read again only for the keys; what it refuses was kept by the first reading.

@@ -197,6 +197,17 @@ fn empty_content_waits_until_main_exists() {
 }
 
 #[test]
+fn empty_content_does_not_fill_a_group() {
+    let mut p = pipeline();
+    p.sizes.batch_epochs = 1;
+    let mut epochs = epochs("ddd");
+    epochs.entry(Epoch::new(1).unwrap()).and_modify(|epoch| epoch.is_empty = true);
+    let first = PipelineView { has_main: false, ..view(&p, &epochs) };
+    let group = plan(&first, now()).merge.unwrap();
+    assert_eq!(group, [Epoch::new(1).unwrap(), Epoch::new(2).unwrap()]);
+}
+
+#[test]
 fn maintenance_waits_for_merges_and_knows_when_to_stop() {
     let p = Pipeline { cleanup_every: Some(Duration::from_secs(60)), ..pipeline() };
     let idle = epochs("pp");
