@@ -6,7 +6,7 @@ use alluvium_coordinator::book::Book;
 use alluvium_coordinator::ledger::Ledger;
 use alluvium_coordinator::notice::Notice;
 use alluvium_coordinator::run::{Coordinator, Outcome, Settings};
-use alluvium_coordinator::standing::recall_blocked;
+use alluvium_coordinator::standing::{recall_blocked, recall_cleanup};
 use alluvium_protocol::clock::{ClockRef, SystemClock};
 use alluvium_protocol::lease::memory::MemoryLeases;
 use alluvium_protocol::queue::Queue;
@@ -36,9 +36,11 @@ pub(crate) async fn run(
     let mut books = Vec::with_capacity(pipelines.len());
     for pipeline in pipelines {
         let mut book = Book::open(pipeline).await?;
+        let ledger = Ledger::open(&config.state);
+        recall_cleanup(&mut book, &ledger).await;
         if !once {
             // A watching process does not try again what waits for a person.
-            recall_blocked(&mut book, &Ledger::open(&config.state)).await;
+            recall_blocked(&mut book, &ledger).await;
         }
         books.push(book);
     }
@@ -60,20 +62,18 @@ pub(crate) async fn run(
     };
     let coordinator =
         Coordinator::new(settings, clock, Arc::clone(&queue), books, notices, stopping);
-    let ended = tokio::select! {
-        ended = coordinator.run() => Some(ended),
-        // Slots end before the coordinator only when something is wrong with them.
-        ended = &mut slots => {
-            ended.map_err(Error::internal)??;
-            None
-        }
-    };
-    queue.close();
-    match ended {
-        Some(outcome) => {
+    let coordinating = coordinator.run();
+    tokio::pin!(coordinating);
+    tokio::select! {
+        outcome = &mut coordinating => {
+            queue.close();
             slots.await.map_err(Error::internal)??;
             outcome
         }
-        None => Ok(Outcome::default()),
+        // Idle slots stop first when the process is told to stop; an error of theirs ends it.
+        ended = &mut slots => {
+            ended.map_err(Error::internal)??;
+            coordinating.await
+        }
     }
 }

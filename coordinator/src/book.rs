@@ -54,8 +54,6 @@ pub struct Entry {
     pub is_empty: bool,
     /// It came after a higher epoch was in main.
     pub late: bool,
-    /// It blocked in this process: a repetition within one `run --once` is pointless.
-    pub blocked_here: bool,
 }
 
 impl Entry {
@@ -76,7 +74,6 @@ impl Entry {
             bytes: 0,
             is_empty: false,
             late: false,
-            blocked_here: false,
         }
     }
 
@@ -90,7 +87,6 @@ impl Entry {
             self.failures = 0;
             self.crashes = 0;
             self.error = None;
-            self.blocked_here = false;
         }
         Ok(())
     }
@@ -138,6 +134,8 @@ pub struct Book {
     pub error: Option<Error>,
     /// Versions of raw and main, where they exist.
     pub versions: (Option<i64>, Option<i64>),
+    /// Rows for `step_events` that no result stands behind: blocks found in discovery.
+    pub events: Vec<serde_json::Value>,
 }
 
 impl Book {
@@ -159,6 +157,7 @@ impl Book {
             settled_folders: 0,
             error: None,
             versions: (None, None),
+            events: Vec::new(),
             pipeline,
         };
         if let Err(error) = book.read_tables().await {
@@ -181,6 +180,9 @@ impl Book {
         self.markers = Markers::joined(of(&raw), of(&main));
         let is_ours =
             main.as_ref().is_some_and(|t| t.properties().contains_key("alluvium.pipeline"));
+        if main.is_some() && !is_ours && !self.pipeline.adopt {
+            return Err(Table::not_ours(&self.pipeline));
+        }
         self.has_main = is_ours;
         self.versions = (raw.as_ref().map(Table::version), main.as_ref().map(Table::version));
         if let Some(main) = &main {
@@ -213,6 +215,9 @@ impl Book {
         pinned: Option<Generation>,
         content: RawContent,
     ) -> Result<()> {
+        if self.is_settled(epoch) && !self.markers.is_applied(epoch) {
+            return Ok(());
+        }
         let is_ingested = self.markers.ingest.contains_key(&epoch);
         let is_empty = is_ingested && !content.has_rows;
         let found = State::from_tables(epoch, &self.markers, pinned, is_empty);
@@ -229,8 +234,8 @@ impl Book {
         entry.is_empty = is_empty;
         entry.late = !state.is_end() && highest.is_some_and(|highest| highest > epoch);
         if state == State::Ready && entry.folder.is_none() {
-            let loaded = self.manifests.load(epoch, generation).await?;
-            if let Some(loaded) = loaded {
+            // One that cannot be read blocks its epoch when its ingest is due, not the pipeline.
+            if let Ok(Some(loaded)) = self.manifests.load(epoch, generation).await {
                 entry.is_empty = loaded.manifest.reason.is_empty_content();
                 entry.folder = Some(loaded.manifest.folder);
             }

@@ -33,6 +33,7 @@ impl Coordinator {
         if let Some(error) = error {
             let text = format!("{} was refused: {error}", request.verb.as_str());
             let _ = self.notices.send(Notice::Warning { pipeline: request.pipeline.clone(), text });
+            self.refused.push((request.id.clone(), error));
         }
         let done = match crash::point("request.after_carried_out") {
             Ok(()) => match Requests::open(&self.settings.state) {

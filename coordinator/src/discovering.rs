@@ -57,16 +57,15 @@ async fn try_discover(
     note_junk(book, &listing, notices);
     book.settled_folders = 0;
     for (epoch, name) in &listing.files {
-        if !listing.folders.contains_key(epoch) {
-            let text = format!("{}/{name} is a file; an epoch is a folder", book.pipeline.source);
-            let help = format!("move the file into a folder of that name, or away: `{name}/…`");
-            block(book, *epoch, Error::new(Code::EpochNotAFolder, text).with_help(help), notices);
+        if !listing.folders.contains_key(epoch) && !book.is_settled(*epoch) {
+            let error = not_a_folder(&book.pipeline.source, name);
+            block(book, *epoch, error, now, notices);
         }
     }
     for (epoch, names) in &listing.folders {
         if let Err(error) = look_at(book, *epoch, names, now, notices).await {
             if error.class() == alluvium_protocol::Class::Permanent {
-                block(book, *epoch, error, notices);
+                block(book, *epoch, error, now, notices);
             } else {
                 return Err(error);
             }
@@ -94,6 +93,20 @@ fn note_junk(book: &mut Book, listing: &Listing, notices: &mpsc::UnboundedSender
     book.junk = (listing.junk.clone(), listing.junk_count);
 }
 
+/// Something that is not a folder has an epoch's name.
+pub(crate) fn not_a_folder(source: &str, name: &str) -> Error {
+    let text = format!("{source}/{name} is a file; an epoch is a folder");
+    let help = format!("move the file into a folder of that name, or away: `{name}/…`");
+    Error::new(Code::EpochNotAFolder, text).with_help(help)
+}
+
+/// Several folders are one number.
+pub(crate) fn ambiguous(epoch: Epoch, names: &[String]) -> Error {
+    let text = format!("the folders {} are one epoch, {epoch}", names.join(" and "));
+    let help = "keep one of them, move the other's files into it or away";
+    Error::new(Code::AmbiguousFolder, text).with_help(help)
+}
+
 /// Looks at one epoch's folder and moves the book accordingly.
 async fn look_at(
     book: &mut Book,
@@ -112,13 +125,7 @@ async fn look_at(
         entry.waiting_since = Some(now);
     }
     if names.len() > 1 {
-        let text = format!("the folders {} are one epoch, {epoch}", names.join(" and "));
-        if entry.state.is_end() || entry.state == State::Ingested {
-            entry.changed = Some(text);
-            return Ok(());
-        }
-        let help = "keep one of them, move the other's files into it or away";
-        return Err(Error::new(Code::AmbiguousFolder, text).with_help(help));
+        return Err(ambiguous(epoch, names));
     }
     entry.folder = Some(names[0].clone());
     let wants_listing = match entry.state {
@@ -191,8 +198,8 @@ async fn examine_blocked(
     if pinned.as_ref().is_some_and(|pinned| pinned.manifest.reason.is_empty_content()) {
         return Ok(());
     }
-    let is_same =
-        pinned.is_some_and(|pinned| same_objects(&pinned.manifest.objects, &contents.objects));
+    let is_same = pinned
+        .is_some_and(|pinned| is_as_read(&book.pipeline.ready, &pinned.manifest, contents));
     let is_changed = generation > 0 && !is_same;
     // Blocked before anything was pinned (two folders, a file): the cause may be gone.
     if !is_changed && generation > 0 {
@@ -215,9 +222,12 @@ async fn examine_blocked(
     pin_folder(book, epoch, &folder, reason, None, now).await
 }
 
-fn same_objects(a: &[Object], b: &[Object]) -> bool {
-    a.len() == b.len()
-        && a.iter().zip(b).all(|(a, b)| a.name == b.name && a.size == b.size && a.etag == b.etag)
+/// The folder still holds what was pinned. A producer's manifest may name only some of its files.
+fn is_as_read(ready: &Ready, pinned: &Manifest, contents: &Contents) -> bool {
+    let is_same = |a: &Object, b: &Object| a.name == b.name && a.size == b.size && a.etag == b.etag;
+    let is_there = |a: &Object| contents.objects.iter().any(|b| is_same(a, b));
+    let has_more = contents.objects.len() > pinned.objects.len();
+    pinned.objects.iter().all(is_there) && (matches!(ready, Ready::Manifest(_)) || !has_more)
 }
 
 /// Makes the second listing and pins it as the epoch's content at the next generation.
@@ -230,7 +240,13 @@ pub async fn pin_folder(
     now: DateTime<Utc>,
 ) -> Result<()> {
     let produced = match &book.pipeline.ready {
-        Ready::Manifest(name) => Some((name.clone(), book.source.read(folder, name).await?)),
+        Ready::Manifest(name) => match book.source.read(folder, name).await {
+            Ok(body) => Some((name.clone(), body)),
+            Err(error) if request.is_some() => {
+                return Err(Error::new(Code::NotPossibleNow, error.message));
+            }
+            Err(error) => return Err(error),
+        },
         Ready::Marker(_) | Ready::Quiet(_) => None,
     };
     // Begun after the sign of completeness was seen: it sees every file that was there before it.
@@ -241,6 +257,10 @@ pub async fn pin_folder(
             let place = format!("{}/{folder}/{name}", book.pipeline.source);
             match readiness::select(&body, &contents, &place)? {
                 Some(objects) => objects,
+                None if request.is_some() => {
+                    let text = format!("files that {place} names are not there");
+                    return Err(Error::new(Code::NotPossibleNow, text));
+                }
                 None => {
                     let entry = book.entry(epoch, State::Incomplete);
                     entry.why = Some(format!("files that {name} names are not there yet"));
@@ -267,18 +287,25 @@ pub async fn pin(
     now: DateTime<Utc>,
 ) -> Result<()> {
     let known = book.entries.get(&epoch).map_or(0, |entry| entry.generation);
-    let generation = known.max(book.markers.generation(epoch)) + 1;
-    let manifest = Manifest {
+    let mut manifest = Manifest {
         pipeline: book.pipeline.id.clone(),
         epoch,
-        generation,
+        generation: known.max(book.markers.generation(epoch)) + 1,
         folder: folder.to_owned(),
         reason,
         request: request.map(str::to_owned),
         pinned_at: now,
         objects,
     };
-    let pinned = book.manifests.store(manifest).await?;
+    let pinned = loop {
+        let pinned = book.manifests.store(manifest.clone()).await?;
+        // The generation went to somebody else's content. An arrival can do with that; what a
+        // person asked for comes after it.
+        if request.is_none() || pinned.manifest.request == manifest.request {
+            break pinned;
+        }
+        manifest.generation += 1;
+    };
     let entry = book.entry(epoch, State::Incomplete);
     entry.apply(Event::ContentPinned)?;
     entry.generation = pinned.manifest.generation;
@@ -320,10 +347,17 @@ pub async fn ingest_work(book: &mut Book, epoch: Epoch) -> Option<Work> {
 }
 
 /// Blocks an epoch whose folder cannot be used; told once.
-fn block(book: &mut Book, epoch: Epoch, error: Error, notices: &mpsc::UnboundedSender<Notice>) {
+fn block(
+    book: &mut Book,
+    epoch: Epoch,
+    error: Error,
+    now: DateTime<Utc>,
+    notices: &mpsc::UnboundedSender<Notice>,
+) {
     let pipeline = book.pipeline.id.clone();
     let entry = book.entry(epoch, State::Incomplete);
-    if entry.state.is_end() || entry.state.is_outstanding() {
+    // What is pinned counts, be it a skip: the folder is only looked at, then.
+    if entry.generation > 0 && !entry.state.is_stopped() {
         entry.changed = Some(error.to_string());
         return;
     }
@@ -331,11 +365,16 @@ fn block(book: &mut Book, epoch: Epoch, error: Error, notices: &mpsc::UnboundedS
     if entry.apply(Event::Blocked(Step::Ingest)).is_err() {
         return;
     }
-    entry.blocked_here = true;
     entry.settles_at = None;
     entry.error = Some(error.clone());
+    let generation = entry.generation;
     if is_news {
         let step = Step::Ingest;
+        book.events.push(serde_json::json!({
+            "at": now.to_rfc3339(), "pipeline": pipeline, "epoch": epoch, "generation": generation,
+            "step": step, "attempt": 0, "verdict": "blocked", "code": error.code,
+            "message": error.message, "help": error.help,
+        }));
         let _ = notices.send(Notice::EpochBlocked { pipeline, epoch, step, error });
     }
 }
@@ -377,16 +416,7 @@ async fn watch_for_changes(
             continue;
         }
         let contents = book.source.contents(&folder).await?;
-        // A producer's manifest may name only some of the files that are there.
-        let is_same = match &book.pipeline.ready {
-            Ready::Manifest(_) => pinned.manifest.objects.iter().all(|object| {
-                contents.objects.iter().any(|o| same_objects(&[o.clone()], &[object.clone()]))
-            }),
-            Ready::Marker(_) | Ready::Quiet(_) => {
-                same_objects(&pinned.manifest.objects, &contents.objects)
-            }
-        };
-        if is_same {
+        if is_as_read(&book.pipeline.ready, &pinned.manifest, &contents) {
             continue;
         }
         let id = book.pipeline.id.clone();

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use alluvium_protocol::manifest::Object;
+use alluvium_protocol::pipeline::Ready;
 use alluvium_protocol::{Code, Epoch, Error, FolderName, Pipeline, Result};
 use alluvium_table::classify::foreign;
 use alluvium_table::store::{StoreRef, local_path, object_store_at};
@@ -21,6 +22,8 @@ pub struct Source {
     store: StoreRef,
     include: Option<Regex>,
     exclude: Option<Regex>,
+    /// The file that says that a folder is complete: never data, whatever its name.
+    sign: Option<String>,
 }
 
 /// One listing of the source's first level.
@@ -72,6 +75,10 @@ impl Source {
             store: object_store_at(&pipeline.source)?,
             include: pattern(&pipeline.include, "files.include")?,
             exclude: pattern(&pipeline.exclude, "files.exclude")?,
+            sign: match &pipeline.ready {
+                Ready::Marker(name) | Ready::Manifest(name) => Some(name.clone()),
+                Ready::Quiet(_) => None,
+            },
         })
     }
 
@@ -149,6 +156,7 @@ impl Source {
     fn is_data(&self, name: &str) -> bool {
         let is_hidden = name.split('/').any(|part| part.starts_with(['_', '.']));
         !is_hidden
+            && self.sign.as_deref() != Some(name)
             && !name.ends_with(".crc")
             && self.include.as_ref().is_none_or(|regex| regex.is_match(name))
             && !self.exclude.as_ref().is_some_and(|regex| regex.is_match(name))

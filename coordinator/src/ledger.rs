@@ -11,7 +11,6 @@ use alluvium_protocol::marker::Generation;
 use alluvium_protocol::{Epoch, Error, Result, crash};
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
 use alluvium_table::arrow::json::ReaderBuilder;
-use alluvium_table::classify::foreign;
 use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
 use alluvium_table::pause::Pauses;
 use alluvium_table::session::query_session;
@@ -251,7 +250,7 @@ impl Ledger {
         };
         let session = query_session(READ_BYTES);
         table.register(&session, "t", None, false).await?;
-        query::rows(&session, sql).await.map_err(|e| foreign("read the ledger", &e))
+        query::rows(&session, sql).await
     }
 }
 

@@ -51,7 +51,7 @@ pub fn judge(
     }
     match ready {
         Ready::Marker(name) | Ready::Manifest(name) => {
-            if contents.others.contains(name) || contents.objects.iter().any(|o| &o.name == name) {
+            if contents.others.contains(name) {
                 return Judgement::Open;
             }
             Judgement::Incomplete { why: format!("{name} is not there yet") }

@@ -78,7 +78,7 @@ impl Requests {
         stored.map(drop).map_err(|e| foreign("store the request", &e))
     }
 
-    /// All open requests, oldest first. An unreadable one is an error that names its file.
+    /// All open requests, oldest first. An unreadable one is told and passed over.
     pub async fn open_ones(&self) -> Result<Vec<Request>> {
         let found: Vec<_> = self
             .store
@@ -95,11 +95,10 @@ impl Requests {
                 Err(object_store::Error::NotFound { .. }) => continue,
                 Err(error) => return Err(foreign(doing(), &error)),
             };
-            let request = serde_json::from_slice(&body).map_err(|e| {
-                Error::new(Code::MessageUnknown, format!("{}: {e}", doing()))
-                    .with_help("delete the file: nobody can carry it out")
-            })?;
-            requests.push(request);
+            match serde_json::from_slice(&body) {
+                Ok(request) => requests.push(request),
+                Err(error) => tracing::error!(%error, file = %meta.location, "delete this request: nobody can carry it out"),
+            }
         }
         requests.sort_by(|a, b| (a.at, &a.id).cmp(&(b.at, &b.id)));
         Ok(requests)

@@ -25,7 +25,7 @@ impl Coordinator {
             return Ok(Rows::default());
         };
         let is_ours = book.outstanding.remove(&result.task).is_some();
-        let mut rows = Rows { events: events(book, result, now), ..Rows::default() };
+        let mut rows = Rows::default();
         match &result.verdict {
             Verdict::Done(report) => {
                 let merged = done(book, result, report, is_ours, now)?;
@@ -34,14 +34,15 @@ impl Coordinator {
                 let _ = self.notices.send(notice);
             }
             Verdict::Failed(error) => {
-                if !is_ours {
-                    return Ok(rows);
-                }
-                for notice in failed(book, result, error, limits, now)? {
-                    let _ = self.notices.send(notice);
+                if is_ours {
+                    for notice in failed(book, result, error, limits, now)? {
+                        let _ = self.notices.send(notice);
+                    }
                 }
             }
         }
+        // After the move: an attempt's row says what became of it.
+        rows.events = events(book, result, now);
         Ok(rows)
     }
 
@@ -102,12 +103,16 @@ fn done(
                 if entry.state != State::Merging {
                     continue;
                 }
-                // Asked for and not done: raw lost it, or it was settled meanwhile.
-                let empty = entry.is_empty;
-                entry.apply(if is_done { Event::MergeDone { empty } } else { Event::GaveBack })?;
                 if is_done {
+                    let empty = entry.is_empty;
+                    entry.apply(Event::MergeDone { empty })?;
                     merged.push(*epoch);
+                    continue;
                 }
+                // Asked for and not done: the table was adopted meanwhile, or raw lost it.
+                let text = format!("epoch {epoch} is settled, or raw no longer holds it");
+                entry.error = Some(Error::new(Code::EpochSettled, text));
+                entry.apply(Event::Blocked(Step::Merge))?;
             }
             Ok(merged)
         }
@@ -159,7 +164,11 @@ fn failed(
     let mut is_told = false;
     for epoch in epochs.iter().copied() {
         let Some(entry) = book.entries.get_mut(&epoch) else { continue };
-        if !entry.state.is_outstanding() {
+        let is_at_this_step = match step {
+            Step::Ingest => entry.state == State::Ingesting,
+            _ => entry.state == State::Merging,
+        };
+        if !is_at_this_step {
             continue;
         }
         match error.class() {
@@ -186,7 +195,6 @@ fn failed(
                 entry.apply(Event::Blocked(step))?;
                 // The folder is examined again at the next discovery and pinned anew.
                 if error.code != Code::FolderChanged {
-                    entry.blocked_here = true;
                     let (pipeline, error) = (pipeline.clone(), error.clone());
                     notices.push(Notice::EpochBlocked { pipeline, epoch, step, error });
                 }
@@ -220,16 +228,18 @@ fn notice_of(book: &Book, result: &TaskResult, report: &Report, merged: &[Epoch]
 /// One row of `step_events` per epoch of the attempt (one without an epoch for maintenance).
 fn events(book: &Book, result: &TaskResult, now: DateTime<Utc>) -> Vec<Value> {
     let none = Report::default();
-    let (verdict, error, report) = match &result.verdict {
-        Verdict::Done(report) => ("done", None, report.as_ref()),
-        Verdict::Failed(error) => {
-            let verdict = match error.class() {
-                Class::Transient => "failed",
-                Class::Permanent => "blocked",
-                Class::Crash => "crashed",
-                Class::Stopping => "gave_back",
-            };
-            (verdict, Some(error), &none)
+    let (error, report) = match &result.verdict {
+        Verdict::Done(report) => (None, report.as_ref()),
+        Verdict::Failed(error) => (Some(error), &none),
+    };
+    let verdict_of = |epoch: Option<Epoch>| {
+        let state = epoch.and_then(|epoch| book.entries.get(&epoch)).map(|entry| entry.state);
+        match (error, state) {
+            (None, _) => "done",
+            (Some(_), Some(State::Blocked(_))) => "blocked",
+            (Some(_), Some(State::Parked(_))) => "parked",
+            (Some(error), _) if error.class() == Class::Stopping => "gave_back",
+            (Some(_), _) => "failed",
         }
     };
     let epochs = result.work.epochs();
@@ -249,7 +259,7 @@ fn events(book: &Book, result: &TaskResult, now: DateTime<Utc>) -> Vec<Value> {
             "generation": generation,
             "step": result.work.step(),
             "attempt": result.attempt,
-            "verdict": verdict,
+            "verdict": verdict_of(epoch),
             "code": error.map(|e| e.code),
             "message": error.map(|e| e.message.clone()),
             "help": error.and_then(|e| e.help.clone()),

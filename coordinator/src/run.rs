@@ -16,7 +16,7 @@ use alluvium_protocol::queue::{Delivery, Lane, Queue};
 use alluvium_protocol::retry::Limits;
 use alluvium_protocol::state::{Event, State};
 use alluvium_protocol::task::{FORMAT_MAJOR, Step, Task, TaskResult, Work, decode, encode};
-use alluvium_protocol::{Code, Epoch, Result, crash};
+use alluvium_protocol::{Code, Epoch, Error, Result, crash};
 use chrono::{DateTime, Utc};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -25,7 +25,7 @@ use crate::book::Book;
 use crate::discovering;
 use crate::notice::Notice;
 use crate::requests::Requests;
-use crate::scribe::{Scribe, ScribeHandle};
+use crate::scribe::{Rows, Scribe, ScribeHandle};
 use crate::sequencing::{Plan, plan, share};
 
 /// Outstanding tasks per worker slot: one at work, the others at hand.
@@ -57,6 +57,8 @@ pub struct Coordinator {
     pub(crate) notices: mpsc::UnboundedSender<Notice>,
     stopping: CancellationToken,
     turn: usize,
+    /// Requests that could not be carried out, by id.
+    pub(crate) refused: Vec<(String, Error)>,
 }
 
 /// How a drained run ended.
@@ -66,6 +68,8 @@ pub struct Outcome {
     pub stopped: usize,
     /// The codes of pipelines whose source or tables cannot be used.
     pub broken: Vec<Code>,
+    /// Requests that could not be carried out, by id.
+    pub refused: Vec<(String, Error)>,
     /// Epochs whose folders are not complete, with the reason.
     pub incomplete: Vec<(String, Epoch, String)>,
 }
@@ -81,7 +85,7 @@ impl Coordinator {
         stopping: CancellationToken,
     ) -> Self {
         let scribe = Scribe::start(&settings.state, notices.clone());
-        Self { settings, clock, queue, books, scribe, notices, stopping, turn: 0 }
+        Self { settings, clock, queue, books, scribe, notices, stopping, turn: 0, refused: Vec::new() }
     }
 
     /// Runs until it is told to stop, or, with `once`, until nothing more can be done.
@@ -139,8 +143,13 @@ impl Coordinator {
 
     async fn discover(&mut self) {
         let now = self.clock.now();
+        let mut events = Vec::new();
         for book in &mut self.books {
             discovering::discover(book, now, &self.notices).await;
+            events.append(&mut book.events);
+        }
+        if !events.is_empty() {
+            self.scribe.write(Rows { events, ..Rows::default() }, None).await;
         }
     }
 
@@ -246,7 +255,7 @@ impl Coordinator {
     }
 
     fn outcome(&self) -> Outcome {
-        let mut outcome = Outcome::default();
+        let mut outcome = Outcome { refused: self.refused.clone(), ..Outcome::default() };
         for book in &self.books {
             outcome.broken.extend(book.error.as_ref().map(|error| error.code));
             for (epoch, entry) in &book.entries {
@@ -271,7 +280,10 @@ impl Coordinator {
         match found {
             Ok(requests) => {
                 for request in requests {
-                    self.carry_out(&request).await;
+                    // Another process may serve the other pipelines of this state.
+                    if self.books.iter().any(|book| book.pipeline.id == request.pipeline) {
+                        self.carry_out(&request).await;
+                    }
                 }
             }
             Err(error) => tracing::error!(%error, "requests cannot be read"),

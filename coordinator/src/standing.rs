@@ -10,6 +10,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::book::Book;
+use crate::discovering::{ambiguous, not_a_folder};
 use crate::discovery::Listing;
 use crate::ledger::{Ledger, LedgerTable};
 use crate::readiness::{self, Judgement};
@@ -204,6 +205,12 @@ impl Standing {
 /// Places folders that nothing is pinned of, by one listing each, and compares the newest others.
 async fn look(book: &mut Book, listing: &Listing, now: DateTime<Utc>) {
     book.junk = (listing.junk.clone(), listing.junk_count);
+    for (epoch, name) in &listing.files {
+        if !listing.folders.contains_key(epoch) && !book.is_settled(*epoch) {
+            let error = not_a_folder(&book.pipeline.source, name);
+            show_blocked(book, *epoch, error);
+        }
+    }
     for (epoch, names) in &listing.folders {
         let is_known = book.entries.contains_key(epoch);
         if !is_known && book.is_settled(*epoch) {
@@ -218,8 +225,7 @@ async fn look(book: &mut Book, listing: &Listing, now: DateTime<Utc>) {
         let Some(contents) = contents else { continue };
         entry.waiting_since = Some(now);
         if names.len() > 1 {
-            entry.state = State::Blocked(Step::Ingest);
-            entry.why = Some(format!("the folders {} are one epoch", names.join(" and ")));
+            show_blocked(book, *epoch, ambiguous(*epoch, names));
             continue;
         }
         (entry.state, entry.why) = match readiness::judge(&ready, &contents, None, now) {
@@ -233,13 +239,36 @@ async fn look(book: &mut Book, listing: &Listing, now: DateTime<Utc>) {
     }
 }
 
+/// Shows what a run would block, unless content is pinned already.
+fn show_blocked(book: &mut Book, epoch: Epoch, error: Error) {
+    let entry = book.entry(epoch, State::Incomplete);
+    if entry.generation > 0 {
+        entry.changed = Some(error.to_string());
+        return;
+    }
+    entry.state = State::Blocked(Step::Ingest);
+    entry.error = Some(error);
+}
+
+/// When the pipeline was last cleaned up, by the ledger's word.
+pub async fn recall_cleanup(book: &mut Book, ledger: &Ledger) {
+    let id = book.pipeline.id.replace('\'', "''");
+    let sql = format!(
+        "SELECT max(at) AS at FROM t \
+         WHERE pipeline = '{id}' AND step = 'cleanup' AND verdict = 'done'"
+    );
+    let rows = ledger.select(LedgerTable::StepEvents, &sql).await.unwrap_or_default();
+    let at = rows.first().and_then(|row| row["at"].as_str()).map(DateTime::parse_from_rfc3339);
+    book.cleaned_at = at.and_then(std::result::Result::ok).map(|at| at.with_timezone(&Utc));
+}
+
 /// The ledger's word about epochs that wait for a person: an epoch whose last event blocked it.
 pub async fn recall_blocked(book: &mut Book, ledger: &Ledger) {
     let id = book.pipeline.id.replace('\'', "''");
     let sql = format!(
-        "SELECT epoch, verdict, step, code, message, help FROM (SELECT *, row_number() OVER \
+        "SELECT epoch, generation, verdict, step, code, message, help FROM (SELECT *, row_number() OVER \
          (PARTITION BY epoch ORDER BY at DESC) AS rank FROM t \
-         WHERE pipeline = '{id}' AND epoch IS NOT NULL) WHERE rank = 1 AND verdict <> 'done'"
+         WHERE pipeline = '{id}' AND epoch IS NOT NULL) WHERE rank = 1 AND verdict IN ('blocked', 'parked')"
     );
     let rows = ledger.select(LedgerTable::StepEvents, &sql).await.unwrap_or_default();
     for row in &rows {
@@ -260,12 +289,14 @@ fn recall(book: &mut Book, row: &Value) {
         Step::Ingest => entry.state == State::Ready,
         _ => entry.state == State::Ingested,
     };
-    let Some(code) = code.filter(|_| is_still_there) else { return };
+    let is_same_content = row["generation"].as_i64() == Some(entry.generation);
+    let Some(code) = code.filter(|_| is_still_there && is_same_content) else { return };
     if code == alluvium_protocol::Code::FolderChanged {
         return;
     }
     let message = row["message"].as_str().unwrap_or("").to_owned();
     let help = row["help"].as_str().map(str::to_owned);
-    entry.state = State::Blocked(step);
+    let is_parked = row["verdict"] == "parked";
+    entry.state = if is_parked { State::Parked(step) } else { State::Blocked(step) };
     entry.error = Some(Error { code, message, help });
 }

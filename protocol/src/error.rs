@@ -105,6 +105,9 @@ impl fmt::Display for Code {
     }
 }
 
+/// Longer messages are cut: errors travel in messages, and nobody reads more.
+const MESSAGE_BYTES_MAX: usize = 2000;
+
 /// An error with its code: what happened, to which thing, and what to type next.
 ///
 /// It travels in results and in the ledger, so it is plain data.
@@ -125,7 +128,13 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// An error with a code and a message.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), help: None }
+        let mut message = message.into();
+        if message.len() > MESSAGE_BYTES_MAX {
+            let end = message.floor_char_boundary(MESSAGE_BYTES_MAX);
+            message.truncate(end);
+            message.push('…');
+        }
+        Self { code, message, help: None }
     }
 
     /// A bug of ours.

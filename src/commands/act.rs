@@ -115,6 +115,9 @@ async fn carry_out(
     let (outcome, _) =
         drive(config, vec![pipeline.clone()], true, CancellationToken::new()).await?;
     drop(taken);
+    if let Some((_, error)) = outcome.refused.iter().find(|(id, _)| *id == request.id) {
+        return Err(error.clone());
+    }
     tell(config, &pipeline, verb, epoch).await?;
     Ok(match verb {
         Verb::Pause | Verb::Resume => Exit::Ok,

@@ -55,10 +55,14 @@ pub(crate) async fn drive(
 
 /// How a drained run's outcome ends the process.
 pub(crate) fn exit(outcome: &Outcome) -> Exit {
-    if let Some(code) = outcome.broken.iter().find(|code| exit_of(**code) == Exit::Conflict) {
-        return exit_of(*code);
+    let broken = || outcome.broken.iter().map(|code| exit_of(*code));
+    if broken().any(|exit| exit == Exit::Conflict) {
+        return Exit::Conflict;
     }
-    if outcome.stopped > 0 || !outcome.broken.is_empty() { Exit::Failed } else { Exit::Ok }
+    if outcome.stopped > 0 {
+        return Exit::Failed;
+    }
+    broken().next().unwrap_or(Exit::Ok)
 }
 
 fn summarize(outcome: &Outcome, totals: Totals) {

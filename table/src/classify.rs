@@ -8,6 +8,7 @@ use std::io;
 
 use alluvium_protocol::{Code, Error};
 use deltalake::DeltaTableError;
+use deltalake::arrow::error::ArrowError;
 use deltalake::datafusion::error::DataFusionError;
 use deltalake::kernel::transaction::TransactionError;
 use deltalake::parquet::errors::ParquetError;
@@ -21,6 +22,11 @@ pub fn foreign(doing: impl std::fmt::Display, error: &(dyn StdError + 'static)) 
         Code::StorageDenied => error.with_help("give this user access, then `alluvium run --once`"),
         _ => error,
     }
+}
+
+/// Storage itself failed, not the content of what it gave.
+pub(crate) fn is_of_storage(error: &(dyn StdError + 'static)) -> bool {
+    causes(error).any(|cause| cause.is::<io::Error>() || cause.is::<object_store::Error>())
 }
 
 fn one_line(error: &(dyn StdError + 'static)) -> String {
@@ -91,6 +97,15 @@ fn of_store(error: &object_store::Error) -> Option<Code> {
 fn of_datafusion(error: &DataFusionError) -> Option<Code> {
     match error {
         DataFusionError::ResourcesExhausted(_) => Some(Code::MemoryExhausted),
+        // Only `delete_when` computes with people's values.
+        DataFusionError::ArrowError(error, _) => match error.as_ref() {
+            ArrowError::CastError(_)
+            | ArrowError::ParseError(_)
+            | ArrowError::ComputeError(_)
+            | ArrowError::DivideByZero
+            | ArrowError::ArithmeticOverflow(_) => Some(Code::ExpressionInvalid),
+            _ => None,
+        },
         _ => None,
     }
 }
@@ -105,6 +120,13 @@ fn of_parquet(error: &ParquetError) -> Option<Code> {
 
 fn of_delta(error: &DeltaTableError) -> Option<Code> {
     match error {
+        DeltaTableError::VersionAlreadyExists(_)
+        | DeltaTableError::Transaction {
+            source:
+                TransactionError::VersionAlreadyExists(_)
+                | TransactionError::CommitConflict(_)
+                | TransactionError::MaxCommitAttempts(_),
+        } => Some(Code::TableMovedOn),
         DeltaTableError::Transaction {
             source:
                 TransactionError::UnsupportedTableFeatures(_)

@@ -3,7 +3,7 @@
 use alluvium_protocol::{Code, Error, Result};
 use deltalake::arrow::array::RecordBatch;
 use deltalake::arrow::json::ArrayWriter;
-use deltalake::datafusion::execution::context::SessionContext;
+use deltalake::datafusion::execution::context::{SQLOptions, SessionContext};
 use serde_json::Value;
 
 /// Runs a statement and returns its rows; NULLs are left out.
@@ -14,7 +14,10 @@ pub async fn rows(session: &SessionContext, sql: &str) -> Result<Vec<Value>> {
 /// Runs a statement and returns its batches (at least one, so that the columns are known).
 pub async fn batches(session: &SessionContext, sql: &str) -> Result<Vec<RecordBatch>> {
     let failed = |e: &dyn std::fmt::Display| Error::new(Code::QueryFailed, e.to_string());
-    let frame = session.sql(sql).await.map_err(|e| failed(&e))?;
+    // Reading only: tables are written by the rule, never by SQL.
+    let reading =
+        SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
+    let frame = session.sql_with_options(sql, reading).await.map_err(|e| failed(&e))?;
     let schema = frame.schema().inner().clone();
     let mut batches = frame.collect().await.map_err(|e| failed(&e))?;
     if batches.is_empty() {

@@ -13,7 +13,7 @@ use deltalake::protocol::SaveMode;
 use deltalake::table::state::DeltaTableState;
 use deltalake::{DeltaTable, TableProperty};
 
-use crate::classify::foreign;
+use crate::classify::{foreign, is_of_storage};
 use crate::{scan, schema};
 use crate::store::{StoreRef, local_path, log_store_at};
 use crate::transactions::Transactions;
@@ -173,6 +173,17 @@ impl Table {
         self.state.metadata().configuration().clone()
     }
 
+    /// The error for a main table that exists and that no pipeline made.
+    pub fn not_ours(pipeline: &Pipeline) -> Error {
+        let text = format!("{} exists, and no pipeline made it", pipeline.main);
+        let help = format!(
+            "to build on it set `adopt = true` and `start_from = EPOCH` in pipeline.{}; or name \
+             another folder as `main`",
+            pipeline.id
+        );
+        Error::new(Code::TableNotOurs, text).with_help(help)
+    }
+
     /// Refuses a table that was made with other content-defining settings.
     pub fn check_settings(&self, pipeline: &Pipeline) -> Result<()> {
         let properties = self.properties();
@@ -247,10 +258,9 @@ impl Table {
     }
 }
 
-fn unreadable(uri: &str, error: &deltalake::DeltaTableError) -> Error {
-    let mut error = foreign(format!("open table {uri}"), error);
-    if error.code == Code::StorageUnavailable {
-        // The log was there a moment ago: what fails now is its content, unless storage says more.
+fn unreadable(uri: &str, cause: &deltalake::DeltaTableError) -> Error {
+    let mut error = foreign(format!("open table {uri}"), cause);
+    if error.code == Code::StorageUnavailable && !is_of_storage(cause) {
         error.code = Code::TableUnreadable;
     }
     error

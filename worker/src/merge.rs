@@ -45,7 +45,6 @@ pub async fn merge(
     permit: &Permit,
 ) -> Result<Report> {
     let pipeline = &task.pipeline;
-    let started = Instant::now();
     let mut pauses = Pauses::for_at_most(COMMIT_PATIENCE);
     let mut conflicts = 0;
     let _turn = workshop.tables.turn(&pipeline.main).await;
@@ -55,10 +54,6 @@ pub async fn merge(
         crash::point("merge.after_plan")?;
         if attempt.targets.is_empty() {
             return Ok(Report { conflicts, ..attempt.already() });
-        }
-        if started.elapsed() > pipeline.sizes.vacuum_retention / 4 {
-            let text = format!("{}: the merge takes too long to be safe", pipeline.main);
-            return Err(Error::new(Code::TableMovedOn, text));
         }
         match attempt.carry_out(workshop, permit).await? {
             Ok(report) => return Ok(Report { conflicts, ..report }),
@@ -139,6 +134,7 @@ impl<'a> Attempt<'a> {
         workshop: &Workshop,
         permit: &Permit,
     ) -> Result<Result<Report, Error>> {
+        let started = Instant::now();
         let pipeline = &self.task.pipeline;
         let session = work_session(pipeline.sizes.memory_bytes);
         let rule = Rule::new(pipeline, &self.raw);
@@ -161,6 +157,7 @@ impl<'a> Attempt<'a> {
         crash::point("merge.after_write")?;
         permit.check()?;
 
+        check_age(started, pipeline)?;
         let report = self.report(&edit, rows_read, !is_fast);
         let change = self.change(&edit, &report);
         crash::point("merge.before_commit")?;
@@ -188,6 +185,7 @@ impl<'a> Attempt<'a> {
             return Ok(Scope::Fast);
         }
         let mut all = self.markers.applied();
+        self.check_raw_is_whole(&all)?;
         all.extend(epochs);
         let files = self.raw_files(&all)?;
         self.raw.register(session, "applied", Some(&paths(&files)), false).await?;
@@ -200,6 +198,27 @@ impl<'a> Attempt<'a> {
         Ok(Scope::Reconcile { has_base: true })
     }
 
+    /// Without the older epochs' rows a late epoch's values would overwrite newer ones.
+    fn check_raw_is_whole(&self, applied: &BTreeSet<Epoch>) -> Result<()> {
+        let lost: Vec<String> = applied
+            .iter()
+            .filter(|e| !self.markers.ingest.contains_key(*e) && !self.markers.is_settled(**e))
+            .map(Epoch::to_string)
+            .collect();
+        if lost.is_empty() {
+            return Ok(());
+        }
+        let text = format!(
+            "main has epochs that {} no longer holds ({}): an older epoch cannot be reconciled",
+            self.raw.uri(),
+            lost.iter().take(5).cloned().collect::<Vec<_>>().join(", ")
+        );
+        Err(Error::new(Code::TableUnreadable, text).with_help(
+            "restore the raw table; or rebuild both: move the folders of raw and main away, then \
+             `alluvium run --once`",
+        ))
+    }
+
     fn report(&self, edit: &Edit, rows_read: u64, reconciled: bool) -> Report {
         Report {
             generations: self.targets.clone(),
@@ -207,9 +226,9 @@ impl<'a> Attempt<'a> {
             rows_read,
             rows_written: edit.written.rows,
             rows_superseded: u64::saturating_sub(rows_read, edit.keys),
-            rows_inserted: edit.upserts - edit.updated,
+            rows_inserted: edit.upserts.saturating_sub(edit.updated),
             rows_updated: edit.updated,
-            rows_deleted: edit.hits - edit.updated,
+            rows_deleted: edit.hits.saturating_sub(edit.updated),
             files_added: edit.written.adds.len() as u64,
             files_removed: edit.touched.len() as u64,
             bytes_written: alluvium_table::bytes_of(&edit.written.adds),
@@ -256,6 +275,15 @@ impl<'a> Attempt<'a> {
             }),
         }
     }
+}
+
+/// No commit names a file whose writing began so long ago that a cleanup might take it for an orphan.
+pub(crate) fn check_age(started: Instant, pipeline: &Pipeline) -> Result<()> {
+    if started.elapsed() > pipeline.sizes.vacuum_retention / 4 {
+        let text = format!("{}: a quarter of the retention passed while writing", pipeline.main);
+        return Err(Error::new(Code::TableMovedOn, text));
+    }
+    Ok(())
 }
 
 fn paths(files: &[LiveFile]) -> Vec<String> {
@@ -317,13 +345,7 @@ async fn prepare_main(workshop: &Workshop, task: &Task) -> Result<Table> {
 /// Makes an existing table the base: its properties say so, and the floor settles older epochs.
 async fn adopt(main: &mut Table, pipeline: &Pipeline) -> Result<CommitOutcome> {
     if !pipeline.adopt {
-        let text = format!("{} exists, and no pipeline made it", pipeline.main);
-        let help = format!(
-            "to build on it set `adopt = true` and `start_from = EPOCH` in pipeline.{}; or name \
-             another folder as `main`",
-            pipeline.id
-        );
-        return Err(Error::new(Code::TableNotOurs, text).with_help(help));
+        return Err(Table::not_ours(pipeline));
     }
     for key in &pipeline.content.key {
         if alluvium_table::schema::find_column(&main.schema(), key).is_none() {

@@ -1,5 +1,7 @@
 //! Optimize: one bin of main's small files becomes larger files sorted by key. No row changes.
 
+use std::time::Instant;
+
 use alluvium_protocol::marker::{Markers, maintenance_app_id};
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Error, Pipeline, Result, crash};
@@ -10,7 +12,7 @@ use alluvium_table::write::FileWriter;
 use alluvium_table::{LiveFile, Table};
 
 use crate::ingest::table_names;
-use crate::merge::{SMALL_FILE_DIVISOR, count_files};
+use crate::merge::{SMALL_FILE_DIVISOR, check_age, count_files};
 use crate::{Permit, Workshop};
 
 /// A bin of fewer files is not worth a rewrite.
@@ -67,6 +69,7 @@ pub(crate) async fn rewrite(
     permit: &Permit,
 ) -> Result<Report> {
     let doing = "rewrite small files";
+    let started = Instant::now();
     let session = work_session(pipeline.sizes.memory_bytes);
     let paths: Vec<String> = bin.iter().map(|file| file.path.clone()).collect();
     table.register(&session, "bin", Some(&paths), false).await?;
@@ -102,6 +105,7 @@ pub(crate) async fn rewrite(
         }],
         info: serde_json::json!({"pipeline": pipeline.id, "step": step}),
     };
+    check_age(started, pipeline)?;
     crash::point("optimize.before_commit")?;
     if let CommitOutcome::Lost(error) = table.commit(change).await? {
         return Err(Error::new(Code::TableMovedOn, error.message));

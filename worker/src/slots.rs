@@ -14,6 +14,7 @@ use alluvium_protocol::lease::{Claim, Leases};
 use alluvium_protocol::queue::{Delivery, Lane, Queue};
 use alluvium_protocol::task::{FORMAT_MAJOR, Task, TaskResult, Verdict, decode, encode};
 use alluvium_protocol::{Code, Error, Result, crash};
+use chrono::{DateTime, Utc};
 use futures::FutureExt;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -85,11 +86,12 @@ impl Worker {
             return delivery.give_back().await;
         };
         // An injected failure here is the task's own, like any other before the effect.
+        let started_at = self.workshop.clock.now();
         let verdict = match crash::point("task.after_claim") {
             Ok(()) => self.execute(&task, fence).await,
             Err(error) => Verdict::Failed(error),
         };
-        let outcome = self.answer(&task, verdict, delivery).await;
+        let outcome = self.answer(&task, started_at, verdict, delivery).await;
         self.leases.release(task.id, &self.name, fence).await?;
         outcome
     }
@@ -131,7 +133,13 @@ impl Worker {
 
     /// Publishes the result and acknowledges last. A failure in between redelivers the task, which
     /// then finds its marker.
-    async fn answer(&self, task: &Task, verdict: Verdict, delivery: Delivery) -> Result<()> {
+    async fn answer(
+        &self,
+        task: &Task,
+        started_at: DateTime<Utc>,
+        verdict: Verdict,
+        delivery: Delivery,
+    ) -> Result<()> {
         let now = self.workshop.clock.now();
         let result = TaskResult {
             format: FORMAT_MAJOR,
@@ -141,7 +149,7 @@ impl Worker {
             attempt: task.attempt,
             worker: self.name.clone(),
             published_at: task.published_at,
-            started_at: task.published_at.min(now),
+            started_at,
             finished_at: now,
             verdict,
         };
@@ -151,7 +159,11 @@ impl Worker {
             drop(delivery);
             return Ok(());
         }
-        self.queue.publish(Lane::Results, body).await?;
+        match self.queue.publish(Lane::Results, body).await {
+            // Nobody listens any more; the next process finds the marker.
+            Err(_) if self.stopping.is_cancelled() => return Ok(()),
+            published => published?,
+        }
         if let Err(error) = crash::point("result.after_publish") {
             tracing::debug!(%error, "not acknowledged; the task comes again");
             drop(delivery);
