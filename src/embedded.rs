@@ -13,9 +13,9 @@ use alluvium_protocol::queue::Queue;
 use alluvium_protocol::queue::memory::MemoryQueue;
 use alluvium_protocol::retry::Limits;
 use alluvium_protocol::{Error, Pipeline, Result};
+use alluvium_worker::Workshop;
 use alluvium_worker::slots::Worker;
 use alluvium_worker::tables::Tables;
-use alluvium_worker::Workshop;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 

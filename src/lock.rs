@@ -51,10 +51,8 @@ pub(crate) fn take(state: &str) -> Result<StateLock> {
         host.trim(),
         chrono::Utc::now().format("%Y-%m-%d %H:%M:%S UTC")
     );
-    let written = file
-        .set_len(0)
-        .and_then(|()| file.rewind())
-        .and_then(|()| file.write_all(text.as_bytes()));
+    let written =
+        file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(text.as_bytes()));
     written.map_err(|e| foreign(doing(), &e))?;
     Ok(StateLock { _file: Some(file) })
 }

@@ -1,8 +1,8 @@
 //! Progress for people: one line per change, and a moving line where stderr is a terminal.
 
 use alluvium_coordinator::notice::Notice;
-use alluvium_protocol::task::{Report, Step};
 use alluvium_protocol::Epoch;
+use alluvium_protocol::task::{Report, Step};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;

@@ -10,7 +10,7 @@ pub(crate) fn start(arguments: &Arguments) {
         .log
         .clone()
         .or_else(|| std::env::var("ALLUVIUM_LOG").ok())
-        .unwrap_or_else(|| "warn,deltalake_core=error,buoyant_kernel=error".to_owned());
+        .unwrap_or_else(|| "warn,deltalake_core=off,buoyant_kernel=off".to_owned());
     let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("warn"));
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match arguments.log_format {

@@ -35,7 +35,8 @@ LEDGER = "state/ledger/processed_folders"
 def check_world(home: Path, model: World, complete: set[int]) -> list[str]:
     """Everything that does not hold, one line each. `complete`: delivered with their marker."""
     raw, main = home / "raw", home / "main"
-    if not complete and not table_exists(main):
+    if not table_exists(main) and not _has_rows(model, complete):
+        # Nothing but empty content so far: main is made by the first epoch with rows.
         return []
     try:
         markers = {"raw": read_markers(raw), "main": read_markers(main)}
@@ -57,6 +58,10 @@ def check_world(home: Path, model: World, complete: set[int]) -> list[str]:
     except OracleError as error:
         return [str(error)]
     return lines
+
+
+def _has_rows(model: World, complete: set[int]) -> bool:
+    return any(row.op != REVERT for epoch in complete for row in model.content.get(epoch, []))
 
 
 def _prefixed(what: str, lines: Iterable[str]) -> list[str]:

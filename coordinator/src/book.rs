@@ -261,9 +261,8 @@ impl Book {
 
     /// What sequencing sees. `epochs` keeps the views alive.
     pub fn view<'a>(&'a self, epochs: &'a BTreeMap<Epoch, EpochView>) -> PipelineView<'a> {
-        let is_out = |steps: &[Step]| {
-            self.outstanding.values().any(|work| steps.contains(&work.step()))
-        };
+        let is_out =
+            |steps: &[Step]| self.outstanding.values().any(|work| steps.contains(&work.step()));
         PipelineView {
             pipeline: &self.pipeline,
             epochs,
@@ -285,8 +284,9 @@ impl Book {
 
     /// Epochs that wait for work of ours.
     pub fn waiting(&self) -> usize {
-        let is_waiting =
-            |e: &&Entry| matches!(e.state, State::Ready | State::Ingested) || e.state.is_outstanding();
+        let is_waiting = |e: &&Entry| {
+            matches!(e.state, State::Ready | State::Ingested) || e.state.is_outstanding()
+        };
         self.entries.values().filter(is_waiting).count()
     }
 }

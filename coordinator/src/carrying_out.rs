@@ -54,7 +54,9 @@ impl Coordinator {
             Error::new(Code::UnknownPipeline, format!("no pipeline {:?}", request.pipeline))
         })?;
         let epoch = || {
-            request.epoch.ok_or_else(|| Error::new(Code::UnknownEpoch, "the request names no epoch"))
+            request
+                .epoch
+                .ok_or_else(|| Error::new(Code::UnknownEpoch, "the request names no epoch"))
         };
         match request.verb {
             Verb::Pause => hold(book, true).await,

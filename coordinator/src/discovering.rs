@@ -198,8 +198,8 @@ async fn examine_blocked(
     if pinned.as_ref().is_some_and(|pinned| pinned.manifest.reason.is_empty_content()) {
         return Ok(());
     }
-    let is_same = pinned
-        .is_some_and(|pinned| is_as_read(&book.pipeline.ready, &pinned.manifest, contents));
+    let is_same =
+        pinned.is_some_and(|pinned| is_as_read(&book.pipeline.ready, &pinned.manifest, contents));
     let is_changed = generation > 0 && !is_same;
     // Blocked before anything was pinned (two folders, a file): the cause may be gone.
     if !is_changed && generation > 0 {
@@ -382,8 +382,7 @@ fn block(
 /// Epochs whose folder went away before anything was pinned are no epochs any more.
 fn forget_vanished(book: &mut Book, listing: &Listing) {
     book.entries.retain(|epoch, entry| {
-        let is_listed =
-            listing.folders.contains_key(epoch) || listing.files.contains_key(epoch);
+        let is_listed = listing.folders.contains_key(epoch) || listing.files.contains_key(epoch);
         let is_unpinned = entry.generation == 0
             && matches!(
                 entry.state,

@@ -97,7 +97,9 @@ impl Requests {
             };
             match serde_json::from_slice(&body) {
                 Ok(request) => requests.push(request),
-                Err(error) => tracing::error!(%error, file = %meta.location, "delete this request: nobody can carry it out"),
+                Err(error) => {
+                    tracing::error!(%error, file = %meta.location, "delete this request: nobody can carry it out")
+                }
             }
         }
         requests.sort_by(|a, b| (a.at, &a.id).cmp(&(b.at, &b.id)));
@@ -121,8 +123,7 @@ impl FromStr for Verb {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let all =
-            [Self::Retry, Self::Skip, Self::Replay, Self::Undo, Self::Pause, Self::Resume];
+        let all = [Self::Retry, Self::Skip, Self::Replay, Self::Undo, Self::Pause, Self::Resume];
         all.into_iter()
             .find(|verb| verb.as_str() == text)
             .ok_or_else(|| Error::new(Code::MessageUnknown, format!("no verb {text:?}")))

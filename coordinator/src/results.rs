@@ -59,7 +59,9 @@ impl Coordinator {
                 Ok(processed) => {
                     self.scribe.write(Rows { processed, events: Vec::new() }, None).await;
                 }
-                Err(error) => tracing::warn!(%error, "the ledger cannot be compared with the tables"),
+                Err(error) => {
+                    tracing::warn!(%error, "the ledger cannot be compared with the tables")
+                }
             }
         }
     }
@@ -243,11 +245,8 @@ fn events(book: &Book, result: &TaskResult, now: DateTime<Utc>) -> Vec<Value> {
         }
     };
     let epochs = result.work.epochs();
-    let subjects: Vec<Option<Epoch>> = if epochs.is_empty() {
-        vec![None]
-    } else {
-        epochs.into_iter().map(Some).collect()
-    };
+    let subjects: Vec<Option<Epoch>> =
+        if epochs.is_empty() { vec![None] } else { epochs.into_iter().map(Some).collect() };
     // Counts of a merge concern its group: they stand in the row of its first epoch only.
     let row = |(index, epoch): (usize, Option<Epoch>)| {
         let count = |value: u64| if index == 0 { value } else { 0 };

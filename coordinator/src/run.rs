@@ -85,7 +85,17 @@ impl Coordinator {
         stopping: CancellationToken,
     ) -> Self {
         let scribe = Scribe::start(&settings.state, notices.clone());
-        Self { settings, clock, queue, books, scribe, notices, stopping, turn: 0, refused: Vec::new() }
+        Self {
+            settings,
+            clock,
+            queue,
+            books,
+            scribe,
+            notices,
+            stopping,
+            turn: 0,
+            refused: Vec::new(),
+        }
     }
 
     /// Runs until it is told to stop, or, with `once`, until nothing more can be done.
@@ -161,7 +171,8 @@ impl Coordinator {
         let mut tasks: Vec<Vec<Work>> = Vec::with_capacity(self.books.len());
         for book in &mut self.books {
             let views = book.epoch_views();
-            let plan = if book.error.is_some() { Plan::default() } else { plan(&book.view(&views), now) };
+            let plan =
+                if book.error.is_some() { Plan::default() } else { plan(&book.view(&views), now) };
             tasks.push(works_of(book, &plan, window).await);
         }
         let wanted: Vec<usize> = tasks.iter().map(Vec::len).collect();

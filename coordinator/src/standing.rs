@@ -9,7 +9,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::book::Book;
+use crate::book::{Book, Entry};
 use crate::discovering::{ambiguous, not_a_folder};
 use crate::discovery::Listing;
 use crate::ledger::{Ledger, LedgerTable};
@@ -103,7 +103,9 @@ impl Standing {
             .await
             .unwrap_or_default();
         for row in &rows {
-            if let (Some(epoch), Some(at)) = (row["epoch"].as_i64().and_then(Epoch::new), row["at"].as_str()) {
+            if let (Some(epoch), Some(at)) =
+                (row["epoch"].as_i64().and_then(Epoch::new), row["at"].as_str())
+            {
                 processed.insert(epoch, at.to_owned());
             }
         }
@@ -132,7 +134,7 @@ impl Standing {
                 pipeline: self.book.pipeline.id.clone(),
                 epoch: *epoch,
                 folder: entry.folder.clone().unwrap_or_else(|| epoch.to_string()),
-                state: entry.state.as_str().to_owned(),
+                state: self.word_of(entry).to_owned(),
                 generation: entry.generation,
                 late: entry.late,
                 processed_at: self.processed.get(epoch).cloned(),
@@ -144,6 +146,14 @@ impl Standing {
         found
     }
 
+    /// Empty content has nothing to wait for, even before main exists.
+    fn word_of(&self, entry: &Entry) -> &'static str {
+        match entry.state {
+            State::Ingested if entry.is_empty && !self.book.has_main => State::Skipped.as_str(),
+            state => state.as_str(),
+        }
+    }
+
     /// The whole pipeline.
     pub fn pipeline(&self) -> PipelineStanding {
         let book = &self.book;
@@ -151,13 +161,15 @@ impl Standing {
         let mut fresh_to = None;
         let mut is_whole = true;
         for (epoch, entry) in &book.entries {
-            *epochs.entry(entry.state.as_str().to_owned()).or_default() += 1;
-            is_whole &= entry.state.is_end();
+            let word = self.word_of(entry);
+            *epochs.entry(word.to_owned()).or_default() += 1;
+            is_whole &= ["processed", "skipped"].contains(&word);
             if is_whole {
                 fresh_to = Some(*epoch);
             }
         }
-        let count = |names: &[&str]| names.iter().filter_map(|name| epochs.get(*name)).sum::<usize>();
+        let count =
+            |names: &[&str]| names.iter().filter_map(|name| epochs.get(*name)).sum::<usize>();
         let health = if book.error.is_some() {
             "broken"
         } else if book.markers.is_held() {

@@ -75,7 +75,8 @@ pub fn point(point: &'static str) -> Result<()> {
     debug_assert!(POINTS.contains(&point), "crash point {point} is not in POINTS");
     if is_due(CRASH.get_or_init(|| armed("ALLUVIUM_CRASH")), point) {
         // The error is of no use: a process that cannot kill itself goes on.
-        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        let _ =
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     }
     if is_due(FAIL.get_or_init(|| armed("ALLUVIUM_FAIL")), point) {
         return Err(Error::new(Code::StorageUnavailable, format!("injected failure at {point}")));

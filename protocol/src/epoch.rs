@@ -78,7 +78,8 @@ mod tests {
 
     #[test]
     fn only_digits_are_epochs() {
-        for junk in ["", "-1", "+1", " 1", "1 ", "1e3", "_temporary", "２０２４", "1700000000.5"] {
+        for junk in ["", "-1", "+1", " 1", "1 ", "1e3", "_temporary", "２０２４", "1700000000.5"]
+        {
             assert_eq!(FolderName::parse(junk), FolderName::Junk, "{junk:?}");
         }
         assert_eq!(FolderName::parse("9223372036854775808"), FolderName::OutOfRange);

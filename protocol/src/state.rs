@@ -109,7 +109,12 @@ impl State {
             (S::Merging, E::Failed | E::GaveBack) => S::Ingested,
             (S::Merging, E::Poisoned) => S::Parked(Step::Merge),
             (
-                S::Empty | S::Incomplete | S::Ready | S::Ingesting | S::Ingested | S::Merging
+                S::Empty
+                | S::Incomplete
+                | S::Ready
+                | S::Ingesting
+                | S::Ingested
+                | S::Merging
                 | S::Blocked(_),
                 E::Blocked(step),
             ) => S::Blocked(step),

@@ -112,7 +112,9 @@ impl Task {
     /// The id of a piece of work: equal work, equal id. `salt` tells maintenance tasks apart.
     pub fn id_of(pipeline: &str, work: &Work, salt: i64) -> Uuid {
         let name = match work {
-            Work::Ingest { epoch, generation, .. } => format!("{pipeline}/ingest/{epoch}/{generation}"),
+            Work::Ingest { epoch, generation, .. } => {
+                format!("{pipeline}/ingest/{epoch}/{generation}")
+            }
             Work::Merge { epochs } => {
                 let list: Vec<String> = epochs.iter().map(Epoch::to_string).collect();
                 format!("{pipeline}/merge/{}/{salt}", list.join(","))

@@ -82,7 +82,9 @@ fn question(verb: Verb, pipeline: &str, epoch: Epoch, state: &str) -> String {
             "{pipeline} {epoch} ({state}): read its folder again and make main as if it had always \
              been so?"
         ),
-        _ => format!("{pipeline} {epoch} ({state}): take its content out of main, and leave it out?"),
+        _ => {
+            format!("{pipeline} {epoch} ({state}): take its content out of main, and leave it out?")
+        }
     }
 }
 
@@ -160,7 +162,8 @@ async fn tell(
         Some(epoch) => {
             let entry = standing.book.entries.get(&epoch);
             let state = entry.map_or("unknown", |entry| entry.state.as_str());
-            let held = if standing.book.markers.is_held() { " (the pipeline is paused)" } else { "" };
+            let held =
+                if standing.book.markers.is_held() { " (the pipeline is paused)" } else { "" };
             printer::say(&format!("{id} {epoch}: {} done, it is {state}{held}", verb.as_str()));
         }
     }

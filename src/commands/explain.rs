@@ -7,10 +7,8 @@ use crate::printer::{self, Exit};
 /// Prints a code's page, or the list of codes.
 pub(crate) fn explain(code: Option<&str>) -> Result<Exit> {
     let Some(text) = code else {
-        let rows = Code::ALL
-            .iter()
-            .map(|code| vec![code.to_string(), code.title().to_owned()])
-            .collect();
+        let rows =
+            Code::ALL.iter().map(|code| vec![code.to_string(), code.title().to_owned()]).collect();
         printer::table(&["code", "meaning"], rows);
         return Ok(Exit::Ok);
     };

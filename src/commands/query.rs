@@ -35,9 +35,9 @@ pub(crate) async fn query(
     let pipeline = config.select(Some(pipeline))?.remove(0);
     let session = query_session(QUERY_BYTES);
     let known = register(&session, &pipeline, at).await?;
-    let batches = sql_query::batches(&session, sql).await.map_err(|error| {
-        error.with_help(format!("tables that exist now: {}", known.join(", ")))
-    })?;
+    let batches = sql_query::batches(&session, sql)
+        .await
+        .map_err(|error| error.with_help(format!("tables that exist now: {}", known.join(", "))))?;
     match output {
         Output::Json => printer::json_items("query", &sql_query::to_json(&batches)?)?,
         Output::Table => {
@@ -48,7 +48,11 @@ pub(crate) async fn query(
     Ok(Exit::Ok)
 }
 
-async fn register(session: &SessionContext, pipeline: &Pipeline, at: At) -> Result<Vec<&'static str>> {
+async fn register(
+    session: &SessionContext,
+    pipeline: &Pipeline,
+    at: At,
+) -> Result<Vec<&'static str>> {
     let mut known = Vec::new();
     let version = match at.epoch {
         Some(epoch) => Some(version_of(pipeline, epoch).await?),

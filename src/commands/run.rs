@@ -77,10 +77,16 @@ fn summarize(outcome: &Outcome, totals: Totals) {
         line.push_str(&format!("; {} row(s) in quarantine", totals.quarantined));
     }
     if outcome.stopped > 0 {
-        line.push_str(&format!("; {} epoch(s) BLOCKED: `alluvium epochs --state blocked`", outcome.stopped));
+        line.push_str(&format!(
+            "; {} epoch(s) BLOCKED: `alluvium epochs --state blocked`",
+            outcome.stopped
+        ));
     }
     if !outcome.broken.is_empty() {
-        line.push_str(&format!("; {} pipeline(s) cannot go on: `alluvium status`", outcome.broken.len()));
+        line.push_str(&format!(
+            "; {} pipeline(s) cannot go on: `alluvium status`",
+            outcome.broken.len()
+        ));
     }
     printer::say(&line);
     for (pipeline, epoch, why) in &outcome.incomplete {

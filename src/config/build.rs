@@ -143,7 +143,10 @@ fn check_pipeline(source: &Source, name: &str, problems: &mut Vec<Problem>) {
     let is_name = name.starts_with(|c: char| c.is_ascii_lowercase())
         && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
     if !is_name {
-        problem("", "a name is lower-case letters, digits and _, and begins with a letter".to_owned());
+        problem(
+            "",
+            "a name is lower-case letters, digits and _, and begins with a letter".to_owned(),
+        );
     }
     for setting in SETTINGS.iter().filter(|setting| setting.without == "required") {
         let key = setting.path.trim_start_matches("pipeline.*.");

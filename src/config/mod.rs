@@ -53,7 +53,9 @@ pub(crate) fn locate(given: Option<&Path>) -> Result<PathBuf> {
             return Ok(path.to_owned());
         }
         let text = format!("there is no file {}", path.display());
-        return Err(Error::new(Code::ConfigNotFound, text).with_help("check the path of `--config`"));
+        return Err(
+            Error::new(Code::ConfigNotFound, text).with_help("check the path of `--config`")
+        );
     }
     if let Ok(path) = std::env::var("ALLUVIUM_CONFIG") {
         if Path::new(&path).is_file() {

@@ -153,9 +153,14 @@ impl Kind {
             },
             Self::Names => {
                 let names = value.as_array().map(|list| {
-                    !list.is_empty() && list.iter().all(|name| name.as_str().is_some_and(|n| !n.is_empty()))
+                    !list.is_empty()
+                        && list.iter().all(|name| name.as_str().is_some_and(|n| !n.is_empty()))
                 });
-                if names == Some(true) { Ok(()) } else { expected("a list of names such as [\"id\"]") }
+                if names == Some(true) {
+                    Ok(())
+                } else {
+                    expected("a list of names such as [\"id\"]")
+                }
             }
             Self::OneOf(words) => match value.as_str() {
                 Some(word) if words.contains(&word) => Ok(()),

@@ -229,7 +229,9 @@ impl Table {
             match store.delete(&at).await {
                 Ok(()) => deleted += 1,
                 Err(object_store::Error::NotFound { .. }) => {}
-                Err(error) => return Err(foreign(format!("delete {path} of {}", self.uri), &error)),
+                Err(error) => {
+                    return Err(foreign(format!("delete {path} of {}", self.uri), &error));
+                }
             }
         }
         Ok(deleted)

@@ -40,11 +40,7 @@ pub fn delta_type(found: &DataType) -> Option<DataType> {
 }
 
 fn nested(field: &FieldRef) -> Option<FieldRef> {
-    Some(Arc::new(Field::new(
-        field.name(),
-        delta_type(field.data_type())?,
-        field.is_nullable(),
-    )))
+    Some(Arc::new(Field::new(field.name(), delta_type(field.data_type())?, field.is_nullable())))
 }
 
 /// A schema without view, large and dictionary types and without metadata, as files are written.
@@ -63,8 +59,8 @@ pub(crate) fn plain(schema: &Schema) -> SchemaRef {
 /// Every value of `from` is exactly one of `to`.
 pub fn widens_to(from: &DataType, to: &DataType) -> bool {
     use DataType as T;
-    let is_narrow_float = matches!(to, T::Float64)
-        && matches!(from, T::Int8 | T::Int16 | T::Int32 | T::Float32);
+    let is_narrow_float =
+        matches!(to, T::Float64) && matches!(from, T::Int8 | T::Int16 | T::Int32 | T::Float32);
     match (from, to) {
         _ if from == to || is_narrow_float => true,
         (T::Null, _) => true,
@@ -73,15 +69,16 @@ pub fn widens_to(from: &DataType, to: &DataType) -> bool {
         (T::Int32, T::Int64) => true,
         (T::Int8 | T::Int16, T::Float32) => true,
         (T::Decimal128(p, s), T::Decimal128(wider_p, wider_s)) => {
-            wider_s >= s && i16::from(*wider_p) - i16::from(*wider_s) >= i16::from(*p) - i16::from(*s)
+            wider_s >= s
+                && i16::from(*wider_p) - i16::from(*wider_s) >= i16::from(*p) - i16::from(*s)
         }
         (T::Date32, T::Timestamp(TimeUnit::Microsecond, None)) => true,
         (T::List(a), T::List(b)) => widens_to(a.data_type(), b.data_type()),
         (T::Struct(a), T::Struct(b)) => {
             a.len() == b.len()
-                && a.iter().zip(b).all(|(a, b)| {
-                    a.name() == b.name() && widens_to(a.data_type(), b.data_type())
-                })
+                && a.iter()
+                    .zip(b)
+                    .all(|(a, b)| a.name() == b.name() && widens_to(a.data_type(), b.data_type()))
         }
         (T::Map(a, _), T::Map(b, _)) => widens_to(a.data_type(), b.data_type()),
         _ => false,
@@ -103,8 +100,8 @@ pub fn conform(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, A
         };
         columns.push(column);
     }
-    let rows = deltalake::arrow::array::RecordBatchOptions::new()
-        .with_row_count(Some(batch.num_rows()));
+    let rows =
+        deltalake::arrow::array::RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
     RecordBatch::try_new_with_options(Arc::clone(schema), columns, &rows)
 }
 

@@ -9,9 +9,9 @@ use deltalake::arrow::datatypes::SchemaRef;
 use deltalake::arrow::ipc::reader::FileReader;
 use deltalake::arrow::ipc::writer::FileWriter;
 use deltalake::datafusion::catalog::streaming::StreamingTable;
+use deltalake::datafusion::datasource::MemTable;
 use deltalake::datafusion::execution::context::SessionContext;
 use deltalake::datafusion::execution::{SendableRecordBatchStream, TaskContext};
-use deltalake::datafusion::datasource::MemTable;
 use deltalake::datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use deltalake::datafusion::physical_plan::streaming::PartitionStream;
 use futures::StreamExt;
@@ -137,7 +137,9 @@ impl PartitionStream for SpilledRows {
             .map_err(deltalake::arrow::error::ArrowError::from)
             .and_then(|file| FileReader::try_new(file, None));
         let stream = match opened {
-            Ok(reader) => futures::stream::iter(reader.map(|batch| batch.map_err(Into::into))).boxed(),
+            Ok(reader) => {
+                futures::stream::iter(reader.map(|batch| batch.map_err(Into::into))).boxed()
+            }
             Err(error) => futures::stream::once(async move { Err(error.into()) }).boxed(),
         };
         Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.schema), stream))

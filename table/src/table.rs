@@ -14,9 +14,9 @@ use deltalake::table::state::DeltaTableState;
 use deltalake::{DeltaTable, TableProperty};
 
 use crate::classify::{foreign, is_of_storage};
-use crate::{scan, schema};
 use crate::store::{StoreRef, local_path, log_store_at};
 use crate::transactions::Transactions;
+use crate::{scan, schema};
 
 /// A table's snapshot and the store below it. Cheap to clone; a clone is a snapshot that stays.
 #[derive(Clone)]
@@ -103,11 +103,8 @@ impl Table {
         std::fs::create_dir_all(&path)
             .map_err(|e| foreign(format!("create folder {}", path.display()), &e))?;
         let columns = StructType::try_from_arrow_schema(&spec.schema)?;
-        let configuration: HashMap<String, Option<String>> = spec
-            .properties
-            .iter()
-            .map(|(key, value)| (key.clone(), Some(value.clone())))
-            .collect();
+        let configuration: HashMap<String, Option<String>> =
+            spec.properties.iter().map(|(key, value)| (key.clone(), Some(value.clone()))).collect();
         let created = CreateBuilder::new()
             .with_log_store(log_store_at(uri)?)
             .with_save_mode(SaveMode::ErrorIfExists)

@@ -11,8 +11,8 @@ use alluvium_protocol::{Code, Error, Result};
 use deltalake::arrow::array::{Array, AsArray, RecordBatch};
 use deltalake::arrow::datatypes::Int64Type;
 use deltalake::logstore::LogStoreRef;
-use deltalake::parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use deltalake::parquet::arrow::ProjectionMask;
+use deltalake::parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use futures::{StreamExt, TryStreamExt};
 use object_store::{ObjectStore, ObjectStoreExt, path::Path};
 
@@ -120,8 +120,7 @@ async fn newest_checkpoint(
         let Some(name) = object.location.filename() else { continue };
         let parts: Vec<&str> = name.split('.').collect();
         let Some(at) = parts.first().and_then(|text| text.parse::<u64>().ok()) else { continue };
-        if at > version || parts.get(1) != Some(&"checkpoint") || parts.last() != Some(&"parquet")
-        {
+        if at > version || parts.get(1) != Some(&"checkpoint") || parts.last() != Some(&"parquet") {
             continue;
         }
         let total = match parts.len() {

@@ -7,9 +7,9 @@ use deltalake::arrow::array::RecordBatch;
 use deltalake::datafile::writer::{DeltaWriter, WriterConfig};
 use deltalake::datafusion::execution::SendableRecordBatchStream;
 use deltalake::kernel::Add;
-use deltalake::table::config::TablePropertiesExt;
 use deltalake::parquet::basic::{Compression, ZstdLevel};
 use deltalake::parquet::file::properties::WriterProperties;
+use deltalake::table::config::TablePropertiesExt;
 use futures::StreamExt;
 
 use crate::classify::foreign;

@@ -80,7 +80,9 @@ impl Incoming {
             .collect();
         let table = StreamingTable::try_new(Arc::clone(&self.schema), partitions);
         let table = table.map_err(|e| foreign("read the folder", &e))?;
-        session.register_table(name, Arc::new(table)).map_err(|e| foreign("read the folder", &e))?;
+        session
+            .register_table(name, Arc::new(table))
+            .map_err(|e| foreign("read the folder", &e))?;
         Ok(())
     }
 }

@@ -13,6 +13,7 @@ use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id};
 use alluvium_protocol::pipeline::full_hash;
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
+use alluvium_table::Table;
 use alluvium_table::arrow::datatypes::Field;
 use alluvium_table::classify::foreign;
 use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
@@ -22,7 +23,6 @@ use alluvium_table::schema::{find_column, widens_to};
 use alluvium_table::session::{quoted, quoted_list, work_session};
 use alluvium_table::store::object_store_at;
 use alluvium_table::write::{FileWriter, Written};
-use alluvium_table::Table;
 use object_store::ObjectStoreExt;
 
 use crate::incoming::{AsideRef, Incoming, first_error};
@@ -268,11 +268,9 @@ async fn content_rows(
 ) -> Result<Written> {
     let content = &pipeline.content;
     let op = match &content.delete_when {
-        Some(condition) => format!(
-            "CASE WHEN ({condition}) THEN '{}' ELSE '{}' END",
-            raw::DELETE,
-            raw::UPSERT
-        ),
+        Some(condition) => {
+            format!("CASE WHEN ({condition}) THEN '{}' ELSE '{}' END", raw::DELETE, raw::UPSERT)
+        }
         None => format!("'{}'", raw::UPSERT),
     };
     let key = quoted_list(table_names(table, &content.key).iter().map(String::as_str));
@@ -309,8 +307,7 @@ async fn revert_rows(
 ) -> Result<Written> {
     let names = table_names(table, &pipeline.content.key);
     let key = quoted_list(names.iter().map(String::as_str));
-    let on: Vec<String> =
-        names.iter().map(|n| format!("p.{0} = i.{0}", quoted(n))).collect();
+    let on: Vec<String> = names.iter().map(|n| format!("p.{0} = i.{0}", quoted(n))).collect();
     let sql = format!(
         "SELECT p.*, '{revert}' AS {op}, '' AS {file}, CAST(0 AS BIGINT) AS {row}, {own} \
          FROM (SELECT DISTINCT {key} FROM previous) p \
@@ -341,8 +338,8 @@ pub(crate) fn table_names(table: &Table, columns: &[String]) -> Vec<String> {
 
 fn partition_paths(table: &Table, epoch: Epoch) -> Result<Vec<String>> {
     let value = epoch.to_string();
-    let files = table
-        .files_where(|partition| partition.get(raw::EPOCH) == Some(&Some(value.clone())))?;
+    let files =
+        table.files_where(|partition| partition.get(raw::EPOCH) == Some(&Some(value.clone())))?;
     Ok(files.into_iter().map(|file| file.path).collect())
 }
 

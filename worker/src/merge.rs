@@ -220,8 +220,12 @@ impl<'a> Attempt<'a> {
     }
 
     fn report(&self, edit: &Edit, rows_read: u64, reconciled: bool) -> Report {
+        // What was asked for and is applied already is done, too.
+        let mut generations = self.already().generations;
+        generations.retain(|(epoch, _)| self.targets.iter().all(|(target, _)| target != epoch));
+        generations.extend(&self.targets);
         Report {
-            generations: self.targets.clone(),
+            generations,
             raw_version: Some(self.raw.version()),
             rows_read,
             rows_written: edit.written.rows,
@@ -250,9 +254,9 @@ impl<'a> Attempt<'a> {
         let epochs: Vec<_> = self
             .targets
             .iter()
-            .map(|(epoch, generation)| {
-                serde_json::json!({"epoch": epoch, "generation": generation})
-            })
+            .map(
+                |(epoch, generation)| serde_json::json!({"epoch": epoch, "generation": generation}),
+            )
             .collect();
         Change {
             operation: Operation::Merge,
@@ -353,10 +357,8 @@ async fn adopt(main: &mut Table, pipeline: &Pipeline) -> Result<CommitOutcome> {
             return Err(Error::new(Code::KeyColumnMissing, text));
         }
     }
-    let mut properties: Vec<(String, String)> = pipeline
-        .content_properties()
-        .map(|(name, value)| (name.to_owned(), value))
-        .to_vec();
+    let mut properties: Vec<(String, String)> =
+        pipeline.content_properties().map(|(name, value)| (name.to_owned(), value)).to_vec();
     properties.push((BASE_VERSION.to_owned(), main.version().to_string()));
     let floor = pipeline.start_from.map(|start| start - 1).filter(|floor| *floor >= 0);
     let markers = floor
@@ -376,11 +378,7 @@ async fn adopt(main: &mut Table, pipeline: &Pipeline) -> Result<CommitOutcome> {
 }
 
 /// The base, with a NULL for each of raw's data columns that it lacks.
-async fn register_with_columns(
-    session: &SessionContext,
-    base: &Table,
-    raw: &Table,
-) -> Result<()> {
+async fn register_with_columns(session: &SessionContext, base: &Table, raw: &Table) -> Result<()> {
     let doing = "read the base version";
     let schema = base.schema();
     let columns: Vec<String> = raw::data_fields(&raw.schema())
@@ -472,11 +470,8 @@ impl Edit {
     ) -> Result<()> {
         let doing = "compute main's new rows";
         let columns = rule.column_list();
-        let mut sql = format!(
-            "SELECT {columns} FROM winners WHERE {} = '{}'",
-            quoted(raw::OP),
-            raw::UPSERT
-        );
+        let mut sql =
+            format!("SELECT {columns} FROM winners WHERE {} = '{}'", quoted(raw::OP), raw::UPSERT);
         if !self.touched.is_empty() {
             main.register(session, "touched", Some(&paths(&self.touched)), false).await?;
             let all: Vec<String> =

@@ -31,7 +31,8 @@ pub async fn optimize(workshop: &Workshop, task: &Task, permit: &Permit) -> Resu
         let (main_files, main_small_files) = count_files(&main, pipeline)?;
         return Ok(Report { already: true, main_files, main_small_files, ..Report::default() });
     }
-    let report = rewrite(&mut main, pipeline, &task.work.step().as_str(), &bin, &key, permit).await?;
+    let report =
+        rewrite(&mut main, pipeline, &task.work.step().as_str(), &bin, &key, permit).await?;
     workshop.tables.remember(&main);
     let (main_files, main_small_files) = count_files(&main, pipeline)?;
     Ok(Report { main_files, main_small_files, ..report })

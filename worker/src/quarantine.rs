@@ -17,9 +17,9 @@ use alluvium_table::write::{FileWriter, Written};
 use alluvium_table::{Table, TableSpec};
 use chrono::{DateTime, Utc};
 
+use crate::ingest::COMMIT_PATIENCE;
 use crate::raw::{EPOCH, FILE, GENERATION, ROW};
 use crate::tables::Tables;
-use crate::ingest::COMMIT_PATIENCE;
 
 /// Why a row is in quarantine: a NULL in its key.
 pub const NULL_KEY: &str = "null_key";

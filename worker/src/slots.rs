@@ -79,8 +79,7 @@ impl Worker {
                 return delivery.give_back().await;
             }
         };
-        let claim =
-            self.leases.claim(task.id, &self.name, LEASE_TTL, delivery.redelivered).await?;
+        let claim = self.leases.claim(task.id, &self.name, LEASE_TTL, delivery.redelivered).await?;
         let Claim::Held { fence } = claim else {
             tokio::time::sleep(GIVE_BACK_PAUSE).await;
             return delivery.give_back().await;
@@ -99,8 +98,7 @@ impl Worker {
     /// Executes with the lease renewed beside it.
     async fn execute(&self, task: &Task, fence: u64) -> Verdict {
         let lease_lost = CancellationToken::new();
-        let permit =
-            Permit { stopping: self.stopping.clone(), lease_lost: lease_lost.clone() };
+        let permit = Permit { stopping: self.stopping.clone(), lease_lost: lease_lost.clone() };
         let work = AssertUnwindSafe(self.workshop.execute(task, &permit)).catch_unwind();
         let renewal = self.keep_lease(task, fence, &lease_lost);
         let ended = tokio::select! {

@@ -34,7 +34,11 @@ impl Tables {
     }
 
     /// The newest snapshot; the table is created when it does not exist.
-    pub async fn open_or_create(&self, uri: &str, spec: impl FnOnce() -> TableSpec) -> Result<Table> {
+    pub async fn open_or_create(
+        &self,
+        uri: &str,
+        spec: impl FnOnce() -> TableSpec,
+    ) -> Result<Table> {
         if let Some(table) = self.open(uri).await? {
             return Ok(table);
         }

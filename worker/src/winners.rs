@@ -100,7 +100,11 @@ impl Rule {
                 .columns
                 .iter()
                 .map(|c| {
-                    let from = if self.key.contains(c) { format!("k.{}", quoted(c)) } else { "NULL".to_owned() };
+                    let from = if self.key.contains(c) {
+                        format!("k.{}", quoted(c))
+                    } else {
+                        "NULL".to_owned()
+                    };
                     format!("{from} AS {}", quoted(c))
                 })
                 .collect();

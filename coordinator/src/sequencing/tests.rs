@@ -68,10 +68,7 @@ fn planned(pipeline: &Pipeline, line: &str) -> Plan {
     plan(&view(pipeline, &epochs), now())
 }
 
-fn view<'a>(
-    pipeline: &'a Pipeline,
-    epochs: &'a BTreeMap<Epoch, EpochView>,
-) -> PipelineView<'a> {
+fn view<'a>(pipeline: &'a Pipeline, epochs: &'a BTreeMap<Epoch, EpochView>) -> PipelineView<'a> {
     PipelineView {
         pipeline,
         epochs,

@@ -1,0 +1,89 @@
+"""The command line as a person meets it: each dead end tells what to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lake import Lake
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_alone_it_shows_the_verbs_and_examples(tmp_path: Path):
+    result = Lake(tmp_path).alluvium()
+    assert result.code == 2
+    assert "alluvium demo" in result.err and "Exit codes" in result.err
+
+
+def test_help_has_examples(tmp_path: Path):
+    result = Lake(tmp_path).alluvium("--help")
+    assert result.code == 0 and "Examples:" in result.out and "alluvium run --once" in result.out
+
+
+def test_run_without_a_configuration_says_what_to_type(tmp_path: Path):
+    result = Lake(tmp_path).alluvium("run")
+    assert result.code == 2 and "AL-0102" in result.err
+    assert "alluvium demo" in result.err and "alluvium config reference > alluvium.toml" in result.err
+
+
+def test_a_misspelt_setting_gets_a_suggestion_and_all_problems_come_at_once(lake: Lake):
+    lake.pipelines["p"] = lake.pipelines["p"].replace("delete_when", "delete_wen")
+    lake.configure("[run]\npoll = 5\n")
+    result = lake.alluvium("run", "--once")
+    assert result.code == 2
+    for words in ["AL-0101", "pipeline.p.delete_wen", "did you mean `delete_when`", "run.poll", "60s"]:
+        assert words in result.err, f"{words}\n{result.err}"
+
+
+def test_a_misspelt_verb_gets_a_suggestion(tmp_path: Path):
+    result = Lake(tmp_path).alluvium("statsu")
+    assert result.code == 2 and "status" in result.err
+
+
+def test_an_unknown_pipeline_or_epoch_is_named(lake: Lake):
+    result = lake.alluvium("status", "nope")
+    assert result.code == 2 and "AL-0104" in result.err and "the configuration has: p" in result.err
+    result = lake.alluvium("retry", "p", "77")
+    assert result.code == 2 and "AL-0105" in result.err
+
+
+def test_data_goes_to_stdout_and_talk_to_stderr(lake: Lake):
+    lake.deliver(10, [("a", 1, "U")])
+    done = lake.run()
+    assert done.out == "" and "merged" in done.err
+    for verb in ["status", "epochs", "runs", "plan"]:
+        items = lake.alluvium(verb, "-o", "json")
+        assert items.code == 0 and isinstance(items.json(), list), items.err
+    assert lake.alluvium("query", "p", "SELECT 1 AS one", "-o", "json").json() == [{"one": 1}]
+
+
+def test_the_reference_is_a_configuration_that_validates(tmp_path: Path):
+    lake = Lake(tmp_path)
+    (tmp_path / "alluvium.toml").write_text(lake.alluvium("config", "reference").out)
+    assert lake.alluvium("config", "validate").code == 0
+
+
+def test_show_tells_where_a_value_comes_from(lake: Lake):
+    shown = lake.alluvium("config", "show", "-o", "json", env={"ALLUVIUM_RUN__POLL": "5s"}).json()
+    values = {item["setting"]: item for item in shown}
+    assert values["run.poll"]["value"] == '"5s"' and "ALLUVIUM_RUN__POLL" in values["run.poll"]["from"]
+    assert values["pipeline.p.order"]["from"] == "default"
+
+
+def test_every_code_is_explained(tmp_path: Path):
+    lake = Lake(tmp_path)
+    codes = [line.split()[0] for line in lake.alluvium("explain").out.splitlines() if "AL-" in line]
+    assert len(codes) > 30
+    for code in codes:
+        page = lake.alluvium("explain", code.lower())
+        assert page.code == 0 and "What to do" in page.out
+    assert lake.alluvium("explain", "AL-9999").code == 2
+
+
+def test_logs_can_be_json(lake: Lake):
+    import json
+
+    lake.deliver(10, [("a", 1, "U")])
+    result = lake.alluvium("--log-format", "json", "--log", "alluvium_worker=debug,warn", "run", "--once")
+    lines = [line for line in result.err.splitlines() if line.startswith("{")]
+    assert all("level" in json.loads(line) for line in lines)
