@@ -159,11 +159,10 @@ def test_a_full_disk_is_named_and_the_job_ends_after_the_repair(lake: Lake):
         lake.deliver(10, GOOD)
         lake.run()
         filler = small / "filler"
-        with filler.open("wb") as file:
+        with filler.open("wb", buffering=0) as file:
             try:
                 while True:
                     file.write(os.urandom(4096))
-                    file.flush()
             except OSError:
                 pass
         lake.deliver(20, [(f"k{n}", n, "U") for n in range(5000)])

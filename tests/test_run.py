@@ -364,6 +364,7 @@ def test_every_crash_point_is_survived(tmp_path: Path):
             lake.deliver(epoch, [("f", epoch, "U", 1)], schema=schema)
         killed |= lake.alluvium("run", "--once", env=crash).code == -signal.SIGKILL
         reached |= {point} if killed else set()
+        lake.run()
         assert lake.alluvium("resume", "p").code == 0
         lake.run()
         assert lake.alluvium("undo", "p", "40", "--yes").code == 0

@@ -130,6 +130,10 @@ pub struct Book {
     pub junk: (BTreeSet<String>, usize),
     /// Folders below `start_from` or the floor, not processed.
     pub settled_folders: usize,
+    /// The error that people were told.
+    pub told: Option<Error>,
+    /// A cleanup ended in this process: a drained run makes at most one.
+    pub cleaned_here: bool,
     /// The source cannot be listed, or the tables cannot be used.
     pub error: Option<Error>,
     /// Versions of raw and main, where they exist.
@@ -155,6 +159,8 @@ impl Book {
             cleaned_at: None,
             junk: (BTreeSet::new(), 0),
             settled_folders: 0,
+            told: None,
+            cleaned_here: false,
             error: None,
             versions: (None, None),
             events: Vec::new(),

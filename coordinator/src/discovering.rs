@@ -27,8 +27,9 @@ pub async fn discover(
     notices: &mpsc::UnboundedSender<Notice>,
 ) {
     if let Err(error) = try_discover(book, now, notices).await {
-        let is_news = book.error.as_ref() != Some(&error);
+        let is_news = book.told.as_ref() != Some(&error);
         book.error = Some(error.clone());
+        book.told = Some(error.clone());
         if is_news {
             tracing::error!(pipeline = book.pipeline.id, %error, "pipeline cannot go on");
             let text = with_help(&error);
@@ -54,6 +55,7 @@ async fn try_discover(
     }
     let listing = book.source.list().await?;
     book.error = None;
+    book.told = None;
     note_junk(book, &listing, notices);
     book.settled_folders = 0;
     for (epoch, name) in &listing.files {

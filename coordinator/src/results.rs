@@ -127,6 +127,7 @@ fn done(
         }
         Work::Cleanup => {
             book.cleaned_at = Some(now);
+            book.cleaned_here = true;
             Ok(Vec::new())
         }
     }

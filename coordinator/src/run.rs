@@ -171,8 +171,9 @@ impl Coordinator {
         let mut tasks: Vec<Vec<Work>> = Vec::with_capacity(self.books.len());
         for book in &mut self.books {
             let views = book.epoch_views();
-            let plan =
+            let mut plan =
                 if book.error.is_some() { Plan::default() } else { plan(&book.view(&views), now) };
+            plan.cleanup &= !(self.settings.once && book.cleaned_here);
             tasks.push(works_of(book, &plan, window).await);
         }
         let wanted: Vec<usize> = tasks.iter().map(Vec::len).collect();

@@ -216,7 +216,16 @@ impl Table {
             vacuum = vacuum.with_keep_versions(&[version]);
         }
         let (_, metrics) = vacuum.await.map_err(|e| foreign(doing(), &e))?;
-        Ok(metrics.files_deleted)
+        // Removed files are named as long as the log remembers them, also when they are gone.
+        use futures::TryStreamExt;
+        let present: std::collections::HashSet<String> = self
+            .store()
+            .list(None)
+            .map_ok(|meta| meta.location.to_string())
+            .try_collect()
+            .await
+            .map_err(|e| foreign(doing(), &e))?;
+        Ok(metrics.files_deleted.into_iter().filter(|path| present.contains(path)).collect())
     }
 
     /// Deletes data files by their path below the table. Missing ones are fine.

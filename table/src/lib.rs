@@ -21,5 +21,6 @@ mod table;
 pub mod transactions;
 pub mod write;
 
+pub use deltalake::kernel::Add;
 pub use deltalake::{arrow, datafusion, parquet};
 pub use table::{LiveFile, Table, TableSpec, bytes_of};
