@@ -229,7 +229,7 @@ impl Book {
         let found = State::from_tables(epoch, &self.markers, pinned, is_empty);
         let Some(state) = found else { return Ok(()) };
         let generation = self.markers.generation(epoch).max(pinned.unwrap_or(0));
-        let highest = self.markers.applied().last().copied();
+        let highest = self.markers.highest_applied();
         let entry = self.entries.entry(epoch).or_insert_with(|| Entry::new(state, generation));
         if entry.state.is_outstanding() || (entry.state.is_stopped() && !state.is_end()) {
             return Ok(());
@@ -251,7 +251,7 @@ impl Book {
 
     /// The entry of an epoch, made when it is new.
     pub fn entry(&mut self, epoch: Epoch, state: State) -> &mut Entry {
-        let highest = self.markers.applied().last().copied();
+        let highest = self.markers.highest_applied();
         self.entries.entry(epoch).or_insert_with(|| {
             let mut entry = Entry::new(state, 0);
             entry.late = highest.is_some_and(|highest| highest > epoch);

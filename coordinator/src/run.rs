@@ -168,16 +168,17 @@ impl Coordinator {
         let now = self.clock.now();
         let window = WINDOW_MIN.max(WINDOW_PER_SLOT * self.settings.slots);
         let outstanding: usize = self.books.iter().map(|book| book.outstanding.len()).sum();
+        let free = window.saturating_sub(outstanding);
         let mut tasks: Vec<Vec<Work>> = Vec::with_capacity(self.books.len());
         for book in &mut self.books {
             let views = book.epoch_views();
             let mut plan =
                 if book.error.is_some() { Plan::default() } else { plan(&book.view(&views), now) };
             plan.cleanup &= !(self.settings.once && book.cleaned_here);
-            tasks.push(works_of(book, &plan, window).await);
+            tasks.push(works_of(book, &plan, free).await);
         }
         let wanted: Vec<usize> = tasks.iter().map(Vec::len).collect();
-        let given = share(&wanted, window.saturating_sub(outstanding), self.turn);
+        let given = share(&wanted, free, self.turn);
         self.turn = (self.turn + 1) % self.books.len().max(1);
         for (index, works) in tasks.into_iter().enumerate() {
             for work in works.into_iter().take(given[index]) {

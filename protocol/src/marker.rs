@@ -125,6 +125,11 @@ impl Markers {
         self.merge.keys().copied().filter(|epoch| self.is_applied(*epoch)).collect()
     }
 
+    /// The highest epoch whose content counts in main.
+    pub fn highest_applied(&self) -> Option<Epoch> {
+        self.merge.keys().rev().copied().find(|epoch| self.is_applied(*epoch))
+    }
+
     /// The generation a merge of the epoch must write: the larger of ingest and wanted.
     pub fn merge_target(&self, epoch: Epoch) -> Generation {
         let ingest = self.ingest.get(&epoch).copied().unwrap_or(0);

@@ -13,7 +13,6 @@ use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id};
 use alluvium_protocol::pipeline::full_hash;
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
-use alluvium_table::Table;
 use alluvium_table::arrow::datatypes::Field;
 use alluvium_table::classify::foreign;
 use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
@@ -23,6 +22,7 @@ use alluvium_table::schema::{find_column, widens_to};
 use alluvium_table::session::{quoted, quoted_list, work_session};
 use alluvium_table::store::object_store_at;
 use alluvium_table::write::{FileWriter, Written};
+use alluvium_table::{LiveFile, Table};
 use object_store::ObjectStoreExt;
 
 use crate::incoming::{AsideRef, Incoming, first_error};
@@ -68,7 +68,7 @@ pub async fn ingest(
     crash::point("ingest.after_read")?;
     permit.check()?;
 
-    let table = prepare_table(workshop, pipeline, &columns).await?;
+    let table = prepare_table(workshop, pipeline, present, &columns).await?;
     let incoming = Incoming::new(&manifest.folder, files, &pipeline.content.key, columns);
     let prepared = write_files(workshop, task, wanted, &table, &incoming).await?;
     crash::point("ingest.after_write")?;
@@ -170,10 +170,16 @@ fn check_columns(pipeline: &Pipeline, manifest: &Manifest, files: &[SourceFile])
 async fn prepare_table(
     workshop: &Workshop,
     pipeline: &Pipeline,
+    present: Option<Table>,
     columns: &[Field],
 ) -> Result<Table> {
-    let mut table =
-        workshop.tables.open_or_create(&pipeline.raw, || raw::spec(pipeline, columns)).await?;
+    let mut table = match present {
+        Some(table) => table,
+        None => {
+            let spec = || raw::spec(pipeline, columns);
+            workshop.tables.open_or_create(&pipeline.raw, spec).await?
+        }
+    };
     table.check_settings(pipeline)?;
     let mut pauses = Pauses::for_at_most(COMMIT_PATIENCE);
     loop {
@@ -244,7 +250,7 @@ async fn write_files(
         0 => Written::default(),
         _ => content_rows(&session, pipeline, table, &own, &aside).await?,
     };
-    let previous = partition_paths(table, wanted.epoch)?;
+    let previous = partition_paths(table, pipeline, wanted.epoch)?;
     if !previous.is_empty() {
         // Read again only for the keys; what it refuses was kept by the first reading.
         let unheeded = incoming.aside();
@@ -336,10 +342,19 @@ pub(crate) fn table_names(table: &Table, columns: &[String]) -> Vec<String> {
     columns.iter().map(|column| table_name(table, column)).collect()
 }
 
-fn partition_paths(table: &Table, epoch: Epoch) -> Result<Vec<String>> {
+/// The live files of the epoch's partition. Without an ingest marker there are none: a table with a
+/// thousand epochs is not searched for the files of a new one.
+fn partition_files(table: &Table, pipeline: &Pipeline, epoch: Epoch) -> Result<Vec<LiveFile>> {
+    let app_id = epoch_app_id(&pipeline.id, epoch, EpochMarker::Ingest);
+    if !table.transactions().contains_key(&app_id) {
+        return Ok(Vec::new());
+    }
     let value = epoch.to_string();
-    let files =
-        table.files_where(|partition| partition.get(raw::EPOCH) == Some(&Some(value.clone())))?;
+    table.files_where(|partition| partition.get(raw::EPOCH) == Some(&Some(value.clone())))
+}
+
+fn partition_paths(table: &Table, pipeline: &Pipeline, epoch: Epoch) -> Result<Vec<String>> {
+    let files = partition_files(table, pipeline, epoch)?;
     Ok(files.into_iter().map(|file| file.path).collect())
 }
 
@@ -367,12 +382,20 @@ impl RawCommit<'_> {
         loop {
             permit.check()?;
             let turn = self.workshop.tables.turn(&pipeline.raw).await;
-            table.refresh().await?;
+            // A snapshot is costly to bring forward: the last holder of the turn has left one. If
+            // another process was faster the commit is lost, and storage is asked.
+            match self.workshop.tables.known(&pipeline.raw) {
+                Some(known) if known.version() > table.version() => table = known,
+                _ => {}
+            }
             if let Some(found) = already(&table, pipeline, self.wanted) {
                 return Ok(Report { conflicts: report.conflicts, ..found });
             }
             self.check_still_fits(&table, &prepared)?;
             let outcome = table.commit(self.change(&table, &prepared, &report)?).await?;
+            if matches!(outcome, CommitOutcome::Landed) {
+                self.workshop.tables.remember(&table);
+            }
             drop(turn);
             match outcome {
                 CommitOutcome::Landed => break,
@@ -382,11 +405,12 @@ impl RawCommit<'_> {
                     if !pauses.wait().await {
                         return Err(error);
                     }
+                    table.refresh().await?;
+                    self.workshop.tables.remember(&table);
                 }
             }
         }
         crash::point("ingest.after_commit")?;
-        self.workshop.tables.remember(&table);
         if let Err(error) = table.checkpoint_if_due().await {
             tracing::warn!(%error, "no checkpoint; the next one makes up for it");
         }
@@ -403,7 +427,7 @@ impl RawCommit<'_> {
         if self.started.elapsed() > self.age_max {
             return moved_on("a quarter of the vacuum retention passed");
         }
-        let mut present = partition_paths(table, self.wanted.epoch)?;
+        let mut present = partition_paths(table, &self.task.pipeline, self.wanted.epoch)?;
         let mut previous = prepared.previous.clone();
         present.sort();
         previous.sort();
@@ -415,9 +439,7 @@ impl RawCommit<'_> {
 
     fn change(&self, table: &Table, prepared: &Prepared, report: &Report) -> Result<Change> {
         let pipeline = &self.task.pipeline;
-        let value = self.wanted.epoch.to_string();
-        let removes = table
-            .files_where(|partition| partition.get(raw::EPOCH) == Some(&Some(value.clone())))?
+        let removes = partition_files(table, pipeline, self.wanted.epoch)?
             .into_iter()
             .map(|file| file.remove)
             .collect();

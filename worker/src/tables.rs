@@ -47,6 +47,12 @@ impl Tables {
         Ok(table)
     }
 
+    /// The newest snapshot that this process knows, without asking storage. Whoever holds the
+    /// table's turn finds what the last holder committed.
+    pub fn known(&self, uri: &str) -> Option<Table> {
+        self.lock().get(uri).cloned()
+    }
+
     /// Keeps a snapshot for the next use.
     pub fn remember(&self, table: &Table) {
         let mut snapshots = self.lock();
