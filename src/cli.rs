@@ -5,6 +5,9 @@ use std::path::PathBuf;
 use alluvium_protocol::Epoch;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+/// Where the demo goes unless somebody says otherwise.
+pub(crate) const DEMO_FOLDER: &str = "alluvium-demo";
+
 const OVERVIEW: &str = "Alluvium carries epoch folders from storage into Delta tables: exactly once \
 in effect, in order, right under any crash.";
 
@@ -196,7 +199,7 @@ pub(crate) struct Demo {
     #[arg(long, default_value_t = 7)]
     pub(crate) seed: u64,
     /// Where it all goes
-    #[arg(long, value_name = "DIR", default_value = "alluvium-demo")]
+    #[arg(long, value_name = "DIR", default_value = DEMO_FOLDER)]
     pub(crate) out: PathBuf,
     /// Write the folders and the configuration only; process nothing
     #[arg(long)]

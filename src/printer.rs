@@ -1,7 +1,5 @@
 //! All output: data to stdout, talk to stderr. Nothing else prints.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "the one place that prints")]
-
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
@@ -128,7 +126,7 @@ pub(crate) fn confirm(question: &str, yes: bool) -> Result<bool> {
         return Err(Error::new(Code::NotPossibleNow, "this asks first, and there is no terminal")
             .with_help("add `--yes`"));
     }
-    eprint!("{question} [y/N] ");
+    anstream::eprint!("{question} [y/N] ");
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer).map_err(Error::internal)?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))

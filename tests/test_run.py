@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pyarrow as pa
-from deltalake import write_deltalake
+import pytest
+from deltalake import DeltaTable, write_deltalake
 
 import oracle
 from lake import Lake
@@ -272,6 +273,31 @@ def test_an_existing_table_is_adopted_as_the_base(tmp_path: Path):
     assert lake.main() == {"a": 100, "old": 100}
     shutil.rmtree(lake.root / "state")
     lake.run()
+    assert lake.main() == {"a": 100, "old": 100}
+
+
+@pytest.mark.parametrize("rule", ["constraint", "append only", "change feed"])
+def test_a_table_with_rules_that_cannot_be_kept_is_not_written(tmp_path: Path, rule: str):
+    lake = Lake(tmp_path)
+    schema = pa.schema([("id", pa.string()), ("value", pa.int64()), ("op", pa.string())])
+    properties = {
+        "constraint": {}, "append only": {"delta.appendOnly": "true"},
+        "change feed": {"delta.enableChangeDataFeed": "true"},
+    }[rule]
+    base = pa.table([["a", "old"], [100, 100], ["U", "U"]], schema=schema)
+    write_deltalake(str(tmp_path / "p/main"), base, configuration=properties)
+    if rule == "constraint":
+        DeltaTable(str(tmp_path / "p/main")).alter.add_constraint({"positive": "value > 0"})
+    lake.pipeline(more="adopt = true\nstart_from = 10")
+    lake.deliver(10, [("a", -1, "U")])
+    if rule == "change feed":
+        # Readers of the feed derive it from added and removed files.
+        lake.run()
+        assert lake.main() == {"a": -1, "old": 100}
+        return
+    refused = lake.run(code=1)
+    named = {"constraint": "delta.constraints.positive", "append only": "delta.appendOnly"}[rule]
+    assert "AL-0405" in refused.err and named in refused.err, refused.err
     assert lake.main() == {"a": 100, "old": 100}
 
 

@@ -193,11 +193,11 @@ impl Book {
         self.versions = (raw.as_ref().map(Table::version), main.as_ref().map(Table::version));
         if let Some(main) = &main {
             let limit = self.pipeline.sizes.target_file_bytes / SMALL_FILE_DIVISOR;
-            let files = main.files()?;
+            let files = main.files().await?;
             let small = files.iter().filter(|file| file.size < limit).count();
             self.main_files = (files.len() as u64, small as u64);
         }
-        let contents = raw.as_ref().map(raw_contents).transpose()?.unwrap_or_default();
+        let contents = contents_of(raw.as_ref()).await?;
         let pinned = self.manifests.newest().await?;
         let epochs: BTreeSet<Epoch> = self
             .markers
@@ -308,10 +308,11 @@ pub struct RawContent {
     pub has_rows: bool,
 }
 
-/// Raw's partitions by epoch, from the statistics of their files.
-pub fn raw_contents(raw: &Table) -> Result<BTreeMap<Epoch, RawContent>> {
+/// Raw's partitions by epoch, from the statistics of their files. No table: no partitions.
+pub async fn contents_of(raw: Option<&Table>) -> Result<BTreeMap<Epoch, RawContent>> {
     let mut contents: BTreeMap<Epoch, RawContent> = BTreeMap::new();
-    for file in raw.files()? {
+    let Some(raw) = raw else { return Ok(contents) };
+    for file in raw.files().await? {
         let value = file.partition.get("_epoch").cloned().flatten();
         let Some(epoch) = value.and_then(|text| text.parse::<Epoch>().ok()) else { continue };
         let content = contents.entry(epoch).or_default();

@@ -165,7 +165,7 @@ impl Ledger {
         let mut pauses = Pauses::for_at_most(APPEND_PATIENCE);
         crash::point("ledger.before_commit")?;
         loop {
-            if table.transactions().get(&marker.app_id) == Some(&marker.version) {
+            if table.transaction(&marker.app_id) == Some(marker.version) {
                 break;
             }
             if to == LedgerTable::ProcessedFolders {

@@ -78,7 +78,7 @@ async fn derive(book: &Book, epochs: &[(Epoch, Generation)]) -> Result<Vec<Value
     let raw = Table::open(&book.pipeline.raw).await?;
     let merges = commits_by_marker(main.as_ref()).await?;
     let ingests = commits_by_marker(raw.as_ref()).await?;
-    let contents = raw.as_ref().map(crate::book::raw_contents).transpose()?.unwrap_or_default();
+    let contents = crate::book::contents_of(raw.as_ref()).await?;
     let mut highest_by_version: BTreeMap<i64, Epoch> = BTreeMap::new();
     for (epoch, _) in epochs {
         let app_id = epoch_app_id(id, *epoch, EpochMarker::Merge);

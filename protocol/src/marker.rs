@@ -12,7 +12,7 @@
 //! alluvium/<pipeline id>/hold             in main    odd: the pipeline is paused
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::Epoch;
 
@@ -80,7 +80,10 @@ pub struct Markers {
 
 impl Markers {
     /// Picks the markers of `pipeline` out of a table's transactions (app id to version).
-    pub fn of_pipeline(pipeline: &str, transactions: &HashMap<String, i64>) -> Self {
+    pub fn of_pipeline<'a>(
+        pipeline: &str,
+        transactions: impl IntoIterator<Item = (&'a str, i64)>,
+    ) -> Self {
         let mut markers = Self::default();
         let prefix = format!("alluvium/{pipeline}/");
         for (app_id, version) in transactions {
@@ -89,15 +92,15 @@ impl Markers {
                 Some((epoch, kind)) => {
                     let Ok(epoch) = epoch.parse::<Epoch>() else { continue };
                     match kind {
-                        "ingest" => drop(markers.ingest.insert(epoch, *version)),
-                        "merge" => drop(markers.merge.insert(epoch, *version)),
-                        "wanted" => drop(markers.wanted.insert(epoch, *version)),
+                        "ingest" => drop(markers.ingest.insert(epoch, version)),
+                        "merge" => drop(markers.merge.insert(epoch, version)),
+                        "wanted" => drop(markers.wanted.insert(epoch, version)),
                         _ => {}
                     }
                 }
-                None if rest == "maintenance" => markers.maintenance = *version,
-                None if rest == "floor" => markers.floor = Epoch::new(*version),
-                None if rest == "hold" => markers.hold = *version,
+                None if rest == "maintenance" => markers.maintenance = version,
+                None if rest == "floor" => markers.floor = Epoch::new(version),
+                None if rest == "hold" => markers.hold = version,
                 None => {}
             }
         }
@@ -159,8 +162,7 @@ mod tests {
     use super::*;
 
     fn markers(pairs: &[(&str, i64)]) -> Markers {
-        let transactions = pairs.iter().map(|(id, version)| ((*id).to_owned(), *version)).collect();
-        Markers::of_pipeline("p", &transactions)
+        Markers::of_pipeline("p", pairs.iter().copied())
     }
 
     fn epoch(value: i64) -> Epoch {

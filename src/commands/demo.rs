@@ -6,7 +6,7 @@ use alluvium_protocol::{Code, Error, Result};
 use alluvium_table::classify::foreign;
 use tokio_util::sync::CancellationToken;
 
-use crate::cli::{Demo, Output};
+use crate::cli::{DEMO_FOLDER, Demo, Output};
 use crate::commands::run::drive;
 use crate::commands::{query, stand};
 use crate::printer::{self, Exit};
@@ -121,19 +121,36 @@ async fn show(file: &Path) -> Result<()> {
 
 fn next_steps(out: &Path) {
     let main = std::path::absolute(out.join("lake/main")).unwrap_or_else(|_| out.join("lake/main"));
+    let again = match out.to_str() {
+        Some(DEMO_FOLDER) => String::new(),
+        _ => format!(" --out {}", out.display()),
+    };
     printer::say(&format!(
         "
 main table  {main}
-look on     cd {out}
-            alluvium status                                   what is fresh, and why not
+again       alluvium demo{again}    nothing is processed twice
+look on     {path}cd {out}
+            alluvium status                           what is fresh, and why not
             alluvium query researchers \"SELECT count(*) FROM main\"
-            alluvium undo researchers {first}             take an epoch back, then `replay` it
-            alluvium demo                                     again: nothing is processed twice
+            alluvium undo researchers {first}      take an epoch back, then `replay` it
 from Python pip install deltalake pyarrow
             python3 -c 'from deltalake import DeltaTable; print(DeltaTable(\"{main}\").to_pyarrow_table())'
 your data   alluvium config reference > alluvium.toml",
         main = main.display(),
+        path = path_line(),
         out = out.display(),
         first = sample::epoch(0),
     ));
+}
+
+/// How to reach the program by its name, where it was started by a path (as `cargo run` does).
+fn path_line() -> String {
+    let is_by_name = std::env::args_os().next().is_some_and(|name| name == "alluvium");
+    match std::env::current_exe() {
+        Ok(program) if !is_by_name => match program.parent() {
+            Some(folder) => format!("export PATH={}:$PATH\n            ", folder.display()),
+            None => String::new(),
+        },
+        _ => String::new(),
+    }
 }

@@ -91,7 +91,7 @@ async fn version_of(pipeline: &Pipeline, epoch: Epoch) -> Result<u64> {
     };
     let main = Table::open(&pipeline.main).await?.ok_or_else(|| unknown("main does not exist"))?;
     let app_id = epoch_app_id(&pipeline.id, epoch, EpochMarker::Merge);
-    if !main.transactions().contains_key(&app_id) {
+    if main.transaction(&app_id).is_none() {
         return Err(unknown("it was never merged"));
     }
     let commits = main.history(0).await?;

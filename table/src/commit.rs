@@ -7,13 +7,19 @@
 //! ```
 //! The kind of error never decides whether a commit landed; the marker does. Callers loop with
 //! [`CommitOutcome::Lost`], which carries the error only for the log.
+//!
+//! The library's `CommitBuilder` is not used: it wants all live files in memory before a commit and
+//! lists them anew after it, so that a commit costs what the table holds. What it does beside that
+//! is done here: `CommitData` writes the actions, the log store puts the entry if it is absent.
 
 use alluvium_protocol::{Code, Error, Result};
 use chrono::Utc;
 use deltalake::checkpoints::{cleanup_metadata, create_checkpoint};
-use deltalake::kernel::transaction::{CommitBuilder, CommitProperties};
+use deltalake::kernel::transaction::{CommitData, CommitProperties};
 use deltalake::kernel::{Action, Add, Remove, StructField, Transaction};
+use deltalake::logstore::CommitOrBytes;
 use deltalake::protocol::{DeltaOperation, MergePredicate, SaveMode};
+use uuid::Uuid;
 
 use crate::classify::foreign;
 use crate::{Table, store};
@@ -72,6 +78,7 @@ pub enum CommitOutcome {
 impl Table {
     /// Commits `change` as the version after this snapshot, or not at all.
     pub async fn commit(&mut self, change: Change) -> Result<CommitOutcome> {
+        self.check_writable(!change.removes.is_empty())?;
         let now = Utc::now().timestamp_millis();
         let transactions = change
             .markers
@@ -80,31 +87,44 @@ impl Table {
                 Transaction::new_with_last_update(&marker.app_id, marker.version, Some(now))
             })
             .collect();
-        let properties = CommitProperties::default()
-            .with_application_transactions(transactions)
-            .with_metadata([("alluvium".to_owned(), change.info)])
-            .with_max_retries(0)
-            .with_create_checkpoint(false)
-            .with_cleanup_expired_logs(Some(false));
         let mut actions = change.others;
         actions.extend(change.removes.into_iter().map(Action::Remove));
         actions.extend(change.adds.into_iter().map(Action::Add));
         let operation = self.delta_operation(change.operation);
-        let commit = CommitBuilder::from(properties)
-            .with_actions(actions)
-            .build(Some(&self.state), self.log_store.clone(), operation)
-            .await;
-        match commit {
-            Ok(done) => {
-                self.state = done.snapshot();
-                self.transactions.advance(&self.log_store, self.state.version()).await?;
+        let info = [
+            ("alluvium".to_owned(), change.info),
+            ("readVersion".to_owned(), self.snapshot.version().into()),
+        ];
+        let data = CommitData::new(actions, operation, info.into(), transactions);
+        let entry = data.get_bytes().map_err(|e| foreign(self.committing(), &e))?;
+        match self.put_entry(entry).await {
+            Ok(version) => {
+                self.snapshot = self.snapshot_at(Some(version)).await?;
+                self.transactions.landed(version, &change.markers, now);
                 Ok(CommitOutcome::Landed)
             }
-            Err(error) => {
-                let error = foreign(format!("commit to {}", self.uri), &error);
-                Ok(CommitOutcome::Lost(error))
-            }
+            Err(error) => Ok(CommitOutcome::Lost(error)),
         }
+    }
+
+    /// Puts the log entry of the next version, if nobody has.
+    async fn put_entry(&self, entry: bytes::Bytes) -> Result<u64> {
+        let version = self.snapshot.version();
+        let failed = |e: &(dyn std::error::Error + 'static)| foreign(self.committing(), e);
+        // A snapshot so old that the log was cleaned above it would find the next version free.
+        let latest = self.log_store.get_latest_version(version).await;
+        if latest.map_err(|e| failed(&e))? != version {
+            let text = format!("{}: another commit was faster", self.committing());
+            return Err(Error::new(Code::TableMovedOn, text));
+        }
+        let entry = CommitOrBytes::LogBytes(entry);
+        let put = self.log_store.write_commit_entry(version + 1, entry, Uuid::new_v4()).await;
+        put.map_err(|e| failed(&e))?;
+        Ok(version + 1)
+    }
+
+    fn committing(&self) -> String {
+        format!("commit to {}", self.uri)
     }
 
     fn delta_operation(&self, operation: Operation) -> DeltaOperation {
@@ -185,7 +205,7 @@ impl Table {
 
     /// The action that sets table properties beside the present ones.
     pub fn set_properties(&self, properties: &[(String, String)]) -> Result<Action> {
-        let metadata = self.state.metadata();
+        let metadata = self.snapshot.metadata();
         let mut value = serde_json::to_value(metadata).map_err(Error::internal)?;
         for (key, text) in properties {
             value["configuration"][key] = serde_json::Value::String(text.clone());

@@ -1,14 +1,16 @@
 //! Delta tables as Alluvium uses them.
 //!
 //! Owns: opening and creating tables ([`Table`]), all markers in one pass ([`transactions`]),
-//! commits for exactly the snapshot that was checked ([`commit`]), scans of chosen files
-//! ([`scan`]), data files ([`write`]), the work memory ([`session`]), and the translation of
+//! commits for exactly the snapshot that was checked ([`commit`]), live files and scans of chosen
+//! ones ([`LiveFile`], [`scan`]), data files ([`mod@write`]), the work memory ([`session`]), and the translation of
 //! foreign errors into codes ([`classify`]). The only crate that names `deltalake`; arrow, parquet
 //! and DataFusion go out from here, so that their types always fit.
 //! Never: knows what an epoch's content means, or decides when something is done.
 
 pub mod classify;
 pub mod commit;
+mod features;
+mod files;
 pub mod history;
 pub mod pause;
 pub mod query;
@@ -23,4 +25,5 @@ pub mod write;
 
 pub use deltalake::kernel::Add;
 pub use deltalake::{arrow, datafusion, parquet};
-pub use table::{LiveFile, Table, TableSpec, bytes_of};
+pub use files::LiveFile;
+pub use table::{Table, TableSpec, bytes_of};

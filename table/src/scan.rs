@@ -26,7 +26,7 @@ impl Table {
         let doing = || format!("read {}", self.uri);
         let mut scan = DeltaScanNext::builder()
             .with_log_store(self.log_store.clone())
-            .with_eager_snapshot(self.state.snapshot().clone());
+            .with_snapshot(Arc::clone(&self.snapshot));
         if file_column {
             scan = scan.with_file_column(FILE_COLUMN);
         }

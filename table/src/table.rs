@@ -1,29 +1,32 @@
 //! One Delta table at one version, with its transactions.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use alluvium_protocol::{Code, Error, Pipeline, Result, crash};
 use deltalake::arrow::datatypes::{Schema, SchemaRef};
 use deltalake::kernel::transaction::CommitProperties;
-use deltalake::kernel::{Add, Remove, StructType};
+use deltalake::kernel::{Add, Snapshot, StructType};
 use deltalake::logstore::LogStoreRef;
 use deltalake::operations::create::CreateBuilder;
 use deltalake::protocol::SaveMode;
-use deltalake::table::state::DeltaTableState;
 use deltalake::{DeltaTable, TableProperty};
 
 use crate::classify::{foreign, is_of_storage};
+use crate::schema;
 use crate::store::{StoreRef, local_path, log_store_at};
 use crate::transactions::Transactions;
-use crate::{scan, schema};
 
 /// A table's snapshot and the store below it. Cheap to clone; a clone is a snapshot that stays.
+///
+/// The snapshot is the library's lazy one: protocol, metadata and the names of log files, but no
+/// list of data files. Opening and committing so cost the same however many files there are; who
+/// needs the list asks for it ([`Table::files`]).
 #[derive(Clone)]
 pub struct Table {
     pub(crate) uri: String,
     pub(crate) log_store: LogStoreRef,
-    pub(crate) state: DeltaTableState,
+    pub(crate) snapshot: Arc<Snapshot>,
     pub(crate) transactions: Transactions,
 }
 
@@ -35,31 +38,6 @@ pub struct TableSpec {
     pub partition_by: Vec<String>,
     /// Table properties.
     pub properties: Vec<(String, String)>,
-}
-
-impl LiveFile {
-    /// Rows that readers see: without those a deletion vector marks.
-    pub fn live_rows(&self) -> Option<u64> {
-        let deleted = self.remove.deletion_vector.as_ref().map_or(0, |dv| dv.cardinality);
-        Some(self.rows?.saturating_sub(u64::try_from(deleted).unwrap_or(0)))
-    }
-}
-
-/// A live data file.
-#[derive(Clone, Debug)]
-pub struct LiveFile {
-    /// Path as the log spells it, decoded.
-    pub path: String,
-    /// Bytes.
-    pub size: u64,
-    /// Rows, where the statistics tell.
-    pub rows: Option<u64>,
-    /// Value by partition column.
-    pub partition: HashMap<String, Option<String>>,
-    /// The action that removes it.
-    pub remove: Remove,
-    /// The statistics, as the log has them (JSON).
-    pub stats: Option<String>,
 }
 
 impl Table {
@@ -86,12 +64,17 @@ impl Table {
         if !exists.map_err(|e| foreign(format!("open {uri}"), &e))? {
             return Ok(None);
         }
-        let state = DeltaTableState::try_new(log_store.as_ref(), version)
+        let snapshot = Snapshot::try_new(log_store.as_ref(), version)
             .await
             .map_err(|e| unreadable(uri, &e))?;
         let mut transactions = Transactions::default();
-        transactions.advance(&log_store, state.version()).await?;
-        Ok(Some(Self { uri: uri.to_owned(), log_store, state, transactions }))
+        transactions.advance(&log_store, snapshot.version()).await?;
+        Ok(Some(Self {
+            uri: uri.to_owned(),
+            log_store,
+            snapshot: Arc::new(snapshot),
+            transactions,
+        }))
     }
 
     /// Creates the table, or opens the one that somebody else just created.
@@ -128,11 +111,15 @@ impl Table {
 
     /// Brings the snapshot to the newest version.
     pub async fn refresh(&mut self) -> Result<()> {
-        self.state
-            .update(self.log_store.as_ref(), None)
-            .await
-            .map_err(|e| unreadable(&self.uri, &e))?;
-        self.transactions.advance(&self.log_store, self.state.version()).await
+        self.snapshot = self.snapshot_at(None).await?;
+        self.transactions.advance(&self.log_store, self.snapshot.version()).await
+    }
+
+    /// This snapshot brought forward to `version`, or to the newest.
+    pub(crate) async fn snapshot_at(&self, version: Option<u64>) -> Result<Arc<Snapshot>> {
+        let engine = self.log_store.engine(None);
+        let updated = Arc::clone(&self.snapshot).update(engine, version).await;
+        updated.map_err(|e| unreadable(&self.uri, &e))
     }
 
     /// The table's URI, as it was given.
@@ -142,12 +129,17 @@ impl Table {
 
     /// The snapshot's version.
     pub fn version(&self) -> i64 {
-        i64::try_from(self.state.version()).unwrap_or(i64::MAX)
+        i64::try_from(self.snapshot.version()).unwrap_or(i64::MAX)
     }
 
-    /// Version by app id, of all `txn` actions.
-    pub fn transactions(&self) -> &HashMap<String, i64> {
-        self.transactions.versions()
+    /// App id and version of every `txn` action.
+    pub fn transactions(&self) -> impl Iterator<Item = (&str, i64)> {
+        self.transactions.iter()
+    }
+
+    /// The version of one app id's newest transaction.
+    pub fn transaction(&self, app_id: &str) -> Option<i64> {
+        self.transactions.version(app_id)
     }
 
     /// When the app id's newest transaction was written, milliseconds since 1970.
@@ -157,17 +149,17 @@ impl Table {
 
     /// The table's columns, partition columns included.
     pub fn schema(&self) -> SchemaRef {
-        schema::plain(&self.state.snapshot().arrow_schema())
+        schema::plain(&self.snapshot.arrow_schema())
     }
 
     /// Columns that the files' folders are named after.
     pub fn partition_columns(&self) -> Vec<String> {
-        self.state.metadata().partition_columns().to_vec()
+        self.snapshot.metadata().partition_columns().to_vec()
     }
 
     /// The table's properties.
     pub fn properties(&self) -> HashMap<String, String> {
-        self.state.metadata().configuration().clone()
+        self.snapshot.metadata().configuration().clone()
     }
 
     /// The error for a main table that exists and that no pipeline made.
@@ -207,49 +199,10 @@ impl Table {
         self.log_store.object_store(None)
     }
 
-    /// All live data files.
-    pub fn files(&self) -> Result<Vec<LiveFile>> {
-        self.files_where(|_| true)
-    }
-
-    /// The live files whose partition values pass.
-    pub fn files_where(
-        &self,
-        mut keep: impl FnMut(&HashMap<String, Option<String>>) -> bool,
-    ) -> Result<Vec<LiveFile>> {
-        let mut files = Vec::new();
-        let is_partitioned = !self.state.metadata().partition_columns().is_empty();
-        for view in self.state.log_data().iter() {
-            let partition =
-                if is_partitioned { view.partition_values_map() } else { HashMap::new() };
-            if !keep(&partition) {
-                continue;
-            }
-            let remove = view.remove_action(true);
-            files.push(LiveFile {
-                path: remove.path.clone(),
-                size: u64::try_from(view.size()).unwrap_or(0),
-                rows: view.num_records().map(|rows| rows as u64),
-                partition,
-                remove,
-                stats: view.stats(),
-            });
-        }
-        Ok(files)
-    }
-
-    /// The file is one of these URLs, as scans with a file column tell them.
-    pub fn is_file_url(&self, file: &LiveFile, urls: &BTreeSet<String>) -> bool {
-        let root = self.log_store.root_url();
-        [file.path.clone(), scan::encoded(&file.path)].iter().any(|path| {
-            urls.contains(path) || root.join(path).is_ok_and(|url| urls.contains(url.as_str()))
-        })
-    }
-
     /// A handle for the library's own operations (vacuum, add columns).
     pub(crate) async fn handle(&self) -> Result<DeltaTable> {
         let mut table = DeltaTable::new(Arc::clone(&self.log_store));
-        let version = self.state.version();
+        let version = self.snapshot.version();
         table.load_version(version).await.map_err(|e| unreadable(&self.uri, &e))?;
         Ok(table)
     }

@@ -17,36 +17,69 @@ use futures::{StreamExt, TryStreamExt};
 use object_store::{ObjectStore, ObjectStoreExt, path::Path};
 
 use crate::classify::foreign;
+use crate::commit::Marker;
 
 /// Commits read at once while the log is brought forward.
 const COMMITS_AT_ONCE: usize = 8;
 
+/// Transactions above the shared ones that are kept apart: enough that sharing pays, few enough to
+/// copy with every snapshot.
+const RECENT_MAX: usize = 256;
+
 /// Version by app id, as of one version of the table.
+///
+/// A table has one transaction per epoch, and every snapshot carries them: most of them are shared
+/// between snapshots, and only the most recent ones are copied.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Transactions {
     as_of: Option<u64>,
-    versions: HashMap<String, i64>,
-    updated: HashMap<String, i64>,
+    shared: Arc<HashMap<String, Written>>,
+    recent: HashMap<String, Written>,
 }
 
-/// One `txn` action: app id, version, when it was written (milliseconds since 1970).
-type Txn = (String, i64, Option<i64>);
+/// An app id's newest transaction.
+#[derive(Clone, Copy, Debug)]
+struct Written {
+    version: i64,
+    /// Milliseconds since 1970.
+    at: Option<i64>,
+}
+
+/// One `txn` action.
+type Txn = (String, Written);
 
 impl Transactions {
-    pub(crate) fn versions(&self) -> &HashMap<String, i64> {
-        &self.versions
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, i64)> {
+        let older = self.shared.iter().filter(|(app_id, _)| !self.recent.contains_key(*app_id));
+        self.recent.iter().chain(older).map(|(app_id, txn)| (app_id.as_str(), txn.version))
+    }
+
+    pub(crate) fn version(&self, app_id: &str) -> Option<i64> {
+        self.get(app_id).map(|txn| txn.version)
     }
 
     pub(crate) fn updated(&self, app_id: &str) -> Option<i64> {
-        self.updated.get(app_id).copied()
+        self.get(app_id)?.at
     }
 
-    fn insert(&mut self, (app_id, version, updated): Txn) {
-        match updated {
-            Some(at) => self.updated.insert(app_id.clone(), at),
-            None => self.updated.remove(&app_id),
-        };
-        self.versions.insert(app_id, version);
+    fn get(&self, app_id: &str) -> Option<&Written> {
+        self.recent.get(app_id).or_else(|| self.shared.get(app_id))
+    }
+
+    /// Takes in a commit of our own, which made `version`.
+    pub(crate) fn landed(&mut self, version: u64, markers: &[Marker], at: i64) {
+        for marker in markers {
+            let txn = Written { version: marker.version, at: Some(at) };
+            self.recent.insert(marker.app_id.clone(), txn);
+        }
+        self.settle(version);
+    }
+
+    fn settle(&mut self, version: u64) {
+        if self.recent.len() > RECENT_MAX {
+            Arc::make_mut(&mut self.shared).extend(self.recent.drain());
+        }
+        self.as_of = Some(version);
     }
 
     /// Brings the set to `version`, from the newest checkpoint when that saves reading.
@@ -58,7 +91,7 @@ impl Transactions {
             let store = log_store.object_store(None);
             if let Some(checkpoint) = newest_checkpoint(&store, version).await? {
                 for path in &checkpoint.parts {
-                    read_checkpoint(&store, path, self).await?;
+                    read_checkpoint(&store, path, &mut self.recent).await?;
                 }
                 self.as_of = Some(checkpoint.version);
             }
@@ -69,10 +102,8 @@ impl Transactions {
             .buffered(COMMITS_AT_ONCE)
             .try_collect()
             .await?;
-        for txn in commits.into_iter().flatten() {
-            self.insert(txn);
-        }
-        self.as_of = Some(version);
+        self.recent.extend(commits.into_iter().flatten());
+        self.settle(version);
         Ok(())
     }
 }
@@ -95,7 +126,8 @@ async fn read_commit(log_store: &LogStoreRef, version: u64) -> Result<Vec<Txn>> 
         let app_id = action["txn"]["appId"].as_str();
         let txn_version = action["txn"]["version"].as_i64();
         if let (Some(app_id), Some(txn_version)) = (app_id, txn_version) {
-            found.push((app_id.to_owned(), txn_version, action["txn"]["lastUpdated"].as_i64()));
+            let at = action["txn"]["lastUpdated"].as_i64();
+            found.push((app_id.to_owned(), Written { version: txn_version, at }));
         }
     }
     Ok(found)
@@ -142,7 +174,7 @@ async fn newest_checkpoint(
 async fn read_checkpoint(
     store: &Arc<dyn ObjectStore>,
     path: &Path,
-    found: &mut Transactions,
+    found: &mut HashMap<String, Written>,
 ) -> Result<()> {
     let doing = || format!("read checkpoint {path}");
     let body = store.get(path).await.map_err(|e| foreign(doing(), &e))?;
@@ -160,7 +192,7 @@ async fn read_checkpoint(
     Ok(())
 }
 
-fn collect(batch: &RecordBatch, found: &mut Transactions) {
+fn collect(batch: &RecordBatch, found: &mut HashMap<String, Written>) {
     let Some(txn) = batch.column_by_name("txn").and_then(|column| column.as_struct_opt()) else {
         return;
     };
@@ -172,8 +204,34 @@ fn collect(batch: &RecordBatch, found: &mut Transactions) {
         txn.column_by_name("lastUpdated").and_then(|column| column.as_primitive_opt::<Int64Type>());
     for row in 0..txn.len() {
         if txn.is_valid(row) && app_ids.is_valid(row) && numbers.is_valid(row) {
-            let updated = updates.filter(|at| at.is_valid(row)).map(|at| at.value(row));
-            found.insert((app_ids.value(row).to_owned(), numbers.value(row), updated));
+            let at = updates.filter(|at| at.is_valid(row)).map(|at| at.value(row));
+            let txn = Written { version: numbers.value(row), at };
+            found.insert(app_ids.value(row).to_owned(), txn);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn marker(epoch: usize, version: i64) -> Marker {
+        Marker { app_id: format!("alluvium/p/{epoch}/ingest"), version }
+    }
+
+    #[test]
+    fn the_newest_version_counts_wherever_it_is_kept() {
+        let mut found = Transactions::default();
+        for epoch in 0..3 * RECENT_MAX {
+            found.landed(epoch as u64 + 1, &[marker(epoch, 1)], 7);
+        }
+        assert!(!found.shared.is_empty() && found.recent.len() <= RECENT_MAX);
+        let snapshot = found.clone();
+        found.landed(9_999, &[marker(0, 2)], 8);
+        assert_eq!(found.version("alluvium/p/0/ingest"), Some(2));
+        assert_eq!(found.updated("alluvium/p/0/ingest"), Some(8));
+        assert_eq!(snapshot.version("alluvium/p/0/ingest"), Some(1));
+        assert_eq!(found.iter().count(), 3 * RECENT_MAX);
+        assert_eq!(found.iter().map(|(_, version)| version).sum::<i64>(), 3 * 256 + 1);
     }
 }

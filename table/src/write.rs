@@ -36,7 +36,7 @@ impl FileWriter {
             Some(properties),
             NonZeroU64::new(target_file_bytes),
             None,
-            table.state.table_config().num_indexed_cols(),
+            table.snapshot.table_properties().num_indexed_cols(),
             None,
         );
         let writer = DeltaWriter::new(table.store(), config);

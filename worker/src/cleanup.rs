@@ -66,7 +66,7 @@ async fn compact(
     order: &[&str],
     permit: &Permit,
 ) -> Result<()> {
-    let files = table.files()?;
+    let files = table.files().await?;
     if files.len() <= LEDGER_FILES_MAX {
         return Ok(());
     }

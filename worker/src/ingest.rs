@@ -6,10 +6,11 @@
 //!  raw's commit: remove all of the partition, add the files, marker; again until it landed
 //! ```
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use alluvium_protocol::manifest::Manifest;
-use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id};
+use alluvium_protocol::marker::{EpochMarker, Generation, epoch_app_id};
 use alluvium_protocol::pipeline::full_hash;
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
@@ -106,8 +107,8 @@ pub async fn ingest(
 
 /// The report when raw holds this generation or a later one.
 fn already(table: &Table, pipeline: &Pipeline, wanted: &Wanted<'_>) -> Option<Report> {
-    let markers = Markers::of_pipeline(&pipeline.id, table.transactions());
-    let found = *markers.ingest.get(&wanted.epoch)?;
+    let app_id = epoch_app_id(&pipeline.id, wanted.epoch, EpochMarker::Ingest);
+    let found = table.transaction(&app_id)?;
     (found >= wanted.generation).then(|| Report {
         already: true,
         generations: vec![(wanted.epoch, found)],
@@ -250,7 +251,7 @@ async fn write_files(
         0 => Written::default(),
         _ => content_rows(&session, pipeline, table, &own, &aside).await?,
     };
-    let previous = partition_paths(table, pipeline, wanted.epoch)?;
+    let previous = partition_paths(table, pipeline, wanted.epoch).await?;
     if !previous.is_empty() {
         // Read again only for the keys; what it refuses was kept by the first reading.
         let unheeded = incoming.aside();
@@ -344,17 +345,21 @@ pub(crate) fn table_names(table: &Table, columns: &[String]) -> Vec<String> {
 
 /// The live files of the epoch's partition. Without an ingest marker there are none: a table with a
 /// thousand epochs is not searched for the files of a new one.
-fn partition_files(table: &Table, pipeline: &Pipeline, epoch: Epoch) -> Result<Vec<LiveFile>> {
+async fn partition_files(
+    table: &Table,
+    pipeline: &Pipeline,
+    epoch: Epoch,
+) -> Result<Vec<LiveFile>> {
     let app_id = epoch_app_id(&pipeline.id, epoch, EpochMarker::Ingest);
-    if !table.transactions().contains_key(&app_id) {
+    if table.transaction(&app_id).is_none() {
         return Ok(Vec::new());
     }
     let value = epoch.to_string();
-    table.files_where(|partition| partition.get(raw::EPOCH) == Some(&Some(value.clone())))
+    table.files_where(|partition| partition.get(raw::EPOCH) == Some(&Some(value.clone()))).await
 }
 
-fn partition_paths(table: &Table, pipeline: &Pipeline, epoch: Epoch) -> Result<Vec<String>> {
-    let files = partition_files(table, pipeline, epoch)?;
+async fn partition_paths(table: &Table, pipeline: &Pipeline, epoch: Epoch) -> Result<Vec<String>> {
+    let files = partition_files(table, pipeline, epoch).await?;
     Ok(files.into_iter().map(|file| file.path).collect())
 }
 
@@ -391,8 +396,9 @@ impl RawCommit<'_> {
             if let Some(found) = already(&table, pipeline, self.wanted) {
                 return Ok(Report { conflicts: report.conflicts, ..found });
             }
-            self.check_still_fits(&table, &prepared)?;
-            let outcome = table.commit(self.change(&table, &prepared, &report)?).await?;
+            let partition = partition_files(&table, pipeline, self.wanted.epoch).await?;
+            self.check_still_fits(&partition, &prepared)?;
+            let outcome = table.commit(self.change(partition, &prepared, &report)).await?;
             if matches!(outcome, CommitOutcome::Landed) {
                 self.workshop.tables.remember(&table);
             }
@@ -419,32 +425,27 @@ impl RawCommit<'_> {
 
     /// The files depend on the snapshot in two ways only: revert rows on the previous partition,
     /// and column types on the schema.
-    fn check_still_fits(&self, table: &Table, prepared: &Prepared) -> Result<()> {
+    fn check_still_fits(&self, partition: &[LiveFile], prepared: &Prepared) -> Result<()> {
         let moved_on = |why: &str| {
-            let text = format!("{}: {why} while the epoch was read", table.uri());
+            let text = format!("{}: {why} while the epoch was read", self.task.pipeline.raw);
             Err(Error::new(Code::TableMovedOn, text))
         };
         if self.started.elapsed() > self.age_max {
             return moved_on("a quarter of the vacuum retention passed");
         }
-        let mut present = partition_paths(table, &self.task.pipeline, self.wanted.epoch)?;
-        let mut previous = prepared.previous.clone();
-        present.sort();
-        previous.sort();
+        let present: BTreeSet<&String> = partition.iter().map(|file| &file.path).collect();
+        let previous: BTreeSet<&String> = prepared.previous.iter().collect();
         if present != previous {
             return moved_on("the epoch's partition changed");
         }
         Ok(())
     }
 
-    fn change(&self, table: &Table, prepared: &Prepared, report: &Report) -> Result<Change> {
+    fn change(&self, partition: Vec<LiveFile>, prepared: &Prepared, report: &Report) -> Change {
         let pipeline = &self.task.pipeline;
-        let removes = partition_files(table, pipeline, self.wanted.epoch)?
-            .into_iter()
-            .map(|file| file.remove)
-            .collect();
+        let removes = partition.into_iter().map(|file| file.remove).collect();
         let app_id = epoch_app_id(&pipeline.id, self.wanted.epoch, EpochMarker::Ingest);
-        Ok(Change {
+        Change {
             operation: Operation::Overwrite {
                 predicate: format!("{} = {}", raw::EPOCH, self.wanted.epoch),
             },
@@ -466,6 +467,6 @@ impl RawCommit<'_> {
                 "rows_read": report.rows_read,
                 "rows_quarantined": report.rows_quarantined,
             }),
-        })
+        }
     }
 }

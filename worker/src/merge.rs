@@ -121,11 +121,10 @@ impl<'a> Attempt<'a> {
         })
     }
 
-    fn raw_files(&self, epochs: &BTreeSet<Epoch>) -> Result<Vec<LiveFile>> {
+    async fn raw_files(&self, epochs: &BTreeSet<Epoch>) -> Result<Vec<LiveFile>> {
         let values: BTreeSet<String> = epochs.iter().map(Epoch::to_string).collect();
-        self.raw.files_where(|partition| {
-            matches!(partition.get(raw::EPOCH), Some(Some(value)) if values.contains(value))
-        })
+        let is_wanted = |value: &Option<String>| value.as_ref().is_some_and(|v| values.contains(v));
+        self.raw.files_where(|partition| partition.get(raw::EPOCH).is_some_and(is_wanted)).await
     }
 
     /// Computes, writes and commits. Inner error: the commit is not known to have landed.
@@ -139,7 +138,7 @@ impl<'a> Attempt<'a> {
         let session = work_session(pipeline.sizes.memory_bytes);
         let rule = Rule::new(pipeline, &self.raw);
         let epochs: BTreeSet<Epoch> = self.targets.iter().map(|(epoch, _)| *epoch).collect();
-        let changed = self.raw_files(&epochs)?;
+        let changed = self.raw_files(&epochs).await?;
         let rows_read = changed.iter().filter_map(|file| file.rows).sum();
         let is_fast = self.is_fast();
 
@@ -170,7 +169,7 @@ impl<'a> Attempt<'a> {
         if let Err(error) = self.main.checkpoint_if_due().await {
             tracing::warn!(%error, "no checkpoint; the next one makes up for it");
         }
-        let (main_files, main_small_files) = count_files(&self.main, pipeline)?;
+        let (main_files, main_small_files) = count_files(&self.main, pipeline).await?;
         let main_version = Some(self.main.version());
         Ok(Ok(Report { main_version, main_files, main_small_files, ..report }))
     }
@@ -187,7 +186,7 @@ impl<'a> Attempt<'a> {
         let mut all = self.markers.applied();
         self.check_raw_is_whole(&all)?;
         all.extend(epochs);
-        let files = self.raw_files(&all)?;
+        let files = self.raw_files(&all).await?;
         self.raw.register(session, "applied", Some(&paths(&files)), false).await?;
         let base = self.main.properties().get(BASE_VERSION).and_then(|text| text.parse().ok());
         let Some(version) = base else { return Ok(Scope::Reconcile { has_base: false }) };
@@ -295,8 +294,8 @@ fn paths(files: &[LiveFile]) -> Vec<String> {
 }
 
 /// Data files of main, and the small ones among them.
-pub fn count_files(main: &Table, pipeline: &Pipeline) -> Result<(u64, u64)> {
-    let files = main.files()?;
+pub async fn count_files(main: &Table, pipeline: &Pipeline) -> Result<(u64, u64)> {
+    let files = main.files().await?;
     let limit = pipeline.sizes.target_file_bytes / SMALL_FILE_DIVISOR;
     let small = files.iter().filter(|file| file.size < limit).count();
     Ok((files.len() as u64, small as u64))
@@ -427,7 +426,7 @@ impl Edit {
         let batches = frame.collect().await.map_err(|e| foreign(doing, &e))?;
         let counts = batches.first().map(|batch| batch.column(0).as_primitive::<Int64Type>());
         self.upserts = counts.map_or(0, |counts| counts.value(0).unsigned_abs());
-        let live = main.files()?;
+        let live = main.files().await?;
         if live.is_empty() {
             return Ok(());
         }

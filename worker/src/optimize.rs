@@ -26,23 +26,23 @@ pub async fn optimize(workshop: &Workshop, task: &Task, permit: &Permit) -> Resu
         return Ok(Report { already: true, ..Report::default() });
     };
     let key = table_names(&main, &pipeline.content.key);
-    let bin = pick_bin(&main, pipeline)?;
+    let bin = pick_bin(&main, pipeline).await?;
     if bin.len() < BIN_FILES_MIN {
-        let (main_files, main_small_files) = count_files(&main, pipeline)?;
+        let (main_files, main_small_files) = count_files(&main, pipeline).await?;
         return Ok(Report { already: true, main_files, main_small_files, ..Report::default() });
     }
     let report =
-        rewrite(&mut main, pipeline, &task.work.step().as_str(), &bin, &key, permit).await?;
+        rewrite(&mut main, pipeline, task.work.step().as_str(), &bin, &key, permit).await?;
     workshop.tables.remember(&main);
-    let (main_files, main_small_files) = count_files(&main, pipeline)?;
+    let (main_files, main_small_files) = count_files(&main, pipeline).await?;
     Ok(Report { main_files, main_small_files, ..report })
 }
 
 /// Small files of one partition, smallest first, up to the bin's size.
-fn pick_bin(table: &Table, pipeline: &Pipeline) -> Result<Vec<LiveFile>> {
+async fn pick_bin(table: &Table, pipeline: &Pipeline) -> Result<Vec<LiveFile>> {
     let limit = pipeline.sizes.target_file_bytes / SMALL_FILE_DIVISOR;
     let mut small: Vec<LiveFile> =
-        table.files()?.into_iter().filter(|file| file.size < limit).collect();
+        table.files().await?.into_iter().filter(|file| file.size < limit).collect();
     small.sort_by_key(|file| (file.size, file.path.clone()));
     let Some(first) = small.first().map(|file| file.partition.clone()) else {
         return Ok(Vec::new());

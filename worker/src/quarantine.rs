@@ -61,7 +61,8 @@ pub async fn replace(
     loop {
         let value = epoch.to_string();
         let removes: Vec<_> = table
-            .files_where(|partition| partition.get(EPOCH) == Some(&Some(value.clone())))?
+            .files_where(|partition| partition.get(EPOCH) == Some(&Some(value.clone())))
+            .await?
             .into_iter()
             .map(|file| file.remove)
             .collect();

@@ -1,5 +1,7 @@
 //! Two writers with one snapshot: compare-and-swap lets one win, and no row is doubled.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -120,7 +122,7 @@ async fn of_two_optimizes_of_one_table_one_lands_and_rows_stay() {
         .count();
     assert_eq!(landed, 1, "{first:?} {second:?}");
     assert_eq!(rows(&pipeline).await, 10);
-    assert_eq!(Table::open(&pipeline.main).await.unwrap().unwrap().files().unwrap().len(), 1);
+    assert_eq!(Table::open(&pipeline.main).await.unwrap().unwrap().files().await.unwrap().len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -130,15 +132,16 @@ async fn a_stale_snapshot_never_commits() {
     let mut table = main_with(&pipeline, 2).await;
     // Both hold one snapshot, and both would replace the same files.
     let mut rival = table.clone();
-    let replace = |table: &Table| Change {
+    let live = table.files().await.unwrap();
+    let replace = || Change {
         operation: Operation::Merge,
-        removes: table.files().unwrap().into_iter().map(|file| file.remove).collect(),
+        removes: live.iter().map(|file| file.remove.clone()).collect(),
         ..append(Vec::new())
     };
-    let won = table.commit(replace(&table)).await.unwrap();
+    let won = table.commit(replace()).await.unwrap();
     assert!(matches!(won, CommitOutcome::Landed));
     let before = table.version();
-    let lost = rival.commit(replace(&rival)).await.unwrap();
+    let lost = rival.commit(replace()).await.unwrap();
     assert!(matches!(lost, CommitOutcome::Lost(_)));
     assert_eq!(Table::open(&pipeline.main).await.unwrap().unwrap().version(), before);
 }

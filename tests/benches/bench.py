@@ -1,0 +1,91 @@
+"""Benchmarks of the real binary. Started by `scripts/bench`; prints the workload and every figure.
+
+    drain    N waiting epochs, Alluvium beside a hand-written loop of delta-rs MERGE
+    growth   the time of one more epoch after 10, 100 and 1,000 earlier ones
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from deltalake import DeltaTable
+
+from lake_of_samples import SampleLake
+
+BY_HAND = Path(__file__).with_name("by_hand.py")
+
+
+def content(table: str) -> list[tuple]:
+    """The rows of a table, without columns that only one side keeps, in order."""
+    rows = DeltaTable(table).to_pyarrow_table().sort_by("pguid")
+    names = sorted(rows.column_names)
+    return list(zip(*(rows[name].to_pylist() for name in names)))
+
+
+def drain(arguments: argparse.Namespace, folder: Path) -> None:
+    """Alternates both sides; the first round compares the tables, too."""
+    epochs, rows = arguments.epochs, arguments.rows
+    print(f"workload: {epochs} waiting epochs of {rows} rows (80 % updates, 18 % inserts, 2 % deletes)")
+    print("alluvium: run --once (raw copy, merge, ledger); by hand: one delta-rs MERGE an epoch, no raw copy")
+    ours, theirs = [], []
+    for number in range(arguments.rounds):
+        lake = SampleLake(arguments.binary, folder / f"drain-{number}", epochs, rows)
+        ours.append(lake.drain())
+        target = str(folder / f"by-hand-{number}")
+        began = time.perf_counter()
+        subprocess.run([sys.executable, str(BY_HAND), str(lake.source), target], check=True)
+        theirs.append(time.perf_counter() - began)
+        if number == 0:
+            is_same = content(str(lake.root / "lake/main")) == content(target)
+            print(f"both tables are {'equal' if is_same else 'DIFFERENT'}")
+            if not is_same:
+                sys.exit(1)
+        print(f"round {number + 1}: alluvium {ours[-1]:.2f} s, by hand {theirs[-1]:.2f} s")
+    mine, hand = statistics.median(ours), statistics.median(theirs)
+    print(f"alluvium {epochs / mine:.1f} epochs/s, by hand {epochs / hand:.1f} epochs/s: {hand / mine:.1f} times as fast")
+
+
+def growth(arguments: argparse.Namespace, folder: Path) -> None:
+    """One more epoch, several times, after more and more earlier ones."""
+    print(f"workload: one epoch of {arguments.rows} rows after N earlier ones; `run --once`, start included")
+    for earlier in arguments.earlier:
+        lake = SampleLake(
+            arguments.binary, folder / f"growth-{earlier}", earlier, arguments.rows, arguments.rounds
+        )
+        whole = lake.drain()
+        again = []
+        for _ in range(arguments.rounds):
+            lake.deliver_next()
+            again.append(lake.drain())
+        idle = min(lake.drain() for _ in range(3))
+        print(
+            f"{earlier:6d} earlier: one more {statistics.median(again):.3f} s "
+            f"(from {min(again):.3f} to {max(again):.3f}), nothing to do {idle:.3f} s, "
+            f"the first {earlier} took {whole:.2f} s = {earlier / whole:.1f} epochs/s"
+        )
+
+
+def main() -> None:
+    """Parses the command line and runs one benchmark."""
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("what", choices=["drain", "growth"])
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--earlier", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--binary", default=os.environ.get("ALLUVIUM_BINARY", "alluvium"))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="alluvium-bench-") as folder:
+        {"drain": drain, "growth": growth}[arguments.what](arguments, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
