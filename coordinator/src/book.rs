@@ -225,7 +225,7 @@ impl Book {
             return Ok(());
         }
         let is_ingested = self.markers.ingest.contains_key(&epoch);
-        let is_empty = is_ingested && !content.has_rows;
+        let is_empty = is_ingested && !content.has_rows && self.is_empty_by_request(epoch).await;
         let found = State::from_tables(epoch, &self.markers, pinned, is_empty);
         let Some(state) = found else { return Ok(()) };
         let generation = self.markers.generation(epoch).max(pinned.unwrap_or(0));
@@ -247,6 +247,16 @@ impl Book {
             }
         }
         Ok(())
+    }
+
+    /// Raw holds no row of the epoch: somebody asked for that, unless the manifest says that its
+    /// folder held none.
+    async fn is_empty_by_request(&self, epoch: Epoch) -> bool {
+        let generation = self.markers.ingest.get(&epoch).copied().unwrap_or(0);
+        match self.manifests.load(epoch, generation).await {
+            Ok(Some(pinned)) => pinned.manifest.reason.is_empty_content(),
+            Ok(None) | Err(_) => true,
+        }
     }
 
     /// The entry of an epoch, made when it is new.

@@ -89,9 +89,12 @@ async fn new_content(
     }
     let known = book.entries.get(&epoch);
     let generation = known.map_or(0, |entry| entry.generation);
-    if generation > 0
-        && let Some(pinned) = book.manifests.load(epoch, generation).await?
-    {
+    let pinned = match book.manifests.load(epoch, generation).await {
+        // What cannot be read answers no request; new content replaces it.
+        Err(error) if error.code == Code::ManifestInvalid => None,
+        loaded => loaded?,
+    };
+    if let Some(pinned) = pinned {
         let manifest = &pinned.manifest;
         // Carried out before, by a process that died before it removed the request.
         if manifest.request.as_deref() == Some(&request.id) {

@@ -320,32 +320,19 @@ pub async fn pin(
     Ok(())
 }
 
-/// The ingest task of a pinned epoch. A manifest that cannot be read blocks the epoch.
-pub async fn ingest_work(book: &mut Book, epoch: Epoch) -> Option<Work> {
-    let generation = book.entries.get(&epoch)?.generation;
-    let loaded = match book.manifests.load(epoch, generation).await {
-        Ok(Some(pinned)) => Ok(pinned),
-        Ok(None) => Err(Error::new(
-            Code::StorageUnavailable,
-            format!("the manifest of epoch {epoch}, generation {generation}, is gone"),
-        )),
-        Err(error) => Err(error),
-    };
-    match loaded {
-        Ok(pinned) => Some(Work::Ingest {
-            epoch,
-            generation,
-            manifest: Manifest::path(&book.pipeline.id, epoch, generation),
-            manifest_hash: pinned.hash,
-        }),
-        Err(error) => {
-            let entry = book.entries.get_mut(&epoch)?;
-            entry.error = Some(error);
-            // Legal from Ready; the epoch is listed and pinned anew by the next process.
-            let _ = entry.apply(Event::Blocked(Step::Ingest));
-            None
-        }
-    }
+/// The ingest task of a pinned epoch.
+pub async fn ingest_work(book: &Book, epoch: Epoch) -> Result<Work> {
+    let generation = book.entries.get(&epoch).map_or(0, |entry| entry.generation);
+    let pinned = book.manifests.load(epoch, generation).await?.ok_or_else(|| {
+        let text = format!("the manifest of epoch {epoch}, generation {generation}, is gone");
+        Error::new(Code::StorageUnavailable, text)
+    })?;
+    Ok(Work::Ingest {
+        epoch,
+        generation,
+        manifest: Manifest::path(&book.pipeline.id, epoch, generation),
+        manifest_hash: pinned.hash,
+    })
 }
 
 /// Blocks an epoch whose folder cannot be used; told once.
@@ -356,22 +343,34 @@ fn block(
     now: DateTime<Utc>,
     notices: &mpsc::UnboundedSender<Notice>,
 ) {
-    let pipeline = book.pipeline.id.clone();
     let entry = book.entry(epoch, State::Incomplete);
     // What is pinned counts, be it a skip: the folder is only looked at, then.
     if entry.generation > 0 && !entry.state.is_stopped() {
         entry.changed = Some(error.to_string());
         return;
     }
+    stop(book, epoch, Step::Ingest, error, now, notices);
+}
+
+/// Blocks an epoch at a step that has no result to say why; told once.
+pub fn stop(
+    book: &mut Book,
+    epoch: Epoch,
+    step: Step,
+    error: Error,
+    now: DateTime<Utc>,
+    notices: &mpsc::UnboundedSender<Notice>,
+) {
+    let pipeline = book.pipeline.id.clone();
+    let entry = book.entry(epoch, State::Incomplete);
     let is_news = entry.error.as_ref() != Some(&error);
-    if entry.apply(Event::Blocked(Step::Ingest)).is_err() {
+    if entry.apply(Event::Blocked(step)).is_err() {
         return;
     }
     entry.settles_at = None;
     entry.error = Some(error.clone());
     let generation = entry.generation;
     if is_news {
-        let step = Step::Ingest;
         book.events.push(serde_json::json!({
             "at": now.to_rfc3339(), "pipeline": pipeline, "epoch": epoch, "generation": generation,
             "step": step, "attempt": 0, "verdict": "blocked", "code": error.code,

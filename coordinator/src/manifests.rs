@@ -61,8 +61,10 @@ impl Manifests {
             Err(object_store::Error::NotFound { .. }) => return Ok(None),
             Err(error) => return Err(foreign(doing(), &error)),
         };
-        let manifest = serde_json::from_slice(&body)
-            .map_err(|e| Error::new(Code::ManifestInvalid, format!("{}: {e}", doing())))?;
+        let manifest = serde_json::from_slice(&body).map_err(|e| {
+            let help = format!("pin the folder anew: `alluvium replay {} {epoch}`", self.pipeline);
+            Error::new(Code::ManifestInvalid, format!("{}: {e}", doing())).with_help(help)
+        })?;
         Ok(Some(Pinned { manifest, hash: full_hash(&body) }))
     }
 

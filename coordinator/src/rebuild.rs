@@ -5,7 +5,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use alluvium_protocol::manifest::Reason;
 use alluvium_protocol::marker::{EpochMarker, Generation, epoch_app_id};
+use alluvium_protocol::state::State;
 use alluvium_protocol::task::Report;
 use alluvium_protocol::{Epoch, Result};
 use alluvium_table::Table;
@@ -99,18 +101,22 @@ async fn derive(book: &Book, epochs: &[(Epoch, Generation)]) -> Result<Vec<Value
             highest_by_version.range(..commit.version).any(|(_, highest)| highest > epoch)
         });
         let info = |name: &str| ingest.map(|commit| commit.info[name].clone());
+        let reason = info("reason").and_then(|text| serde_json::from_value::<Reason>(text).ok());
+        let is_skipped = match reason {
+            Some(reason) => reason.is_empty_content(),
+            None => {
+                let is_ingested = book.markers.ingest.contains_key(epoch) && raw.is_some();
+                is_ingested && !content.has_rows
+            }
+        };
         rows.push(json!({
             "pipeline": id,
             "epoch_folder": info("folder").unwrap_or_else(|| json!(epoch.to_string())),
             "epoch": epoch,
             "generation": generation,
-            "state": if content.has_rows || !book.markers.ingest.contains_key(epoch) || raw.is_none() {
-                "processed"
-            } else {
-                "skipped"
-            },
+            "state": if is_skipped { State::Skipped } else { State::Processed }.as_str(),
             "processed_at": at.map(|at| at.to_rfc3339()),
-            "reason": info("reason"),
+            "reason": reason,
             "late": late,
             "raw_version": ingest.map(|commit| commit.version),
             "main_version": merge.map(|commit| commit.version),

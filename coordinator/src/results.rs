@@ -6,8 +6,10 @@ use alluvium_protocol::task::{Report, Step, TaskResult, Verdict, Work};
 use alluvium_protocol::{Class, Code, Epoch, Error, Result};
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
+use tokio::sync::mpsc;
 
 use crate::book::Book;
+use crate::discovering;
 use crate::notice::Notice;
 use crate::rebuild;
 use crate::run::Coordinator;
@@ -28,7 +30,7 @@ impl Coordinator {
         let mut rows = Rows::default();
         match &result.verdict {
             Verdict::Done(report) => {
-                let merged = done(book, result, report, is_ours, now)?;
+                let merged = done(book, result, report, is_ours, now, &self.notices)?;
                 rows.processed = rebuild::rows_of(book, &merged, report, now).await;
                 let notice = notice_of(book, result, report, &merged);
                 let _ = self.notices.send(notice);
@@ -74,6 +76,7 @@ fn done(
     report: &Report,
     is_ours: bool,
     now: DateTime<Utc>,
+    notices: &mpsc::UnboundedSender<Notice>,
 ) -> Result<Vec<Epoch>> {
     match &result.work {
         Work::Ingest { epoch, .. } => {
@@ -113,8 +116,8 @@ fn done(
                 }
                 // Asked for and not done: the table was adopted meanwhile, or raw lost it.
                 let text = format!("epoch {epoch} is settled, or raw no longer holds it");
-                entry.error = Some(Error::new(Code::EpochSettled, text));
-                entry.apply(Event::Blocked(Step::Merge))?;
+                let error = Error::new(Code::EpochSettled, text);
+                discovering::stop(book, *epoch, Step::Merge, error, now, notices);
             }
             Ok(merged)
         }

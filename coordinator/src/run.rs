@@ -175,7 +175,7 @@ impl Coordinator {
             let mut plan =
                 if book.error.is_some() { Plan::default() } else { plan(&book.view(&views), now) };
             plan.cleanup &= !(self.settings.once && book.cleaned_here);
-            tasks.push(works_of(book, &plan, free).await);
+            tasks.push(works_of(book, &plan, free, now, &self.notices).await);
         }
         let wanted: Vec<usize> = tasks.iter().map(Vec::len).collect();
         let given = share(&wanted, free, self.turn);
@@ -305,14 +305,21 @@ impl Coordinator {
 }
 
 /// The plan as work, most urgent first, at most `most` pieces.
-async fn works_of(book: &mut Book, plan: &Plan, most: usize) -> Vec<Work> {
+async fn works_of(
+    book: &mut Book,
+    plan: &Plan,
+    most: usize,
+    now: DateTime<Utc>,
+    notices: &mpsc::UnboundedSender<Notice>,
+) -> Vec<Work> {
     let mut works = Vec::new();
     if let Some(epochs) = &plan.merge {
         works.push(Work::Merge { epochs: epochs.clone() });
     }
     for epoch in plan.ingests.iter().take(most) {
-        if let Some(work) = discovering::ingest_work(book, *epoch).await {
-            works.push(work);
+        match discovering::ingest_work(book, *epoch).await {
+            Ok(work) => works.push(work),
+            Err(error) => discovering::stop(book, *epoch, Step::Ingest, error, now, notices),
         }
     }
     if plan.optimize {

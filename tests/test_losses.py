@@ -1,0 +1,129 @@
+"""Something is lost, damaged or interrupted between two runs: what is told, and what is kept.
+
+Owns: stories of a lost raw table, damaged state, requests nobody can read, and interrupts. Never: kills
+at named points (test_run.py) or random histories (worlds).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+
+from lake import Lake
+
+
+def test_a_lost_raw_table_blocks_only_what_needs_it(lake: Lake):
+    lake.deliver(10, [("a", 10, "U"), ("b", 10, "U")])
+    lake.deliver(20, [("a", 20, "U")])
+    lake.run()
+    shutil.rmtree(lake.root / "p/raw")
+    # A newer epoch needs no older row.
+    lake.deliver(30, [("b", 30, "U")])
+    lake.run()
+    assert lake.main() == {"a": 20, "b": 30}
+    # A late one does: without epoch 20's rows it would overwrite them.
+    lake.deliver(15, [("a", 15, "U"), ("c", 15, "U")])
+    blocked = lake.run(code=1)
+    assert "AL-0405" in blocked.err and "rebuild" in blocked.err and "10, 20" in blocked.err
+    assert lake.main() == {"a": 20, "b": 30}
+    assert lake.states()[15] == "blocked"
+    # What the help says.
+    shutil.rmtree(lake.root / "p/raw")
+    shutil.rmtree(lake.root / "p/main")
+    lake.run()
+    assert lake.main() == {"a": 20, "b": 30, "c": 15}
+
+
+def test_an_epoch_without_rows_is_processed_whoever_looks(lake: Lake):
+    lake.deliver(10, [("a", 10, "U")])
+    lake.deliver(20, [])
+    lake.deliver(30, [("a", 30, "U")])
+    lake.run()
+    assert lake.alluvium("skip", "p", "30", "--yes").code == 0
+    expected = {10: "processed", 20: "processed", 30: "skipped"}
+    assert lake.states() == expected
+    lake.run()
+    assert lake.states() == expected
+    shutil.rmtree(lake.root / "state/ledger")
+    assert lake.alluvium("ledger", "rebuild").code == 0
+    sql = "SELECT DISTINCT epoch, state FROM processed_folders"
+    rows = lake.alluvium("query", "p", sql, "-o", "json").json()
+    assert {row["epoch"]: row["state"] for row in rows} == expected
+
+
+def test_an_interrupt_in_the_middle_leaves_nothing_half_done(lake: Lake):
+    for epoch in range(1, 61):
+        lake.deliver(epoch, [(f"k{n % 11}", epoch * 100 + n, "U") for n in range(30)])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = commits(lake, "raw")
+        running = lake.start("run", "--once")
+        deadline = time.monotonic() + 60
+        while commits(lake, "raw") < before + 5:
+            assert running.poll() is None and time.monotonic() < deadline
+        running.send_signal(number)
+        _, err = running.communicate(timeout=60)
+        assert running.returncode == 130, err
+    assert commits(lake, "raw") < 61
+    lake.run()
+    assert lake.main() == {f"k{k}": 6000 + max(n for n in range(30) if n % 11 == k) for k in range(11)}
+    assert set(lake.states().values()) == {"processed"} and len(lake.states()) == 60
+
+
+def commits(lake: Lake, table: str) -> int:
+    return len(list((lake.root / "p" / table / "_delta_log").glob("*.json")))
+
+
+def test_a_damaged_manifest_is_named_and_a_replay_repairs_it(lake: Lake):
+    lake.deliver(10, [("a", 10, "U")])
+    lake.deliver(20, [("a", 20, "U")])
+    assert lake.alluvium("run", "--once", env={"ALLUVIUM_CRASH": "ingest.after_read:1"}).code < 0
+    manifests = sorted((lake.root / "state/manifests").rglob("10*.json"))
+    assert len(manifests) == 1
+    manifests[0].write_text("{ this is no manifest")
+    blocked = lake.run(code=1)
+    assert "AL-0206" in blocked.err and manifests[0].name in blocked.err, blocked.err
+    assert "replay" in blocked.err, blocked.err
+    assert not (lake.root / "p/main").exists() or lake.main() == {}
+    assert lake.alluvium("replay", "p", "10", "--yes").code == 0
+    lake.run()
+    assert lake.main() == {"a": 20}
+
+
+def test_requests_of_others_stay_and_unreadable_ones_are_told(lake: Lake):
+    lake.deliver(10, [("a", 10, "U")])
+    lake.run()
+    requests = lake.root / "state/requests"
+    requests.mkdir(exist_ok=True)
+    (requests / "torn.json").write_text('{"id": "to')
+    other = {
+        "id": "other", "verb": "undo", "pipeline": "elsewhere", "epoch": 10, "by": "test",
+        "at": "2026-01-01T00:00:00Z",
+    }
+    (requests / "other.json").write_text(json.dumps(other))
+    lake.deliver(20, [("a", 20, "U")])
+    result = lake.run()
+    assert "requests/torn.json" in result.err
+    assert lake.main() == {"a": 20}
+    # Another process may serve that pipeline.
+    assert (requests / "other.json").exists()
+
+
+def test_a_request_carried_out_twice_changes_nothing_more(lake: Lake):
+    lake.deliver(10, [("a", 10, "U")])
+    lake.deliver(20, [("a", 20, "U")])
+    lake.run()
+    # Dies after the effect and before the request is removed.
+    died = lake.alluvium(
+        "undo", "p", "20", "--yes", env={"ALLUVIUM_CRASH": "request.after_carried_out:1"}
+    )
+    assert died.code < 0
+    assert list((lake.root / "state/requests").glob("*.json"))
+    lake.run()
+    assert lake.main() == {"a": 10}
+    version = lake.version("main")
+    assert not list((lake.root / "state/requests").glob("*.json"))
+    lake.run()
+    assert lake.version("main") == version
+    assert lake.markers("main")["alluvium/p/20/merge"] == 2
