@@ -19,6 +19,11 @@ from deltalake import DeltaTable
 
 from lake_of_samples import SampleLake
 
+STEPS = """
+    SELECT median(CASE WHEN step = 'ingest' THEN duration_ms END) AS ingest,
+           median(CASE WHEN step = 'merge' THEN duration_ms END) AS merge
+    FROM (SELECT *, dense_rank() OVER (ORDER BY epoch DESC) AS age FROM step_events WHERE epoch IS NOT NULL)
+    WHERE age <= {rounds}"""
 BY_HAND = Path(__file__).with_name("by_hand.py")
 
 
@@ -65,9 +70,12 @@ def growth(arguments: argparse.Namespace, folder: Path) -> None:
             lake.deliver_next()
             again.append(lake.drain())
         idle = min(lake.drain() for _ in range(3))
+        steps = lake.query(STEPS.format(rounds=arguments.rounds))[0]
+        rows = lake.query("SELECT count(*) AS n FROM main")[0]["n"]
         print(
             f"{earlier:6d} earlier: one more {statistics.median(again):.3f} s "
-            f"(from {min(again):.3f} to {max(again):.3f}), nothing to do {idle:.3f} s, "
+            f"(from {min(again):.3f} to {max(again):.3f}); ingest {steps['ingest']:.0f} ms, merge "
+            f"{steps['merge']:.0f} ms with {rows} rows in main; nothing to do {idle:.3f} s; "
             f"the first {earlier} took {whole:.2f} s = {earlier / whole:.1f} epochs/s"
         )
 

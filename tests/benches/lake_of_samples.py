@@ -5,6 +5,7 @@ Owns: making sample folders, holding some of them back, timing `alluvium run --o
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import time
@@ -41,6 +42,8 @@ class SampleLake:
         )
         return time.perf_counter() - began
 
-    def epochs(self) -> list[Path]:
-        """The folders that are there, in order."""
-        return sorted(self.source.iterdir())
+    def query(self, sql: str) -> list[dict]:
+        """Rows of `alluvium query`."""
+        command = [self.binary, "query", "researchers", sql, "-o", "json"]
+        done = subprocess.run(command, cwd=self.root, check=True, capture_output=True, text=True)
+        return json.loads(done.stdout)["items"]
