@@ -8,6 +8,20 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 /// Where the demo goes unless somebody says otherwise.
 pub(crate) const DEMO_FOLDER: &str = "alluvium-demo";
 
+/// The words for an epoch's state.
+const STATES: [&str; 10] = [
+    "empty",
+    "incomplete",
+    "ready",
+    "ingesting",
+    "ingested",
+    "merging",
+    "processed",
+    "skipped",
+    "blocked",
+    "parked",
+];
+
 const OVERVIEW: &str = "Alluvium carries epoch folders from storage into Delta tables: exactly once \
 in effect, in order, right under any crash.";
 
@@ -91,8 +105,8 @@ pub(crate) enum Verb {
     Epochs {
         /// Only this pipeline
         pipeline: Option<String>,
-        /// Only epochs in this state (processed, blocked, incomplete, …)
-        #[arg(long)]
+        /// Only epochs in this state
+        #[arg(long, value_parser = STATES)]
         state: Option<String>,
         #[command(flatten)]
         output: OutputArgument,
@@ -190,10 +204,10 @@ Examples:
 #[command(after_help = DEMO_EXAMPLES)]
 pub(crate) struct Demo {
     /// Rows in each epoch
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) rows: u64,
     /// Epoch folders, the late and the incomplete one among them
-    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u64).range(3..=100_000))]
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u64).range(4..=100_000))]
     pub(crate) epochs: u64,
     /// The same seed makes the same data
     #[arg(long, default_value_t = 7)]

@@ -87,3 +87,22 @@ def test_logs_can_be_json(lake: Lake):
     result = lake.alluvium("--log-format", "json", "--log", "alluvium_worker=debug,warn", "run", "--once")
     lines = [line for line in result.err.splitlines() if line.startswith("{")]
     assert all("level" in json.loads(line) for line in lines)
+
+
+def test_a_misspelt_state_is_no_empty_answer(lake: Lake):
+    result = lake.alluvium("epochs", "--state", "blokced")
+    assert result.code == 2 and "blocked" in result.err
+
+
+def test_a_demo_that_was_cut_off_begins_anew(tmp_path: Path):
+    lake = Lake(tmp_path)
+    out = tmp_path / "my demo"
+    started = lake.start("demo", "--out", str(out), "--epochs", "400", "--data-only")
+    while not list(out.glob("incoming-data/*")):
+        assert started.poll() is None
+    started.kill()
+    started.communicate()
+    again = lake.alluvium("demo", "--out", str(out), "--epochs", "4")
+    assert again.code == 0, again.err
+    assert f"cd '{out}'" in again.out + again.err
+    assert lake.alluvium("demo", "--rows", "0").code == 2

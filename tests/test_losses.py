@@ -36,6 +36,28 @@ def test_a_lost_raw_table_blocks_only_what_needs_it(lake: Lake):
     assert lake.main() == {"a": 20, "b": 30, "c": 15}
 
 
+def test_what_raw_lost_cannot_be_undone(lake: Lake):
+    lake.deliver(10, [("a", 10, "U"), ("b", 10, "U")])
+    lake.run()
+    shutil.rmtree(lake.root / "p/raw")
+    red = lake.alluvium("status")
+    assert red.code == 3 and "1 epoch(s) of main are not in" in red.err, red.err
+    undone = lake.alluvium("undo", "p", "10", "--yes")
+    assert undone.code == 1 and "AL-0405" in undone.err and "not done" in undone.err, undone.err
+    assert lake.main() == {"a": 10, "b": 10}
+    assert lake.states() == {10: "blocked"}
+
+
+def test_a_damaged_manifest_of_a_done_epoch_stops_nothing(lake: Lake):
+    lake.deliver(10, [("a", 10, "U")])
+    lake.run()
+    for manifest in (lake.root / "state/manifests").rglob("10*.json"):
+        manifest.write_text("")
+    lake.deliver(20, [("a", 20, "U")])
+    lake.run()
+    assert lake.main() == {"a": 20} and lake.states() == {10: "processed", 20: "processed"}
+
+
 def test_an_epoch_without_rows_is_processed_whoever_looks(lake: Lake):
     lake.deliver(10, [("a", 10, "U")])
     lake.deliver(20, [])
@@ -46,6 +68,11 @@ def test_an_epoch_without_rows_is_processed_whoever_looks(lake: Lake):
     assert lake.states() == expected
     lake.run()
     assert lake.states() == expected
+    lake.deliver(20, [("a", 20, "U")])
+    changed = lake.run()
+    assert "20 changed after it was read" in changed.err
+    listed = lake.alluvium("epochs", "-o", "json").json()
+    assert "changed after it was read" in listed[1]["note"]
     shutil.rmtree(lake.root / "state/ledger")
     assert lake.alluvium("ledger", "rebuild").code == 0
     sql = "SELECT DISTINCT epoch, state FROM processed_folders"

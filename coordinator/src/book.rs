@@ -189,6 +189,9 @@ impl Book {
         if main.is_some() && !is_ours && !self.pipeline.adopt {
             return Err(Table::not_ours(&self.pipeline));
         }
+        if main.is_none() && self.pipeline.adopt {
+            return Err(Table::nothing_to_adopt(&self.pipeline));
+        }
         self.has_main = is_ours;
         self.versions = (raw.as_ref().map(Table::version), main.as_ref().map(Table::version));
         if let Some(main) = &main {
@@ -285,6 +288,7 @@ impl Book {
             is_rewriting: is_out(&[Step::Merge, Step::Optimize]),
             is_cleaning: is_out(&[Step::Cleanup]),
             is_held: self.markers.is_held(),
+            has_raw: self.versions.0.is_some(),
             has_main: self.has_main,
             small_files: self.main_files.1,
             small_files_left: self.small_files_left,
@@ -296,6 +300,14 @@ impl Book {
     /// Every epoch as sequencing sees it.
     pub fn epoch_views(&self) -> BTreeMap<Epoch, EpochView> {
         self.entries.iter().map(|(epoch, entry)| (*epoch, entry.view())).collect()
+    }
+
+    /// Epochs that main has and raw no longer holds.
+    pub fn lost_epochs(&self) -> usize {
+        let is_lost = |epoch: &Epoch| {
+            !self.markers.ingest.contains_key(epoch) && !self.markers.is_settled(*epoch)
+        };
+        self.markers.merge.keys().filter(|epoch| is_lost(epoch)).count()
     }
 
     /// Epochs that wait for work of ours.

@@ -4,6 +4,7 @@
 //! used blocks its own epoch; a source that cannot be listed stops only its pipeline.
 
 use alluvium_protocol::manifest::{Manifest, Object, Reason};
+use alluvium_protocol::marker::Generation;
 use alluvium_protocol::pipeline::Ready;
 use alluvium_protocol::state::{Event, State};
 use alluvium_protocol::task::{Step, Work};
@@ -74,7 +75,10 @@ async fn try_discover(
         }
     }
     forget_vanished(book, &listing);
-    watch_for_changes(book, &listing, notices).await?;
+    // Work goes on; a person decides on a replay.
+    for text in mark_changes(book, &listing).await {
+        let _ = notices.send(Notice::Warning { pipeline: book.pipeline.id.clone(), text });
+    }
     let (waiting, known) = (book.waiting(), book.entries.len());
     let pipeline = book.pipeline.id.clone();
     let _ = notices.send(Notice::Discovered { pipeline, waiting, known });
@@ -139,6 +143,16 @@ async fn look_at(
     if wants_listing { examine(book, epoch, &names[0], now, notices).await } else { Ok(()) }
 }
 
+pub(crate) fn unlistable(error: Error) -> Error {
+    match error.code {
+        Code::SourceUnreadable | Code::StorageUnavailable => {
+            Error::new(Code::FileUnreadable, error.message)
+                .with_help("repair the folder: it is looked at again by itself")
+        }
+        _ => error,
+    }
+}
+
 /// Judges a folder that is not pinned yet, or whose pinned content could not be read.
 async fn examine(
     book: &mut Book,
@@ -147,7 +161,8 @@ async fn examine(
     now: DateTime<Utc>,
     notices: &mpsc::UnboundedSender<Notice>,
 ) -> Result<()> {
-    let contents = book.source.contents(folder).await?;
+    // The source was listed a moment ago: what fails now is this folder's affair.
+    let contents = book.source.contents(folder).await.map_err(unlistable)?;
     let state = book.entries[&epoch].state;
     if state.is_stopped() {
         return examine_blocked(book, epoch, &contents, now).await;
@@ -265,7 +280,7 @@ pub async fn pin_folder(
                 }
                 None => {
                     let entry = book.entry(epoch, State::Incomplete);
-                    entry.why = Some(format!("files that {name} names are not there yet"));
+                    entry.why = Some(readiness::not_there_yet(&name));
                     return Ok(());
                 }
             }
@@ -393,13 +408,31 @@ fn forget_vanished(book: &mut Book, listing: &Listing) {
     });
 }
 
-/// Compares processed folders with what was read. Work goes on; a person decides on a replay.
-async fn watch_for_changes(
-    book: &mut Book,
-    listing: &Listing,
-    notices: &mpsc::UnboundedSender<Notice>,
-) -> Result<()> {
-    let candidates: Vec<(Epoch, String, i64)> = book
+/// What is to be said of a processed folder that no longer holds what was read.
+async fn change_of(
+    book: &Book,
+    epoch: Epoch,
+    folder: &str,
+    generation: Generation,
+) -> Option<String> {
+    // What cannot be compared (a damaged manifest, a folder that cannot be listed) is done all the
+    // same: it is left to who asks for it again.
+    let pinned = book.manifests.load(epoch, generation).await.ok().flatten()?;
+    if pinned.manifest.reason.is_empty_content() {
+        return None;
+    }
+    let contents = book.source.contents(folder).await.ok()?;
+    let id = &book.pipeline.id;
+    (!is_as_read(&book.pipeline.ready, &pinned.manifest, &contents)).then(|| {
+        format!(
+            "folder {folder} changed after it was read; `alluvium replay {id} {epoch}` reads it again"
+        )
+    })
+}
+
+/// Marks processed epochs whose folders changed; returns those that were not marked before.
+pub(crate) async fn mark_changes(book: &mut Book, listing: &Listing) -> Vec<String> {
+    let candidates: Vec<(Epoch, String, Generation)> = book
         .entries
         .iter()
         .rev()
@@ -410,22 +443,11 @@ async fn watch_for_changes(
         })
         .take(CHANGE_CHECKS_MAX)
         .collect();
+    let mut found = Vec::new();
     for (epoch, folder, generation) in candidates {
-        let Some(pinned) = book.manifests.load(epoch, generation).await? else { continue };
-        if pinned.manifest.reason.is_empty_content() {
-            continue;
-        }
-        let contents = book.source.contents(&folder).await?;
-        if is_as_read(&book.pipeline.ready, &pinned.manifest, &contents) {
-            continue;
-        }
-        let id = book.pipeline.id.clone();
-        let text = format!(
-            "folder {folder} changed after it was read; `alluvium replay {id} {epoch}` reads it again"
-        );
-        let entry = book.entry(epoch, State::Processed);
-        entry.changed = Some(text.clone());
-        let _ = notices.send(Notice::Warning { pipeline: id, text });
+        let Some(text) = change_of(book, epoch, &folder, generation).await else { continue };
+        book.entry(epoch, State::Processed).changed = Some(text.clone());
+        found.push(text);
     }
-    Ok(())
+    found
 }

@@ -109,6 +109,11 @@ pub fn select(body: &[u8], contents: &Contents, place: &str) -> Result<Option<Ve
     Ok(Some(objects))
 }
 
+/// Why a folder waits whose manifest names files that it does not hold.
+pub fn not_there_yet(manifest: &str) -> String {
+    format!("files that {manifest} names are not there yet, or of another size")
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;

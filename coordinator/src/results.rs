@@ -252,7 +252,13 @@ fn events(book: &Book, result: &TaskResult, now: DateTime<Utc>) -> Vec<Value> {
     let subjects: Vec<Option<Epoch>> =
         if epochs.is_empty() { vec![None] } else { epochs.into_iter().map(Some).collect() };
     // Counts of a merge concern its group: they stand in the row of its first epoch only.
+    let first = subjects.first().copied().flatten();
     let row = |(index, epoch): (usize, Option<Epoch>)| {
+        let beside = first.filter(|_| index > 0 && error.is_none());
+        let message = match error {
+            Some(error) => Some(error.message.clone()),
+            None => beside.map(|first| format!("in one commit with epoch {first}")),
+        };
         let count = |value: u64| if index == 0 { value } else { 0 };
         let generation = epoch.and_then(|epoch| book.entries.get(&epoch)).map(|e| e.generation);
         json!({
@@ -264,7 +270,7 @@ fn events(book: &Book, result: &TaskResult, now: DateTime<Utc>) -> Vec<Value> {
             "attempt": result.attempt,
             "verdict": verdict_of(epoch),
             "code": error.map(|e| e.code),
-            "message": error.map(|e| e.message.clone()),
+            "message": message,
             "help": error.and_then(|e| e.help.clone()),
             "published_at": result.published_at.to_rfc3339(),
             "duration_ms": (result.finished_at - result.started_at).num_milliseconds(),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use alluvium_protocol::pipeline::Ready;
 use alluvium_protocol::state::State;
 use alluvium_protocol::task::Step;
 use alluvium_protocol::{Epoch, Error, Pipeline, Result};
@@ -10,8 +11,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::book::{Book, Entry};
-use crate::discovering::{ambiguous, not_a_folder};
-use crate::discovery::Listing;
+use crate::discovering::{ambiguous, mark_changes, not_a_folder, unlistable};
+use crate::discovery::{Contents, Listing};
 use crate::ledger::{Ledger, LedgerTable};
 use crate::readiness::{self, Judgement};
 use crate::sequencing::{Plan, plan};
@@ -170,7 +171,7 @@ impl Standing {
         }
         let count =
             |names: &[&str]| names.iter().filter_map(|name| epochs.get(*name)).sum::<usize>();
-        let health = if book.error.is_some() {
+        let health = if book.error.is_some() || book.lost_epochs() > 0 {
             "broken"
         } else if book.markers.is_held() {
             "paused"
@@ -189,6 +190,14 @@ impl Standing {
                 Some(help) => format!("{error}; {help}"),
                 None => error.to_string(),
             });
+        }
+        let lost = book.lost_epochs();
+        if lost > 0 {
+            why.push(format!(
+                "{lost} epoch(s) of main are not in {}: they cannot be undone, and no older one can be \
+                 reconciled; restore raw, or rebuild both: move the folders of raw and main away",
+                book.pipeline.raw
+            ));
         }
         for wait in &self.plan.waits {
             why.push(match wait.epoch {
@@ -231,23 +240,52 @@ async fn look(book: &mut Book, listing: &Listing, now: DateTime<Utc>) {
         }
         let folder = names[0].clone();
         let ready = book.pipeline.ready.clone();
-        let contents = if is_known { None } else { book.source.contents(&folder).await.ok() };
+        let contents = if is_known { None } else { Some(book.source.contents(&folder).await) };
         let entry = book.entry(*epoch, State::Incomplete);
         entry.folder = Some(folder);
-        let Some(contents) = contents else { continue };
+        let contents = match contents {
+            None => continue,
+            Some(Ok(contents)) => contents,
+            Some(Err(error)) => {
+                show_blocked(book, *epoch, unlistable(error));
+                continue;
+            }
+        };
         entry.waiting_since = Some(now);
         if names.len() > 1 {
             show_blocked(book, *epoch, ambiguous(*epoch, names));
             continue;
         }
-        (entry.state, entry.why) = match readiness::judge(&ready, &contents, None, now) {
+        let (state, why) = match readiness::judge(&ready, &contents, None, now) {
             Judgement::Empty => (State::Empty, Some("the folder has no data files".to_owned())),
             Judgement::Incomplete { why } => (State::Incomplete, Some(why)),
             Judgement::Settling { .. } => {
                 (State::Incomplete, Some("a run watches whether it changes".to_owned()))
             }
-            Judgement::Open => (State::Ready, None),
+            Judgement::Open => match incomplete_by_manifest(book, *epoch, &contents).await {
+                None => (State::Ready, None),
+                why => (State::Incomplete, why),
+            },
         };
+        let entry = book.entry(*epoch, State::Incomplete);
+        (entry.state, entry.why) = (state, why);
+    }
+    mark_changes(book, listing).await;
+}
+
+/// Why the producer's manifest does not let the folder in yet, or ever.
+async fn incomplete_by_manifest(book: &Book, epoch: Epoch, contents: &Contents) -> Option<String> {
+    let Ready::Manifest(name) = &book.pipeline.ready else { return None };
+    let folder = book.entries.get(&epoch)?.folder.clone()?;
+    let place = format!("{}/{folder}/{name}", book.pipeline.source);
+    let selected = match book.source.read(&folder, name).await {
+        Ok(body) => readiness::select(&body, contents, &place),
+        Err(error) => Err(error),
+    };
+    match selected {
+        Ok(Some(_)) => None,
+        Ok(None) => Some(readiness::not_there_yet(name)),
+        Err(error) => Some(error.to_string()),
     }
 }
 

@@ -164,7 +164,9 @@ async fn tell(
             let state = entry.map_or("unknown", |entry| entry.state.as_str());
             let held =
                 if standing.book.markers.is_held() { " (the pipeline is paused)" } else { "" };
-            printer::say(&format!("{id} {epoch}: {} done, it is {state}{held}", verb.as_str()));
+            let is_end = entry.is_some_and(|entry| entry.state.is_end());
+            let done = if is_end { "done" } else { "asked for, not done" };
+            printer::say(&format!("{id} {epoch}: {} {done}, it is {state}{held}", verb.as_str()));
         }
     }
     tracing::debug!(state = config.state, "told how it ended");

@@ -27,6 +27,9 @@ delete_when = "op = 'D'"
 ready  = { marker = "_SUCCESS" }     # a folder is complete when this file is in it
 "#;
 
+/// Lies in a demo's folder until its data and configuration are written.
+const BEGUN: &str = ".alluvium-demo-begun";
+
 /// Carries out `demo`.
 pub(crate) async fn demo(demo: &Demo) -> Result<Exit> {
     let out = &demo.out;
@@ -45,7 +48,7 @@ pub(crate) async fn demo(demo: &Demo) -> Result<Exit> {
     }
     if demo.data_only {
         sample::write(&out.join("incoming-data"), late, size, true)?;
-        printer::say(&format!("process it: cd {} && alluvium run --once", out.display()));
+        printer::say(&format!("process it: cd {} && alluvium run --once", in_shell(out)));
         return Ok(Exit::Ok);
     }
     process(&file).await?;
@@ -70,8 +73,10 @@ fn prepare(
     incomplete: u64,
     size: Size,
 ) -> Result<()> {
+    // Written first: a demo that was cut off while it wrote its data is known by it, and begins anew.
+    let begun = out.join(BEGUN);
     let is_taken = out.read_dir().is_ok_and(|mut entries| entries.next().is_some());
-    if is_taken {
+    if is_taken && !begun.exists() {
         let text = format!("{} is not empty and holds no demo", out.display());
         return Err(Error::new(Code::NotPossibleNow, text)
             .with_help("name another folder: `alluvium demo --out DIR`"));
@@ -82,13 +87,16 @@ fn prepare(
         demo.rows,
         out.join("incoming-data").display()
     ));
+    let failed = |e: std::io::Error| foreign(format!("write {}", begun.display()), &e);
+    std::fs::create_dir_all(out).map_err(failed)?;
+    std::fs::write(&begun, "").map_err(failed)?;
     let source = out.join("incoming-data");
     for index in (0..demo.epochs).filter(|index| *index != late) {
         sample::write(&source, index, size, index != incomplete)?;
     }
-    // Last: a demo that was cut off while it wrote its data begins anew.
     std::fs::write(file, CONFIGURATION)
-        .map_err(|e| foreign(format!("write {}", file.display()), &e))
+        .map_err(|e| foreign(format!("write {}", file.display()), &e))?;
+    std::fs::remove_file(&begun).map_err(failed)
 }
 
 async fn process(file: &Path) -> Result<()> {
@@ -123,7 +131,7 @@ fn next_steps(out: &Path) {
     let main = std::path::absolute(out.join("lake/main")).unwrap_or_else(|_| out.join("lake/main"));
     let again = match out.to_str() {
         Some(DEMO_FOLDER) => String::new(),
-        _ => format!(" --out {}", out.display()),
+        _ => format!(" --out {}", in_shell(out)),
     };
     printer::say(&format!(
         "
@@ -138,9 +146,16 @@ from Python pip install deltalake pyarrow
 your data   alluvium config reference > alluvium.toml",
         main = main.display(),
         path = path_line(),
-        out = out.display(),
+        out = in_shell(out),
         first = sample::epoch(0),
     ));
+}
+
+/// A path as a shell takes it.
+fn in_shell(path: &Path) -> String {
+    let text = path.display().to_string();
+    let is_plain = text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+".contains(c));
+    if is_plain { text } else { format!("'{}'", text.replace('\'', "'\\''")) }
 }
 
 /// How to reach the program by its name, where it was started by a path (as `cargo run` does).

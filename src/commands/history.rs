@@ -44,7 +44,8 @@ pub(crate) async fn runs(
         .map(|row| {
             let message = match (row["code"].as_str(), row["message"].as_str()) {
                 (Some(code), Some(message)) => format!("{code}: {message}"),
-                _ => counts(row),
+                (None, Some(message)) => message.to_owned(),
+                (_, None) => counts(row),
             };
             vec![
                 time(&row["at"]),

@@ -50,6 +50,7 @@ fn status_row(p: &PipelineStanding) -> Vec<String> {
     let epochs: Vec<String> = p.epochs.iter().map(|(state, n)| format!("{n} {state}")).collect();
     let main = match p.main_version {
         Some(version) => format!("version {version}, {} files", p.main_files),
+        None if p.error.is_some() => "unknown".to_owned(),
         None => "not there yet".to_owned(),
     };
     vec![
@@ -107,7 +108,7 @@ pub(crate) async fn epochs(
     if output == Output::Json {
         let items = epochs.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>();
         printer::json_items("epochs", &items.map_err(Error::internal)?)?;
-        return Ok(Exit::Ok);
+        return Ok(tell_broken(&standings));
     }
     let rows = epochs
         .iter()
@@ -125,12 +126,16 @@ pub(crate) async fn epochs(
         })
         .collect();
     printer::table(&["pipeline", "epoch", "state", "generation", "merged at", "note"], rows);
-    for standing in &standings {
-        if let Some(error) = &standing.book.error {
-            printer::tell_error(error);
-        }
+    Ok(tell_broken(&standings))
+}
+
+/// Pipelines whose source or tables cannot be used: a list without them is not the whole truth.
+fn tell_broken(standings: &[Standing]) -> Exit {
+    let broken: Vec<&Error> = standings.iter().filter_map(|s| s.book.error.as_ref()).collect();
+    for error in &broken {
+        printer::tell_error(error);
     }
-    Ok(Exit::Ok)
+    if broken.is_empty() { Exit::Ok } else { Exit::Unhealthy }
 }
 
 fn short_time(text: String) -> String {
@@ -167,8 +172,14 @@ pub(crate) async fn plan(
             add("cleanup", None, "due");
         }
         for epoch in standing.epochs() {
-            if ["incomplete", "empty", "blocked", "parked"].contains(&epoch.state.as_str()) {
-                let why = epoch.note.unwrap_or_else(|| epoch.state.clone());
+            let is_due = standing.plan.ingests.contains(&epoch.epoch);
+            let is_next = epoch.state == "ready" && !is_due;
+            if is_next
+                || ["incomplete", "empty", "blocked", "parked"].contains(&epoch.state.as_str())
+            {
+                let otherwise =
+                    if is_next { "lower epochs go first" } else { epoch.state.as_str() };
+                let why = epoch.note.clone().unwrap_or_else(|| otherwise.to_owned());
                 add("wait", Some(epoch.epoch.to_string()), &why);
             }
         }
@@ -176,9 +187,11 @@ pub(crate) async fn plan(
             add("wait", None, &wait.why);
         }
     }
+    let is_broken = standings.iter().any(|standing| standing.book.error.is_some());
+    let exit = if is_broken { Exit::Unhealthy } else { Exit::Ok };
     if output == Output::Json {
         printer::json_items("plan", &items)?;
-        return Ok(Exit::Ok);
+        return Ok(exit);
     }
     if items.is_empty() {
         printer::say("nothing to do: every epoch is in main");
@@ -190,7 +203,7 @@ pub(crate) async fn plan(
         .map(|item| ["pipeline", "action", "epoch", "why"].map(|name| text(&item[name])).to_vec())
         .collect();
     printer::table(&["pipeline", "action", "epoch", "why"], rows);
-    Ok(Exit::Ok)
+    Ok(exit)
 }
 
 /// Files that a cleanup would delete now.

@@ -161,6 +161,11 @@ fn check_pipeline(source: &Source, name: &str, problems: &mut Vec<Problem>) {
             problem(key, error.message);
         }
     }
+    for key in ["ready.marker", "ready.manifest"] {
+        if section.text(key).is_some_and(|name| name.contains('/')) {
+            problem(key, "the name of a file in the epoch's folder, without a path".to_owned());
+        }
+    }
     let signs = ["ready.quiet", "ready.marker", "ready.manifest"];
     let set: Vec<&str> = signs.into_iter().filter(|key| section.get(key).is_some()).collect();
     if set.len() > 1 {
@@ -182,14 +187,19 @@ fn check_pipeline(source: &Source, name: &str, problems: &mut Vec<Problem>) {
     }
     let own = ["_epoch", "_op", "_file", "_row", "_generation", "_ingested_at"];
     let keys = section.get("key").and_then(|value| value.as_array().cloned()).unwrap_or_default();
-    for key in keys.iter().filter_map(Value::as_str) {
+    for (index, key) in keys.iter().filter_map(Value::as_str).enumerate() {
+        let is_again = |other: &Value| other.as_str().is_some_and(|o| o.eq_ignore_ascii_case(key));
+        if keys.iter().take(index).any(is_again) {
+            problem("key", format!("{key:?} stands there twice"));
+        }
         if own.contains(&key) || key.contains(',') {
             problem("key", format!("{key:?} cannot be a key column"));
         }
     }
 }
 
-/// Two pipelines that write one table would undo each other.
+/// Two pipelines that write one table would undo each other; what lies in a table's folder and is not
+/// the table's, cleanup would delete.
 fn check_collisions(pipelines: &[Pipeline], state: &str, problems: &mut Vec<Problem>) {
     let mut seen: BTreeMap<String, String> = BTreeMap::new();
     for pipeline in pipelines {
@@ -216,6 +226,16 @@ fn check_collisions(pipelines: &[Pipeline], state: &str, problems: &mut Vec<Prob
                 let text = format!("names the same table as {other}; each needs its own");
                 problems.push(Problem { path, text });
             }
+        }
+    }
+    let sources =
+        pipelines.iter().map(|p| (p.source.as_str(), format!("pipeline.{}.source", p.id)));
+    let tables = seen.iter().map(|(place, path)| (place.as_str(), path.clone()));
+    for (place, path) in sources.chain(tables).chain([(state, "state.uri".to_owned())]) {
+        let outer = seen.iter().find(|(table, _)| place.starts_with(&format!("{table}/")));
+        if let Some((_, table)) = outer {
+            let text = format!("lies inside the folder of {table}, where cleanup would delete it");
+            problems.push(Problem { path, text });
         }
     }
 }

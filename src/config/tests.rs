@@ -55,6 +55,23 @@ fn all_problems_are_told_at_once_with_their_paths() {
 }
 
 #[test]
+fn nothing_lies_in_a_tables_folder() {
+    let with = |raw: &str, main: &str, more: &str| {
+        let text =
+            format!("[pipeline.p]\nsource='in'\nkey=['id']\nraw='{raw}'\nmain='{main}'\n{more}");
+        problems(&text).into_iter().map(|(path, _)| path).collect::<Vec<_>>()
+    };
+    assert_eq!(with("lake/raw", "lake/raw/main", ""), ["pipeline.p.main"]);
+    assert_eq!(with("main/raw", "main", ""), ["pipeline.p.quarantine", "pipeline.p.raw"]);
+    assert_eq!(with("raw", "main", "quarantine='raw/q'"), ["pipeline.p.quarantine"]);
+    assert_eq!(with("in_raw", "m", "[state]\nuri='m/_state'"), ["state.uri"]);
+    assert_eq!(
+        with("raw", "main", "[pipeline.q]\nsource='raw/in'\nkey=['a','A']\nraw='r2'\nmain='m2'"),
+        ["pipeline.q.key", "pipeline.q.source"]
+    );
+}
+
+#[test]
 fn variables_override_and_say_so() {
     let environment = [
         ("ALLUVIUM_WORKER__SLOTS".to_owned(), "7".to_owned()),

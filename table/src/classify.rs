@@ -20,6 +20,7 @@ pub fn foreign(doing: impl std::fmt::Display, error: &(dyn StdError + 'static)) 
     match code {
         Code::StorageFull => error.with_help("free some space, then `alluvium run --once`"),
         Code::StorageDenied => error.with_help("give this user access, then `alluvium run --once`"),
+        Code::MemoryExhausted => error.with_help("raise `memory` in [worker]"),
         _ => error,
     }
 }

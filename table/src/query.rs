@@ -2,11 +2,12 @@
 
 use alluvium_protocol::{Code, Error, Result};
 use deltalake::arrow::array::RecordBatch;
-use deltalake::arrow::json::ArrayWriter;
+use deltalake::arrow::json::WriterBuilder;
+use deltalake::arrow::json::writer::JsonArray;
 use deltalake::datafusion::execution::context::{SQLOptions, SessionContext};
 use serde_json::Value;
 
-/// Runs a statement and returns its rows; NULLs are left out.
+/// Runs a statement and returns its rows, each with all columns.
 pub async fn rows(session: &SessionContext, sql: &str) -> Result<Vec<Value>> {
     to_json(&batches(session, sql).await?)
 }
@@ -28,7 +29,8 @@ pub async fn batches(session: &SessionContext, sql: &str) -> Result<Vec<RecordBa
 
 /// Rows as JSON objects.
 pub fn to_json(batches: &[RecordBatch]) -> Result<Vec<Value>> {
-    let mut writer = ArrayWriter::new(Vec::new());
+    let mut writer =
+        WriterBuilder::new().with_explicit_nulls(true).build::<_, JsonArray>(Vec::new());
     let rows: Vec<&RecordBatch> = batches.iter().collect();
     writer.write_batches(&rows).map_err(Error::internal)?;
     writer.finish().map_err(Error::internal)?;

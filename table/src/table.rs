@@ -173,6 +173,16 @@ impl Table {
         Error::new(Code::TableNotOurs, text).with_help(help)
     }
 
+    /// The error for `adopt` without a table.
+    pub fn nothing_to_adopt(pipeline: &Pipeline) -> Error {
+        let text = format!("adopt = true, and there is no table at {}", pipeline.main);
+        let help = format!(
+            "correct `main` of pipeline.{}; or, to begin with an empty table, remove `adopt`",
+            pipeline.id
+        );
+        Error::new(Code::TableUnreadable, text).with_help(help)
+    }
+
     /// Refuses a table that was made with other content-defining settings.
     pub fn check_settings(&self, pipeline: &Pipeline) -> Result<()> {
         let properties = self.properties();

@@ -58,13 +58,14 @@ impl FileWriter {
     /// Writes a whole stream. On an error what was begun is taken back.
     pub async fn write_all(mut self, mut stream: SendableRecordBatchStream) -> Result<Written> {
         while let Some(batch) = stream.next().await {
-            let step = match batch {
-                Ok(batch) => self.write(&batch).await,
-                Err(error) => Err(foreign(format!("compute rows for {}", self.uri), &error)),
-            };
-            if let Err(error) = step {
-                self.abort().await;
-                return Err(error);
+            match batch {
+                // A writer that failed cannot be asked anything more, not even to give up.
+                Ok(batch) => self.write(&batch).await?,
+                Err(error) => {
+                    let error = foreign(format!("compute rows for {}", self.uri), &error);
+                    self.abort().await;
+                    return Err(error);
+                }
             }
         }
         self.finish().await

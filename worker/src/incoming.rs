@@ -5,10 +5,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use alluvium_protocol::{Code, Error, Result};
 use alluvium_table::arrow::array::{
-    Array, ArrayRef, BooleanArray, Int64Array, RecordBatch, StringArray,
+    Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, StringArray,
 };
 use alluvium_table::arrow::compute::{filter_record_batch, not};
-use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use alluvium_table::arrow::datatypes::{
+    DataType, Field, Float32Type, Float64Type, Schema, SchemaRef, TimestampNanosecondType,
+};
 use alluvium_table::classify::foreign;
 use alluvium_table::datafusion::catalog::streaming::StreamingTable;
 use alluvium_table::datafusion::error::DataFusionError;
@@ -28,6 +30,7 @@ pub struct Incoming {
     folder: String,
     files: Vec<SourceFile>,
     key: Vec<String>,
+    exact: Vec<String>,
     schema: SchemaRef,
 }
 
@@ -43,13 +46,20 @@ pub struct Aside {
 pub type AsideRef = Arc<Mutex<Aside>>;
 
 impl Incoming {
-    /// The rows of `files` with the data columns `columns`.
-    pub fn new(folder: &str, files: Vec<SourceFile>, key: &[String], columns: Vec<Field>) -> Self {
+    /// The rows of `files` with the data columns `columns`. Values of the columns `exact` decide
+    /// between rows: none may change where Delta keeps less of it.
+    pub fn new(
+        folder: &str,
+        files: Vec<SourceFile>,
+        key: &[String],
+        exact: Vec<String>,
+        columns: Vec<Field>,
+    ) -> Self {
         let mut fields = columns;
         fields.push(Field::new(FILE, DataType::Utf8, true));
         fields.push(Field::new(ROW, DataType::Int64, true));
         let schema = Arc::new(Schema::new(fields));
-        Self { folder: folder.to_owned(), files, key: key.to_vec(), schema }
+        Self { folder: folder.to_owned(), files, key: key.to_vec(), exact, schema }
     }
 
     /// Rows of all files, by their footers.
@@ -73,6 +83,7 @@ impl Incoming {
                     folder: self.folder.clone(),
                     file: file.clone(),
                     key: self.key.clone(),
+                    exact: self.exact.clone(),
                     schema: Arc::clone(&self.schema),
                     aside: Arc::clone(aside),
                 }) as Arc<dyn PartitionStream>
@@ -96,6 +107,7 @@ struct FileRows {
     folder: String,
     file: SourceFile,
     key: Vec<String>,
+    exact: Vec<String>,
     schema: SchemaRef,
     aside: AsideRef,
 }
@@ -117,6 +129,7 @@ impl PartitionStream for FileRows {
             folder: self.folder.clone(),
             name: self.file.name.clone(),
             key: self.key.clone(),
+            exact: self.exact.clone(),
             schema: Arc::clone(&self.schema),
             aside: Arc::clone(&self.aside),
             next_row: 0,
@@ -148,6 +161,7 @@ struct Reading {
     folder: String,
     name: String,
     key: Vec<String>,
+    exact: Vec<String>,
     schema: SchemaRef,
     aside: AsideRef,
     next_row: i64,
@@ -159,10 +173,11 @@ impl Reading {
         let rows = batch.num_rows();
         let first = self.next_row;
         self.next_row += i64::try_from(rows).map_err(Error::internal)?;
+        self.check_exact(batch, first)?;
         let mut batch = conform(batch, &self.schema).map_err(|error| {
             Error::new(Code::ColumnTypeMismatch, format!("{}: {error}", self.place))
         })?;
-        batch = self.with_places(batch, first)?;
+        batch = self.with_one_zero(self.with_places(batch, first)?)?;
         match self.null_keys(&batch) {
             None => Ok(batch),
             Some(refused) => {
@@ -183,6 +198,40 @@ impl Reading {
         columns[last - 1] = Arc::new(StringArray::from_iter_values(vec![&self.name; rows]));
         columns[last] = Arc::new(Int64Array::from_iter_values(positions));
         RecordBatch::try_new(Arc::clone(&self.schema), columns).map_err(Error::internal)
+    }
+
+    /// Delta keeps microseconds: two keys may not become one, nor an order vanish, by cutting.
+    fn check_exact(&self, batch: &RecordBatch, first: i64) -> Result<()> {
+        for name in &self.exact {
+            let Some(at) = find_column(batch.schema_ref(), name) else { continue };
+            let column = batch.column(at).as_primitive_opt::<TimestampNanosecondType>();
+            let Some(values) = column else { continue };
+            let is_cut = |value: Option<i64>| value.is_some_and(|value| value % 1000 != 0);
+            if let Some(row) = values.iter().position(is_cut) {
+                let text = format!(
+                    "{}, column {name:?}, row {}: the time has nanoseconds and Delta keeps \
+                     microseconds, which would change what the column decides",
+                    self.place,
+                    first + row as i64
+                );
+                return Err(Error::new(Code::ColumnTypeMismatch, text)
+                    .with_help("write the column in microseconds, or as a 64-bit integer"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Floating-point keys know one zero: SQL's grouping and joining disagree about two.
+    fn with_one_zero(&self, batch: RecordBatch) -> Result<RecordBatch> {
+        let mut columns = batch.columns().to_vec();
+        for at in self.key.iter().filter_map(|name| find_column(&self.schema, name)) {
+            if let Some(values) = columns[at].as_primitive_opt::<Float64Type>() {
+                columns[at] = Arc::new(values.unary::<_, Float64Type>(|value| value + 0.0));
+            } else if let Some(values) = columns[at].as_primitive_opt::<Float32Type>() {
+                columns[at] = Arc::new(values.unary::<_, Float32Type>(|value| value + 0.0));
+            }
+        }
+        RecordBatch::try_new(batch.schema(), columns).map_err(Error::internal)
     }
 
     /// True for each row with a NULL in the key; `None`: no such row.

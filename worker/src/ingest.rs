@@ -6,7 +6,6 @@
 //!  raw's commit: remove all of the partition, add the files, marker; again until it landed
 //! ```
 
-use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use alluvium_protocol::manifest::Manifest;
@@ -14,19 +13,21 @@ use alluvium_protocol::marker::{EpochMarker, Generation, epoch_app_id};
 use alluvium_protocol::pipeline::full_hash;
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
-use alluvium_table::arrow::datatypes::Field;
+use alluvium_table::Table;
+use alluvium_table::arrow::datatypes::{DataType, Field};
 use alluvium_table::classify::foreign;
-use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
+use alluvium_table::commit::CommitOutcome;
+use alluvium_table::datafusion::dataframe::DataFrame;
 use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::pause::Pauses;
 use alluvium_table::schema::{find_column, widens_to};
 use alluvium_table::session::{quoted, quoted_list, work_session};
 use alluvium_table::store::object_store_at;
 use alluvium_table::write::{FileWriter, Written};
-use alluvium_table::{LiveFile, Table};
 use object_store::ObjectStoreExt;
 
 use crate::incoming::{AsideRef, Incoming, first_error};
+use crate::raw_commit::{Prepared, RawCommit, already, partition_paths};
 use crate::source::SourceFile;
 use crate::{Permit, Workshop, quarantine, raw};
 
@@ -64,13 +65,21 @@ pub async fn ingest(
     let manifest = read_manifest(pipeline, wanted).await?;
     let files = SourceFile::open_all(&pipeline.source, &manifest).await?;
     check_columns(pipeline, &manifest, &files)?;
-    let schema = present.as_ref().map(Table::schema);
+    check_raw_has_it(workshop, pipeline, wanted, present.as_ref()).await?;
+    let schema = match &present {
+        Some(raw) => Some(raw.schema()),
+        // Main was there before raw: its columns and their types stand.
+        None => workshop.tables.open(&pipeline.main).await?.map(|main| main.schema()),
+    };
     let columns = raw::union_columns(schema.as_ref(), &files, wanted.epoch)?;
     crash::point("ingest.after_read")?;
     permit.check()?;
 
     let table = prepare_table(workshop, pipeline, present, &columns).await?;
-    let incoming = Incoming::new(&manifest.folder, files, &pipeline.content.key, columns);
+    let exact = [pipeline.content.key.as_slice(), pipeline.content.sequence_by.as_slice()].concat();
+    let void = raw::void_columns(&columns, &files);
+    let columns = [columns, void].concat();
+    let incoming = Incoming::new(&manifest.folder, files, &pipeline.content.key, exact, columns);
     let prepared = write_files(workshop, task, wanted, &table, &incoming).await?;
     crash::point("ingest.after_write")?;
     permit.check()?;
@@ -105,16 +114,23 @@ pub async fn ingest(
     commit.land(table, prepared, report, permit).await
 }
 
-/// The report when raw holds this generation or a later one.
-fn already(table: &Table, pipeline: &Pipeline, wanted: &Wanted<'_>) -> Option<Report> {
-    let app_id = epoch_app_id(&pipeline.id, wanted.epoch, EpochMarker::Ingest);
-    let found = table.transaction(&app_id)?;
-    (found >= wanted.generation).then(|| Report {
-        already: true,
-        generations: vec![(wanted.epoch, found)],
-        raw_version: Some(table.version()),
-        ..Report::default()
-    })
+/// Content after the first takes back what the first said: without that in raw, nobody knows it.
+async fn check_raw_has_it(
+    workshop: &Workshop,
+    pipeline: &Pipeline,
+    wanted: &Wanted<'_>,
+    raw: Option<&Table>,
+) -> Result<()> {
+    let marker = |marker| epoch_app_id(&pipeline.id, wanted.epoch, marker);
+    let is_held = raw.is_some_and(|raw| raw.transaction(&marker(EpochMarker::Ingest)).is_some());
+    if wanted.generation == 1 || is_held {
+        return Ok(());
+    }
+    let main = workshop.tables.open(&pipeline.main).await?;
+    match main.and_then(|main| main.transaction(&marker(EpochMarker::Merge))) {
+        Some(_) => Err(raw::lost(pipeline, &[wanted.epoch])),
+        None => Ok(()),
+    }
 }
 
 async fn read_manifest(pipeline: &Pipeline, wanted: &Wanted<'_>) -> Result<Manifest> {
@@ -218,14 +234,6 @@ fn check_types(table: &Table, columns: &[Field]) -> Result<()> {
     Ok(())
 }
 
-/// Files in raw's folder that no commit names yet.
-struct Prepared {
-    written: Written,
-    aside: AsideRef,
-    /// Paths of the partition's files that revert rows were computed from.
-    previous: Vec<String>,
-}
-
 async fn write_files(
     workshop: &Workshop,
     task: &Task,
@@ -276,6 +284,7 @@ async fn content_rows(
     let content = &pipeline.content;
     let op = match &content.delete_when {
         Some(condition) => {
+            check_condition(session, pipeline, condition).await?;
             format!("CASE WHEN ({condition}) THEN '{}' ELSE '{}' END", raw::DELETE, raw::UPSERT)
         }
         None => format!("'{}'", raw::UPSERT),
@@ -290,18 +299,32 @@ async fn content_rows(
         "SELECT *, {op} AS {}, {own} FROM incoming ORDER BY {key}, {sequence}{place}",
         quoted(raw::OP)
     );
-    let frame = session.sql(&sql).await.map_err(|error| match &content.delete_when {
-        Some(condition) => {
-            let text = format!("delete_when = {condition:?}: {error}");
-            let help = format!("correct `delete_when` of pipeline.{}", pipeline.id);
-            Error::new(Code::ExpressionInvalid, text).with_help(help)
-        }
-        None => foreign("sort the folder's rows", &error),
-    })?;
-    let stream = frame.execute_stream().await;
-    let stream = stream.map_err(|e| foreign("sort the folder's rows", &e))?;
-    let writer = FileWriter::new(table, pipeline.sizes.target_file_bytes)?;
-    writer.write_all(stream).await.map_err(|error| first_error(aside, error))
+    let doing = "sort the folder's rows";
+    let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
+    write_rows(frame, doing, pipeline, table, aside).await
+}
+
+/// The condition is true, false or NULL of a row, and the same each time it is asked.
+async fn check_condition(
+    session: &SessionContext,
+    pipeline: &Pipeline,
+    condition: &str,
+) -> Result<()> {
+    let invalid = |why: String| {
+        let help = format!("correct `delete_when` of pipeline.{}", pipeline.id);
+        Error::new(Code::ExpressionInvalid, format!("delete_when = {condition:?}: {why}"))
+            .with_help(help)
+    };
+    let sql = format!("SELECT ({condition}) FROM incoming");
+    let frame = session.sql(&sql).await.map_err(|e| invalid(e.to_string()))?;
+    let kind = frame.schema().field(0).data_type();
+    if !matches!(kind, DataType::Boolean | DataType::Null) {
+        return Err(invalid(format!("it gives a value of type {kind}, not true or false")));
+    }
+    if frame.logical_plan().expressions().iter().any(|expression| expression.is_volatile()) {
+        return Err(invalid("it gives another answer each time".to_owned()));
+    }
+    Ok(())
 }
 
 /// A revert row for each key of the previous content that the new one lacks.
@@ -327,6 +350,16 @@ async fn revert_rows(
     );
     let doing = "find the keys that vanished";
     let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
+    write_rows(frame, doing, pipeline, table, aside).await
+}
+
+async fn write_rows(
+    frame: DataFrame,
+    doing: &str,
+    pipeline: &Pipeline,
+    table: &Table,
+    aside: &AsideRef,
+) -> Result<Written> {
     let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
     let writer = FileWriter::new(table, pipeline.sizes.target_file_bytes)?;
     writer.write_all(stream).await.map_err(|error| first_error(aside, error))
@@ -341,132 +374,4 @@ pub(crate) fn table_name(table: &Table, column: &str) -> String {
 
 pub(crate) fn table_names(table: &Table, columns: &[String]) -> Vec<String> {
     columns.iter().map(|column| table_name(table, column)).collect()
-}
-
-/// The live files of the epoch's partition. Without an ingest marker there are none: a table with a
-/// thousand epochs is not searched for the files of a new one.
-async fn partition_files(
-    table: &Table,
-    pipeline: &Pipeline,
-    epoch: Epoch,
-) -> Result<Vec<LiveFile>> {
-    let app_id = epoch_app_id(&pipeline.id, epoch, EpochMarker::Ingest);
-    if table.transaction(&app_id).is_none() {
-        return Ok(Vec::new());
-    }
-    let value = epoch.to_string();
-    table.files_where(|partition| partition.get(raw::EPOCH) == Some(&Some(value.clone()))).await
-}
-
-async fn partition_paths(table: &Table, pipeline: &Pipeline, epoch: Epoch) -> Result<Vec<String>> {
-    let files = partition_files(table, pipeline, epoch).await?;
-    Ok(files.into_iter().map(|file| file.path).collect())
-}
-
-/// The commit of one partition, tried until it landed or cannot any more.
-struct RawCommit<'a> {
-    workshop: &'a Workshop,
-    task: &'a Task,
-    wanted: &'a Wanted<'a>,
-    manifest: &'a Manifest,
-    started: Instant,
-    age_max: Duration,
-}
-
-impl RawCommit<'_> {
-    async fn land(
-        &self,
-        mut table: Table,
-        prepared: Prepared,
-        mut report: Report,
-        permit: &Permit,
-    ) -> Result<Report> {
-        let pipeline = &self.task.pipeline;
-        let mut pauses = Pauses::for_at_most(COMMIT_PATIENCE);
-        crash::point("ingest.before_commit")?;
-        loop {
-            permit.check()?;
-            let turn = self.workshop.tables.turn(&pipeline.raw).await;
-            // A snapshot is costly to bring forward: the last holder of the turn has left one. If
-            // another process was faster the commit is lost, and storage is asked.
-            match self.workshop.tables.known(&pipeline.raw) {
-                Some(known) if known.version() > table.version() => table = known,
-                _ => {}
-            }
-            if let Some(found) = already(&table, pipeline, self.wanted) {
-                return Ok(Report { conflicts: report.conflicts, ..found });
-            }
-            let partition = partition_files(&table, pipeline, self.wanted.epoch).await?;
-            self.check_still_fits(&partition, &prepared)?;
-            let outcome = table.commit(self.change(partition, &prepared, &report)).await?;
-            if matches!(outcome, CommitOutcome::Landed) {
-                self.workshop.tables.remember(&table);
-            }
-            drop(turn);
-            match outcome {
-                CommitOutcome::Landed => break,
-                CommitOutcome::Lost(error) => {
-                    tracing::debug!(%error, table = pipeline.raw, "lost a commit race");
-                    report.conflicts += 1;
-                    if !pauses.wait().await {
-                        return Err(error);
-                    }
-                    table.refresh().await?;
-                    self.workshop.tables.remember(&table);
-                }
-            }
-        }
-        crash::point("ingest.after_commit")?;
-        if let Err(error) = table.checkpoint_if_due().await {
-            tracing::warn!(%error, "no checkpoint; the next one makes up for it");
-        }
-        Ok(Report { raw_version: Some(table.version()), ..report })
-    }
-
-    /// The files depend on the snapshot in two ways only: revert rows on the previous partition,
-    /// and column types on the schema.
-    fn check_still_fits(&self, partition: &[LiveFile], prepared: &Prepared) -> Result<()> {
-        let moved_on = |why: &str| {
-            let text = format!("{}: {why} while the epoch was read", self.task.pipeline.raw);
-            Err(Error::new(Code::TableMovedOn, text))
-        };
-        if self.started.elapsed() > self.age_max {
-            return moved_on("a quarter of the vacuum retention passed");
-        }
-        let present: BTreeSet<&String> = partition.iter().map(|file| &file.path).collect();
-        let previous: BTreeSet<&String> = prepared.previous.iter().collect();
-        if present != previous {
-            return moved_on("the epoch's partition changed");
-        }
-        Ok(())
-    }
-
-    fn change(&self, partition: Vec<LiveFile>, prepared: &Prepared, report: &Report) -> Change {
-        let pipeline = &self.task.pipeline;
-        let removes = partition.into_iter().map(|file| file.remove).collect();
-        let app_id = epoch_app_id(&pipeline.id, self.wanted.epoch, EpochMarker::Ingest);
-        Change {
-            operation: Operation::Overwrite {
-                predicate: format!("{} = {}", raw::EPOCH, self.wanted.epoch),
-            },
-            adds: prepared.written.adds.clone(),
-            removes,
-            others: Vec::new(),
-            markers: vec![Marker { app_id, version: self.wanted.generation }],
-            info: serde_json::json!({
-                "pipeline": pipeline.id,
-                "step": "ingest",
-                "task": self.task.id,
-                "attempt": self.task.attempt,
-                "epochs": [{"epoch": self.wanted.epoch, "generation": self.wanted.generation}],
-                "folder": self.manifest.folder,
-                "reason": self.manifest.reason,
-                "manifest": self.wanted.manifest_hash,
-                "configuration": pipeline.hash(),
-                "rows": report.rows_written,
-                "rows_read": report.rows_read,
-                "rows_quarantined": report.rows_quarantined,
-            }),
-        }
-    }
 }

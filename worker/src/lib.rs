@@ -11,6 +11,7 @@ pub mod merge;
 pub mod optimize;
 pub mod quarantine;
 pub mod raw;
+mod raw_commit;
 pub mod slots;
 pub mod source;
 pub mod tables;

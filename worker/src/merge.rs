@@ -22,11 +22,12 @@ use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
 use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::pause::Pauses;
 use alluvium_table::scan::FILE_COLUMN;
-use alluvium_table::session::{quoted, work_session};
+use alluvium_table::schema::{find_column, widens_to};
+use alluvium_table::session::{quoted, quoted_list, work_session};
 use alluvium_table::write::{FileWriter, Written};
-use alluvium_table::{LiveFile, Table, TableSpec};
+use alluvium_table::{LiveFile, Table, TableSpec, query};
 
-use crate::ingest::COMMIT_PATIENCE;
+use crate::ingest::{COMMIT_PATIENCE, table_names};
 use crate::tables::is_ours;
 use crate::winners::{self, Rule, Scope};
 use crate::{Permit, Workshop, raw};
@@ -199,23 +200,12 @@ impl<'a> Attempt<'a> {
 
     /// Without the older epochs' rows a late epoch's values would overwrite newer ones.
     fn check_raw_is_whole(&self, applied: &BTreeSet<Epoch>) -> Result<()> {
-        let lost: Vec<String> = applied
+        let lost: Vec<Epoch> = applied
             .iter()
             .filter(|e| !self.markers.ingest.contains_key(*e) && !self.markers.is_settled(**e))
-            .map(Epoch::to_string)
+            .copied()
             .collect();
-        if lost.is_empty() {
-            return Ok(());
-        }
-        let text = format!(
-            "main has epochs that {} no longer holds ({}): an older epoch cannot be reconciled",
-            self.raw.uri(),
-            lost.iter().take(5).cloned().collect::<Vec<_>>().join(", ")
-        );
-        Err(Error::new(Code::TableUnreadable, text).with_help(
-            "restore the raw table; or rebuild both: move the folders of raw and main away, then \
-             `alluvium run --once`",
-        ))
+        if lost.is_empty() { Ok(()) } else { Err(raw::lost(&self.task.pipeline, &lost)) }
     }
 
     fn report(&self, edit: &Edit, rows_read: u64, reconciled: bool) -> Report {
@@ -323,13 +313,16 @@ async fn prepare_main(workshop: &Workshop, task: &Task) -> Result<Table> {
             .map(|(name, value)| (name.to_owned(), value))
             .to_vec(),
     };
+    if pipeline.adopt && workshop.tables.open(&pipeline.main).await?.is_none() {
+        return Err(Table::nothing_to_adopt(pipeline));
+    }
     let mut main = workshop.tables.open_or_create(&pipeline.main, spec).await?;
     let mut pauses = Pauses::for_at_most(COMMIT_PATIENCE);
     loop {
         main.check_settings(pipeline)?;
         let missing = raw::missing_columns(&main.schema(), &data);
         let outcome = if !is_ours(&main) {
-            adopt(&mut main, pipeline).await?
+            adopt(&mut main, &raw, pipeline).await?
         } else if !missing.is_empty() {
             crash::point("schema.before_commit")?;
             main.add_columns(&missing).await?
@@ -346,16 +339,11 @@ async fn prepare_main(workshop: &Workshop, task: &Task) -> Result<Table> {
 }
 
 /// Makes an existing table the base: its properties say so, and the floor settles older epochs.
-async fn adopt(main: &mut Table, pipeline: &Pipeline) -> Result<CommitOutcome> {
+async fn adopt(main: &mut Table, raw: &Table, pipeline: &Pipeline) -> Result<CommitOutcome> {
     if !pipeline.adopt {
         return Err(Table::not_ours(pipeline));
     }
-    for key in &pipeline.content.key {
-        if alluvium_table::schema::find_column(&main.schema(), key).is_none() {
-            let text = format!("{} has no key column {key:?}: it cannot be adopted", main.uri());
-            return Err(Error::new(Code::KeyColumnMissing, text));
-        }
-    }
+    check_adoptable(main, raw, pipeline).await?;
     let mut properties: Vec<(String, String)> =
         pipeline.content_properties().map(|(name, value)| (name.to_owned(), value)).to_vec();
     properties.push((BASE_VERSION.to_owned(), main.version().to_string()));
@@ -376,13 +364,57 @@ async fn adopt(main: &mut Table, pipeline: &Pipeline) -> Result<CommitOutcome> {
     .await
 }
 
+/// A base must have the key, once per row, and nothing that raw could not give back.
+async fn check_adoptable(main: &Table, raw: &Table, pipeline: &Pipeline) -> Result<()> {
+    let (schema, held) = (main.schema(), raw.schema());
+    for key in &pipeline.content.key {
+        if find_column(&schema, key).is_none() {
+            let text = format!("{} has no key column {key:?}: it cannot be adopted", main.uri());
+            return Err(Error::new(Code::KeyColumnMissing, text));
+        }
+    }
+    for field in schema.fields() {
+        if raw::OWN.contains(&field.name().to_lowercase().as_str()) {
+            let text = format!("{}: the column {:?} has a reserved name", main.uri(), field.name());
+            return Err(Error::new(Code::ReservedColumn, text));
+        }
+        let at = find_column(&held, field.name());
+        if at.is_none_or(|at| !widens_to(held.field(at).data_type(), field.data_type())) {
+            let text = format!(
+                "{} was begun without column {:?} of {}, or with another type",
+                raw.uri(),
+                field.name(),
+                main.uri()
+            );
+            return Err(Error::new(Code::ColumnTypeMismatch, text)
+                .with_help("move raw's folder away, then `alluvium run --once`"));
+        }
+    }
+    let doing = || format!("look for keys that {} holds twice", main.uri());
+    let session = work_session(pipeline.sizes.memory_bytes);
+    main.register(&session, "main", None, false).await?;
+    let names = table_names(main, &pipeline.content.key);
+    let key = quoted_list(names.iter().map(String::as_str));
+    let sql = format!("SELECT {key} FROM main GROUP BY {key} HAVING count(*) > 1 LIMIT 1");
+    let frame = session.sql(&sql).await.map_err(|e| foreign(doing(), &e))?;
+    let twice = frame.collect().await.map_err(|e| foreign(doing(), &e))?;
+    match query::to_json(&twice)?.first() {
+        Some(row) => {
+            let text = format!("{} holds a key more than once: {row}", main.uri());
+            Err(Error::new(Code::TableNotOurs, text)
+                .with_help("leave one row of each key in it, or choose other `key` columns"))
+        }
+        None => Ok(()),
+    }
+}
+
 /// The base, with a NULL for each of raw's data columns that it lacks.
 async fn register_with_columns(session: &SessionContext, base: &Table, raw: &Table) -> Result<()> {
     let doing = "read the base version";
     let schema = base.schema();
     let columns: Vec<String> = raw::data_fields(&raw.schema())
         .iter()
-        .map(|field| match alluvium_table::schema::find_column(&schema, field.name()) {
+        .map(|field| match find_column(&schema, field.name()) {
             Some(at) => {
                 format!("{} AS {}", quoted(schema.field(at).name()), quoted(field.name()))
             }

@@ -49,7 +49,22 @@ pub fn own_fields() -> Vec<Field> {
 /// The columns of `schema` that came from files.
 pub fn data_fields(schema: &Schema) -> Vec<Field> {
     let fields = schema.fields().iter().filter(|field| !OWN.contains(&field.name().as_str()));
-    fields.map(|field| field.as_ref().clone()).collect()
+    fields.map(|field| field.as_ref().clone().with_nullable(true)).collect()
+}
+
+/// The error of a raw table that lacks epochs which main has.
+pub fn lost(pipeline: &Pipeline, epochs: &[Epoch]) -> Error {
+    let names: Vec<String> = epochs.iter().take(5).map(Epoch::to_string).collect();
+    let text = format!(
+        "main has epochs that {} no longer holds ({}): what they said cannot be taken back or \
+         reconciled",
+        pipeline.raw,
+        names.join(", ")
+    );
+    Error::new(Code::TableUnreadable, text).with_help(
+        "restore the raw table; or rebuild both: move the folders of raw and main away, then \
+         `alluvium run --once`",
+    )
 }
 
 /// A new raw table with these data columns.
@@ -99,6 +114,20 @@ pub fn union_columns(
         }
     }
     Ok(columns)
+}
+
+/// Columns of the files that say nothing, not even their type, and that the table does not know: they
+/// are no columns of the table, and expressions read them as NULL.
+pub fn void_columns(columns: &[Field], files: &[SourceFile]) -> Vec<Field> {
+    let mut found: Vec<Field> = Vec::new();
+    let known = Schema::new(columns.to_vec());
+    for field in files.iter().flat_map(|file| file.schema.fields()) {
+        let is_new = find_column(&Schema::new(found.clone()), field.name()).is_none();
+        if is_new && find_column(&known, field.name()).is_none() {
+            found.push(Field::new(field.name(), DataType::Utf8, true));
+        }
+    }
+    found
 }
 
 fn check_name(name: &str, seen: &mut Vec<String>, place: &str) -> Result<()> {

@@ -7,10 +7,11 @@ use alluvium_protocol::{Pipeline, Result};
 use alluvium_table::Table;
 use alluvium_table::classify::foreign;
 use alluvium_table::datafusion::execution::context::SessionContext;
+use alluvium_table::schema::find_column;
 use alluvium_table::session::{quoted, quoted_list};
 use alluvium_table::spool::Spool;
 
-use crate::ingest::{table_name, table_names};
+use crate::ingest::table_names;
 use crate::raw;
 
 /// Names and order, as raw spells them.
@@ -29,8 +30,11 @@ impl Rule {
         let schema = table.schema();
         let columns = raw::data_fields(&schema).into_iter().map(|f| f.name().clone()).collect();
         let mut last_first = format!("{} DESC", quoted(raw::EPOCH));
-        if let Some(sequence) = &pipeline.content.sequence_by {
-            let sequence = quoted(&table_name(table, sequence));
+        // Raw lacks the column as long as no file had a value in it.
+        if let Some(sequence) = &pipeline.content.sequence_by
+            && let Some(at) = find_column(&schema, sequence)
+        {
+            let sequence = quoted(schema.field(at).name());
             last_first.push_str(&format!(", {sequence} DESC NULLS LAST"));
         }
         for place in [raw::FILE, raw::ROW] {

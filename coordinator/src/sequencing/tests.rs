@@ -75,6 +75,7 @@ fn view<'a>(pipeline: &'a Pipeline, epochs: &'a BTreeMap<Epoch, EpochView>) -> P
         is_rewriting: epochs.values().any(|epoch| epoch.state == State::Merging),
         is_cleaning: false,
         is_held: false,
+        has_raw: true,
         has_main: true,
         small_files: 0,
         small_files_left: 0,
@@ -220,6 +221,18 @@ fn maintenance_waits_for_merges_and_knows_when_to_stop() {
     assert!(plan_of(&idle, 0, 0).cleanup);
     let cleaned = PipelineView { cleaned_at: Some(now()), ..view(&p, &idle) };
     assert!(!plan(&cleaned, now()).cleanup);
+}
+
+#[test]
+fn the_first_ingest_goes_alone() {
+    let p = pipeline();
+    let waiting = epochs("rrr");
+    let first = PipelineView { has_raw: false, ..view(&p, &waiting) };
+    assert_eq!(plan(&first, now()).ingests.len(), 1);
+    assert_eq!(plan(&view(&p, &waiting), now()).ingests.len(), 3);
+    let out = epochs("Irr");
+    let first = PipelineView { has_raw: false, ..view(&p, &out) };
+    assert!(plan(&first, now()).ingests.is_empty());
 }
 
 #[test]

@@ -1,0 +1,106 @@
+"""A main table that was there before: what becomes of its rows, and what is refused.
+
+Owns: adoption. Never: the other rules of rows (worlds, test_run.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from lake import Lake
+
+SCHEMA = pa.schema([("id", pa.string()), ("value", pa.int64()), ("op", pa.string())])
+
+
+def adopted(tmp_path: Path, base: pa.Table, **more) -> Lake:
+    """A lake whose main exists, to be adopted from epoch 10 on."""
+    write_deltalake(str(tmp_path / "p/main"), base, **more)
+    return Lake(tmp_path).pipeline(more="adopt = true\nstart_from = 10")
+
+
+def rows_of(lake: Lake) -> list[dict]:
+    return DeltaTable(str(lake.root / "p/main")).to_pyarrow_table().sort_by("id").to_pylist()
+
+
+def test_undo_gives_back_columns_that_no_epoch_had(tmp_path: Path):
+    columns = {"id": ["a", "b"], "value": [1, 2], "op": ["U", "U"], "email": ["a@x", "b@x"]}
+    lake = adopted(tmp_path, pa.table(columns))
+    before = rows_of(lake)
+    lake.deliver(10, [("b", 20, "U"), ("c", 30, "U")])
+    lake.run()
+    assert [row["email"] for row in rows_of(lake)] == ["a@x", None, None]
+    assert lake.alluvium("undo", "p", "10", "--yes").code == 0
+    assert rows_of(lake) == before
+
+
+@pytest.mark.parametrize(
+    "kind, value",
+    [(pa.float64(), 1.5), (pa.string(), "03"), (pa.timestamp("us"), 1), (pa.decimal128(9, 3), None)],
+)
+def test_types_that_the_base_cannot_hold_are_refused(tmp_path: Path, kind: pa.DataType, value):
+    lake = adopted(tmp_path, pa.table([["a"], [1], ["U"]], schema=SCHEMA))
+    schema = pa.schema([("id", pa.string()), ("value", kind), ("op", pa.string())])
+    lake.deliver(10, [("a", value, "U")], schema=schema)
+    blocked = lake.run(code=1)
+    assert "AL-0303" in blocked.err and '"value"' in blocked.err, blocked.err
+    assert lake.main() == {"a": 1}
+    # Delivered again as it should be.
+    lake.deliver(10, [("a", 2, "U")])
+    lake.run()
+    assert lake.main() == {"a": 2}
+
+
+def test_a_key_of_another_type_does_not_meet_the_bases_keys(tmp_path: Path):
+    base = pa.table({"id": pa.array([1, 3], pa.int64()), "value": [1, 3], "op": ["U", "U"]})
+    lake = adopted(tmp_path, base)
+    lake.deliver(10, [("03", 30, "U")])
+    assert "AL-0303" in lake.run(code=1).err
+    assert lake.main() == {1: 1, 3: 3}
+
+
+def test_the_key_is_found_in_either_case(tmp_path: Path):
+    lake = adopted(tmp_path, pa.table({"ID": ["a"], "VALUE": [1], "op": ["U"]}))
+    lake.deliver(10, [("a", 2, "U"), ("b", 3, "U")])
+    lake.run()
+    rows = DeltaTable(str(tmp_path / "p/main")).to_pyarrow_table().sort_by("ID").to_pylist()
+    assert [(row["ID"], row["VALUE"]) for row in rows] == [("a", 2), ("b", 3)]
+
+
+def test_a_base_with_a_key_twice_is_refused(tmp_path: Path):
+    lake = adopted(tmp_path, pa.table([["a", "a", "b"], [1, 2, 3], ["U"] * 3], schema=SCHEMA))
+    lake.deliver(10, [("a", 9, "U")])
+    blocked = lake.run(code=1)
+    assert "AL-0107" in blocked.err and "more than once" in blocked.err and '"a"' in blocked.err
+    assert DeltaTable(str(tmp_path / "p/main")).to_pyarrow_table().num_rows == 3
+
+
+def test_without_a_table_there_is_nothing_to_adopt(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more="adopt = true\nstart_from = 10")
+    lake.deliver(10, [("a", 1, "U")])
+    refused = lake.run(code=1)
+    assert "AL-0405" in refused.err and "remove `adopt`" in refused.err
+    assert not (tmp_path / "p/main").exists() and not (tmp_path / "p/raw").exists()
+    assert lake.alluvium("status").code == 3
+    listed = lake.alluvium("epochs", "-o", "json")
+    assert listed.code == 3 and "AL-0405" in listed.err
+
+
+@pytest.mark.parametrize("rule", ["constraint", "append only", "change feed"])
+def test_a_table_with_rules_that_cannot_be_kept_is_not_written(tmp_path: Path, rule: str):
+    properties, named = {
+        "constraint": ({}, "delta.constraints.positive"),
+        "append only": ({"delta.appendOnly": "true"}, "delta.appendOnly"),
+        "change feed": ({"delta.enableChangeDataFeed": "true"}, "delta.enableChangeDataFeed"),
+    }[rule]
+    base = pa.table([["a", "old"], [100, 100], ["U", "U"]], schema=SCHEMA)
+    lake = adopted(tmp_path, base, configuration=properties)
+    if rule == "constraint":
+        DeltaTable(str(tmp_path / "p/main")).alter.add_constraint({"positive": "value > 0"})
+    lake.deliver(10, [("a", -1, "U")])
+    refused = lake.run(code=1)
+    assert "AL-0405" in refused.err and named in refused.err, refused.err
+    assert lake.main() == {"a": 100, "old": 100}

@@ -1,0 +1,105 @@
+"""Values that could be taken for others: keys, orders, conditions, columns without a type.
+
+Owns: stories of single values. Never: types that simply do not fit (test_bad_input.py).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lake import Lake
+
+
+def deliver(lake: Lake, epoch: int, **columns: pa.Array) -> None:
+    """One file with these columns."""
+    folder = lake.deliver(epoch, [])
+    pq.write_table(pa.table(columns), folder / "part-0.parquet")
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_float_key_knows_one_zero(tmp_path: Path, grouped: bool):
+    lake = Lake(tmp_path).pipeline(more="" if grouped else "merge.batch_epochs = 1")
+    for epoch, key in ((10, 0.0), (20, -0.0), (30, math.nan)):
+        deliver(lake, epoch, id=pa.array([key, 7.5]), value=pa.array([epoch] * 2), op=pa.array(["U"] * 2))
+    lake.run()
+    rows = lake.main()
+    assert len(rows) == 3 and rows[0.0] == 20 and rows[7.5] == 30
+    assert lake.alluvium("undo", "p", "20", "--yes").code == 0
+    assert lake.main()[0.0] == 10
+
+
+@pytest.mark.parametrize("column", ["id", "at"])
+def test_nanoseconds_that_decide_are_refused_and_others_are_cut(tmp_path: Path, column: str):
+    lake = Lake(tmp_path).pipeline(more='sequence_by = "at"')
+    times = {"id": [1_000, 2_000], "at": [1_000, 2_000], "seen": [1_001, 2_002]}
+    times[column] = [1_000, 2_001]
+
+    def send():
+        arrays = {name: pa.array(v, pa.timestamp("ns")) for name, v in times.items()}
+        deliver(lake, 10, **arrays, value=pa.array([1, 2]), op=pa.array(["U", "U"]))
+
+    send()
+    blocked = lake.run(code=1)
+    assert "AL-0303" in blocked.err and f'"{column}", row 1' in blocked.err, blocked.err
+    times[column] = [1_000, 2_000]
+    send()
+    lake.run()
+    assert sorted(lake.main().values()) == [1, 2]
+
+
+def test_columns_without_a_type_are_null(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more='sequence_by = "at"')
+    void = pa.nulls(2)
+    # No epoch has had a type for these columns yet.
+    deliver(lake, 10, id=pa.array(["a", "b"]), value=pa.array([1, 2]), op=void, at=void)
+    lake.run()
+    assert lake.main() == {"a": 1, "b": 2}
+    deliver(lake, 20, id=pa.array(["a", "a"]), value=pa.array([3, 4]), op=pa.array(["U", "D"]), at=pa.array([9, 8]))
+    deliver(lake, 30, id=void, value=pa.array([5, 6]), op=void, at=void)
+    deliver(lake, 40, id=pa.array(["b", "c"]), value=pa.array([7, 8]), op=void, at=void)
+    lake.run()
+    assert lake.main() == {"a": 3, "b": 7, "c": 8}
+    sql = "SELECT count(*) AS n FROM quarantine"
+    assert lake.alluvium("query", "p", sql, "-o", "json").json() == [{"n": 2}]
+
+
+def test_a_first_epoch_whose_key_has_no_type_is_quarantined(lake: Lake):
+    deliver(lake, 10, id=pa.nulls(2), value=pa.array([5, 6]), op=pa.array(["U", "U"]))
+    lake.deliver(20, [("a", 1, "U")])
+    lake.run()
+    assert lake.main() == {"a": 1} and lake.states() == {10: "processed", 20: "processed"}
+
+
+@pytest.mark.parametrize("condition, why", [("value", "not true or false"), ("random() < 0.5", "each time")])
+def test_a_condition_is_true_or_false_and_stays_so(tmp_path: Path, condition: str, why: str):
+    lake = Lake(tmp_path).pipeline()
+    lake.pipelines["p"] = lake.pipelines["p"].replace("op = 'D'", condition)
+    lake.configure()
+    lake.deliver(10, [("a", 1, "U")])
+    blocked = lake.run(code=1)
+    assert "AL-0304" in blocked.err and why in blocked.err, blocked.err
+    assert not (lake.root / "p/main/_delta_log").exists() or lake.main() == {}
+
+
+def test_the_first_epoch_gives_the_types_however_many_wait(tmp_path: Path):
+    for attempt in range(5):
+        lake = Lake(tmp_path / str(attempt))
+        lake.root.mkdir()
+        lake.pipeline()
+        deliver(lake, 1, id=pa.array(["a"]), value=pa.array([1], pa.int32()), op=pa.array(["U"]))
+        deliver(lake, 2, id=pa.array(["b"]), value=pa.array([2], pa.int64()), op=pa.array(["U"]))
+        blocked = lake.run(code=1)
+        assert "AL-0303" in blocked.err
+        assert lake.states() == {1: "processed", 2: "blocked"}
+
+
+def test_a_query_in_json_has_every_column(lake: Lake):
+    lake.deliver(10, [("a", None, "U")])
+    lake.run()
+    rows = lake.alluvium("query", "p", "SELECT id, value FROM main", "-o", "json").json()
+    assert rows == [{"id": "a", "value": None}]
