@@ -220,6 +220,13 @@ impl Table {
 
 fn unreadable(uri: &str, cause: &deltalake::DeltaTableError) -> Error {
     let mut error = foreign(format!("open table {uri}"), cause);
+    // The library prints two of its structures here, and no word of what is wrong.
+    if error.message.contains("contiguous commit files") {
+        let text =
+            format!("open table {uri}: commit files are missing in the middle of its _delta_log");
+        return Error::new(Code::TableUnreadable, text)
+            .with_help("restore the missing files from a backup");
+    }
     if error.code == Code::StorageUnavailable && !is_of_storage(cause) {
         error.code = Code::TableUnreadable;
     }
