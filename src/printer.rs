@@ -2,6 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use alluvium_protocol::{Class, Code, Error, Result};
 use anstyle::{AnsiColor, Style};
@@ -54,8 +55,34 @@ pub(crate) fn failure(error: &Error) -> ExitCode {
     ExitCode::from(exit_of(error.code) as u8)
 }
 
+/// stderr is read by machines: each line is a JSON object, as log lines are.
+static FOR_MACHINES: AtomicBool = AtomicBool::new(false);
+
+/// From here on all talk is JSON lines.
+pub(crate) fn talk_to_machines() {
+    FOR_MACHINES.store(true, Ordering::Relaxed);
+}
+
+fn is_for_machines() -> bool {
+    FOR_MACHINES.load(Ordering::Relaxed)
+}
+
+fn json_line(level: &str, text: &str, more: Value) {
+    let mut line = json!({
+        "timestamp": chrono::Utc::now().to_rfc3339(), "level": level, "message": text.trim(),
+    });
+    if let (Some(line), Value::Object(more)) = (line.as_object_mut(), more) {
+        line.extend(more.into_iter().filter(|(_, value)| !value.is_null()));
+    }
+    anstream::eprintln!("{line}");
+}
+
 /// Prints an error: what, why, what to type next.
 pub(crate) fn tell_error(error: &Error) {
+    if is_for_machines() {
+        json_line("ERROR", &error.message, json!({"code": error.code, "help": error.help}));
+        return;
+    }
     let red = Style::new().fg_color(Some(AnsiColor::Red.into())).bold();
     anstream::eprintln!("{red}error{red:#} {}: {}", error.code, error.message);
     if let Some(help) = &error.help {
@@ -67,11 +94,19 @@ pub(crate) fn tell_error(error: &Error) {
 
 /// Says something to the person, beside the data.
 pub(crate) fn say(text: &str) {
+    if is_for_machines() {
+        json_line("INFO", text, json!({}));
+        return;
+    }
     anstream::eprintln!("{text}");
 }
 
 /// Says something that needs attention.
 pub(crate) fn warn(text: &str) {
+    if is_for_machines() {
+        json_line("WARN", text, json!({}));
+        return;
+    }
     let yellow = Style::new().fg_color(Some(AnsiColor::Yellow.into())).bold();
     anstream::eprintln!("{yellow}warning{yellow:#}: {text}");
 }

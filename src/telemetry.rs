@@ -20,7 +20,10 @@ pub(crate) fn start(arguments: &Arguments) {
         .with_writer(std::io::stderr);
     match arguments.log_format {
         LogFormat::Human => logs.with_target(false).init(),
-        LogFormat::Json => logs.json().flatten_event(true).init(),
+        LogFormat::Json => {
+            crate::printer::talk_to_machines();
+            logs.json().flatten_event(true).init();
+        }
     }
     // A panic in a task ends the task with a code and its text; only its place is left to tell.
     std::panic::set_hook(Box::new(|panic| match std::thread::current().name() {

@@ -84,9 +84,14 @@ def test_logs_can_be_json(lake: Lake):
     import json
 
     lake.deliver(10, [("a", 1, "U")])
-    result = lake.alluvium("--log-format", "json", "--log", "alluvium_worker=debug,warn", "run", "--once")
-    lines = [line for line in result.err.splitlines() if line.startswith("{")]
-    assert all("level" in json.loads(line) for line in lines)
+    result = lake.alluvium("--log-format", "json", "run", "--once")
+    lines = [json.loads(line) for line in result.err.splitlines()]
+    assert any("merged" in line["message"] for line in lines)
+    assert {line["level"] for line in lines} == {"INFO"}
+    (lake.deliver(20, []) / "part-0.parquet").write_text("no parquet")
+    result = lake.alluvium("--log-format", "json", "run", "--once")
+    lines = [json.loads(line) for line in result.err.splitlines()]
+    assert result.code == 1 and any("AL-0301" in line["message"] for line in lines)
 
 
 def test_a_misspelt_state_is_no_empty_answer(lake: Lake):

@@ -6,6 +6,7 @@ Owns: stories of single values. Never: types that simply do not fit (test_bad_in
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -96,6 +97,17 @@ def test_the_first_epoch_gives_the_types_however_many_wait(tmp_path: Path):
         blocked = lake.run(code=1)
         assert "AL-0303" in blocked.err
         assert lake.states() == {1: "processed", 2: "blocked"}
+
+
+def test_a_query_in_json_keeps_every_digit(lake: Lake):
+    digits = "12345678901234567890123.45"
+    deliver(
+        lake, 10, id=pa.array(["a"]), op=pa.array(["U"]),
+        value=pa.array([Decimal(digits)], pa.decimal128(38, 2)),
+    )
+    lake.run()
+    rows = lake.alluvium("query", "p", "SELECT value FROM main", "-o", "json").json()
+    assert rows == [{"value": digits}]
 
 
 def test_a_query_in_json_has_every_column(lake: Lake):

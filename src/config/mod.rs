@@ -122,7 +122,14 @@ pub(crate) fn parse(
         _ => Vec::new(),
     };
     let source = build::Source { leaves, origins, base, file: file.to_owned() };
-    build::build(&source, &names, problems)
+    build::build(&source, &names, problems).map_err(|mut problems| {
+        for problem in &mut problems {
+            if let Some(origin) = source.origins.get(&problem.path) {
+                problem.text = format!("{} (it comes from the {origin})", problem.text);
+            }
+        }
+        problems
+    })
 }
 
 fn base_of(file: &Path) -> PathBuf {

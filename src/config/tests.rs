@@ -72,6 +72,13 @@ fn nothing_lies_in_a_tables_folder() {
 }
 
 #[test]
+fn a_wrong_variable_is_named() {
+    let environment = [("ALLUVIUM_RUN__POLL".to_owned(), "zzz".to_owned())];
+    let found = parse(SMALL, Path::new("/x/alluvium.toml"), environment.into_iter()).unwrap_err();
+    assert!(found[0].text.contains("environment variable ALLUVIUM_RUN__POLL"), "{found:?}");
+}
+
+#[test]
 fn variables_override_and_say_so() {
     let environment = [
         ("ALLUVIUM_WORKER__SLOTS".to_owned(), "7".to_owned()),

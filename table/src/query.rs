@@ -1,7 +1,11 @@
 //! Rows of a query as JSON objects, for people and for our own small readings.
 
 use alluvium_protocol::{Code, Error, Result};
-use deltalake::arrow::array::RecordBatch;
+use std::sync::Arc;
+
+use deltalake::arrow::array::{RecordBatch, RecordBatchOptions};
+use deltalake::arrow::compute::cast;
+use deltalake::arrow::datatypes::{DataType, Field, Schema};
 use deltalake::arrow::json::WriterBuilder;
 use deltalake::arrow::json::writer::JsonArray;
 use deltalake::datafusion::execution::context::{SQLOptions, SessionContext};
@@ -27,8 +31,34 @@ pub async fn batches(session: &SessionContext, sql: &str) -> Result<Vec<RecordBa
     Ok(batches)
 }
 
+/// Decimals as text: a JSON number would lose digits in most readers.
+fn with_text_decimals(batch: &RecordBatch) -> Result<RecordBatch> {
+    let is_decimal =
+        |kind: &DataType| matches!(kind, DataType::Decimal128(..) | DataType::Decimal256(..));
+    let kind = |field: &Field| match is_decimal(field.data_type()) {
+        true => field.clone().with_data_type(DataType::Utf8),
+        false => field.clone(),
+    };
+    let schema = batch.schema();
+    let fields: Vec<Field> = schema.fields().iter().map(|field| kind(field)).collect();
+    let columns = batch
+        .columns()
+        .iter()
+        .zip(&fields)
+        .map(|(column, field)| match is_decimal(column.data_type()) {
+            true => cast(column, field.data_type()),
+            false => Ok(Arc::clone(column)),
+        })
+        .collect::<std::result::Result<Vec<_>, _>>()
+        .map_err(Error::internal)?;
+    let rows = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+    RecordBatch::try_new_with_options(Arc::new(Schema::new(fields)), columns, &rows)
+        .map_err(Error::internal)
+}
+
 /// Rows as JSON objects.
 pub fn to_json(batches: &[RecordBatch]) -> Result<Vec<Value>> {
+    let batches = batches.iter().map(with_text_decimals).collect::<Result<Vec<_>>>()?;
     let mut writer =
         WriterBuilder::new().with_explicit_nulls(true).build::<_, JsonArray>(Vec::new());
     let rows: Vec<&RecordBatch> = batches.iter().collect();
