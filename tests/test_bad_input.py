@@ -214,3 +214,18 @@ def test_a_manifest_that_is_not_fulfilled_reads_the_same_everywhere(tmp_path: Pa
     assert lake.states() == {10: "incomplete"}
     plan = lake.alluvium("plan", "-o", "json").json()
     assert [item["action"] for item in plan if item["epoch"] == "10"] == ["wait"], plan
+    (folder / "m.json").write_text("{")
+    assert "AL-0206" in lake.run(code=1).err
+    assert lake.states() == {10: "blocked"} and lake.alluvium("status").code == 3
+    (folder / "m.json").write_text('["part-0.parquet"]')
+    lake.run()
+    assert lake.main() == {"a": 1}
+
+
+def test_a_blocked_first_epoch_leaves_no_columns(lake: Lake):
+    schema = pa.schema([("id", pa.string()), ("value", pa.int64()), ("OP", pa.string())])
+    lake.deliver(10, [("a", 1, "U")], schema=schema)
+    lake.deliver(20, [("a", 2, "U"), ("b", 2, "D")])
+    assert "AL-0304" in lake.run(code=1).err
+    assert lake.alluvium("skip", "p", "10", "--yes").code == 0
+    assert lake.main() == {"a": 2}

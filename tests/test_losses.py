@@ -48,6 +48,21 @@ def test_what_raw_lost_cannot_be_undone(lake: Lake):
     assert lake.states() == {10: "blocked"}
 
 
+def test_an_older_raw_is_lost_raw(lake: Lake):
+    lake.deliver(10, [("a", 10, "U"), ("b", 10, "U")])
+    lake.deliver(20, [("a", 20, "U"), ("c", 20, "U")])
+    lake.run()
+    shutil.copytree(lake.root / "p/raw", lake.root / "backup")
+    assert lake.alluvium("undo", "p", "20", "--yes").code == 0
+    shutil.rmtree(lake.root / "p/raw")
+    (lake.root / "backup").rename(lake.root / "p/raw")
+    assert lake.alluvium("status").code == 3
+    lake.deliver(15, [("a", 15, "U")])
+    blocked = lake.run(code=1)
+    assert "AL-0405" in blocked.err and "(20)" in blocked.err, blocked.err
+    assert lake.main() == {"a": 10, "b": 10}
+
+
 def test_a_damaged_manifest_of_a_done_epoch_stops_nothing(lake: Lake):
     lake.deliver(10, [("a", 10, "U")])
     lake.run()

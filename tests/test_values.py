@@ -15,6 +15,9 @@ import pytest
 
 from lake import Lake
 
+# Less than main, more than an epoch.
+MEMORY = "128MiB"
+
 
 def deliver(lake: Lake, epoch: int, **columns: pa.Array) -> None:
     """One file with these columns."""
@@ -32,6 +35,15 @@ def test_a_float_key_knows_one_zero(tmp_path: Path, grouped: bool):
     assert len(rows) == 3 and rows[0.0] == 20 and rows[7.5] == 30
     assert lake.alluvium("undo", "p", "20", "--yes").code == 0
     assert lake.main()[0.0] == 10
+
+
+def test_equal_zeros_and_nans_are_one_in_the_order_too(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more='sequence_by = "at"')
+    at = pa.array([0.0, -0.0, -math.nan, 1.0, 1.0, math.nan])
+    names = ["zero", "zero", "nan", "nan", "last", "last"]
+    deliver(lake, 10, id=pa.array(names), value=pa.array(range(6)), op=pa.array(["U"] * 6), at=at)
+    lake.run()
+    assert lake.main() == {"zero": 1, "nan": 2, "last": 5}
 
 
 @pytest.mark.parametrize("column", ["id", "at"])
@@ -97,6 +109,32 @@ def test_the_first_epoch_gives_the_types_however_many_wait(tmp_path: Path):
         blocked = lake.run(code=1)
         assert "AL-0303" in blocked.err
         assert lake.states() == {1: "processed", 2: "blocked"}
+
+
+def test_memory_bounds_an_epoch_and_not_the_table(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more="merge.batch_epochs = 1\noptimize.enabled = false")
+    lake.configure(f'memory = "{MEMORY}"\n')
+
+    def big(epoch: int, keys: range):
+        names = [f"{n * 7919 % 1_000_003:08d}-{n:028d}" for n in keys]
+        count = len(names)
+        deliver(
+            lake, epoch, id=pa.array(names), value=pa.array([epoch] * count),
+            op=pa.array(["U"] * count), text=pa.array([f"{epoch}-{n:060d}" for n in keys]),
+        )
+
+    for epoch in range(1, 9):
+        big(epoch, range((epoch - 1) * 60_000, epoch * 60_000))
+    lake.run()
+    # One epoch that touches every file of main, then one that comes too late.
+    big(20, range(0, 480_000, 8))
+    lake.run()
+    big(19, range(0, 480_000, 4))
+    lake.run()
+    counted = lake.alluvium(
+        "query", "p", "SELECT value, count(*) AS n FROM main WHERE value > 10 GROUP BY 1 ORDER BY 1", "-o", "json"
+    ).json()
+    assert counted == [{"value": 19, "n": 60_000}, {"value": 20, "n": 60_000}]
 
 
 def test_a_query_in_json_keeps_every_digit(lake: Lake):

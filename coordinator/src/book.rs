@@ -304,10 +304,7 @@ impl Book {
 
     /// Epochs that main has and raw no longer holds.
     pub fn lost_epochs(&self) -> usize {
-        let is_lost = |epoch: &Epoch| {
-            !self.markers.ingest.contains_key(epoch) && !self.markers.is_settled(*epoch)
-        };
-        self.markers.merge.keys().filter(|epoch| is_lost(epoch)).count()
+        self.markers.merge.keys().filter(|epoch| self.markers.is_lost(**epoch)).count()
     }
 
     /// Epochs that wait for work of ours.

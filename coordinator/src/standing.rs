@@ -194,8 +194,8 @@ impl Standing {
         let lost = book.lost_epochs();
         if lost > 0 {
             why.push(format!(
-                "{lost} epoch(s) of main are not in {}: they cannot be undone, and no older one can be \
-                 reconciled; restore raw, or rebuild both: move the folders of raw and main away",
+                "{lost} epoch(s) of main are not in {}, or in an older state: they cannot be undone, and no \
+                 older one can be reconciled; restore raw, or see `alluvium explain AL-0405`",
                 book.pipeline.raw
             ));
         }
@@ -263,8 +263,12 @@ async fn look(book: &mut Book, listing: &Listing, now: DateTime<Utc>) {
                 (State::Incomplete, Some("a run watches whether it changes".to_owned()))
             }
             Judgement::Open => match incomplete_by_manifest(book, *epoch, &contents).await {
-                None => (State::Ready, None),
-                why => (State::Incomplete, why),
+                Ok(None) => (State::Ready, None),
+                Ok(why) => (State::Incomplete, why),
+                Err(error) => {
+                    show_blocked(book, *epoch, error);
+                    continue;
+                }
             },
         };
         let entry = book.entry(*epoch, State::Incomplete);
@@ -273,20 +277,19 @@ async fn look(book: &mut Book, listing: &Listing, now: DateTime<Utc>) {
     mark_changes(book, listing).await;
 }
 
-/// Why the producer's manifest does not let the folder in yet, or ever.
-async fn incomplete_by_manifest(book: &Book, epoch: Epoch, contents: &Contents) -> Option<String> {
-    let Ready::Manifest(name) = &book.pipeline.ready else { return None };
-    let folder = book.entries.get(&epoch)?.folder.clone()?;
+/// Why the producer's manifest does not let the folder in yet. An error: it never will.
+async fn incomplete_by_manifest(
+    book: &Book,
+    epoch: Epoch,
+    contents: &Contents,
+) -> Result<Option<String>> {
+    let Ready::Manifest(name) = &book.pipeline.ready else { return Ok(None) };
+    let known = book.entries.get(&epoch).and_then(|entry| entry.folder.clone());
+    let folder = known.unwrap_or_else(|| epoch.to_string());
     let place = format!("{}/{folder}/{name}", book.pipeline.source);
-    let selected = match book.source.read(&folder, name).await {
-        Ok(body) => readiness::select(&body, contents, &place),
-        Err(error) => Err(error),
-    };
-    match selected {
-        Ok(Some(_)) => None,
-        Ok(None) => Some(readiness::not_there_yet(name)),
-        Err(error) => Some(error.to_string()),
-    }
+    let body = book.source.read(&folder, name).await?;
+    let selected = readiness::select(&body, contents, &place)?;
+    Ok(selected.is_none().then(|| readiness::not_there_yet(name)))
 }
 
 /// Shows what a run would block, unless content is pinned already.

@@ -145,6 +145,14 @@ impl Markers {
             && self.merge.get(&epoch).is_none_or(|merge| *merge < self.merge_target(epoch))
     }
 
+    /// Main has the epoch and raw holds it no longer, or holds an older content (a restored backup):
+    /// what main says of it cannot be computed again.
+    pub fn is_lost(&self, epoch: Epoch) -> bool {
+        let Some(merge) = self.merge.get(&epoch) else { return false };
+        let is_behind = !self.ingest.contains_key(&epoch) || *merge > self.merge_target(epoch);
+        is_behind && !self.is_settled(epoch)
+    }
+
     /// The highest generation any marker of the epoch names.
     pub fn generation(&self, epoch: Epoch) -> Generation {
         let merge = self.merge.get(&epoch).copied().unwrap_or(0);
@@ -187,6 +195,21 @@ mod tests {
         let seen = markers(&[("alluvium/p/1/ingest", 2), ("alluvium/p/1/merge", 1)]);
         assert!(seen.needs_merge(epoch(1)));
         assert_eq!(seen.merge_target(epoch(1)), 2);
+    }
+
+    #[test]
+    fn an_epoch_is_lost_when_raw_is_behind_main() {
+        let seen = markers(&[("alluvium/p/1/merge", 2)]);
+        assert!(seen.is_lost(epoch(1)) && !seen.is_lost(epoch(2)));
+        let mut seen = markers(&[("alluvium/p/1/merge", 2), ("alluvium/p/1/ingest", 1)]);
+        assert!(seen.is_lost(epoch(1)));
+        // A wanted marker raises what the merge writes, not what raw holds.
+        seen.wanted.insert(epoch(1), 2);
+        assert!(!seen.is_lost(epoch(1)));
+        let seen = markers(&[("alluvium/p/1/merge", 2), ("alluvium/p/1/ingest", 2)]);
+        assert!(!seen.is_lost(epoch(1)));
+        let seen = markers(&[("alluvium/p/1/merge", 2), ("alluvium/p/floor", 1)]);
+        assert!(!seen.is_lost(epoch(1)));
     }
 
     #[test]

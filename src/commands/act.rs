@@ -160,11 +160,12 @@ async fn tell(
             printer::say(&text);
         }
         Some(epoch) => {
-            let entry = standing.book.entries.get(&epoch);
-            let state = entry.map_or("unknown", |entry| entry.state.as_str());
+            let epochs = standing.epochs();
+            let found = epochs.iter().find(|found| found.epoch == epoch);
+            let state = found.map_or("unknown", |found| found.state.as_str());
             let held =
                 if standing.book.markers.is_held() { " (the pipeline is paused)" } else { "" };
-            let is_end = entry.is_some_and(|entry| entry.state.is_end());
+            let is_end = ["processed", "skipped"].contains(&state);
             let done = if is_end { "done" } else { "asked for, not done" };
             printer::say(&format!("{id} {epoch}: {} {done}, it is {state}{held}", verb.as_str()));
         }

@@ -201,7 +201,7 @@ fn check_pipeline(source: &Source, name: &str, problems: &mut Vec<Problem>) {
 /// Two pipelines that write one table would undo each other; what lies in a table's folder and is not
 /// the table's, cleanup would delete.
 fn check_collisions(pipelines: &[Pipeline], state: &str, problems: &mut Vec<Problem>) {
-    let mut seen: BTreeMap<String, String> = BTreeMap::new();
+    let mut seen: BTreeMap<PathBuf, String> = BTreeMap::new();
     for pipeline in pipelines {
         let tables = [
             ("raw", &pipeline.raw),
@@ -210,15 +210,15 @@ fn check_collisions(pipelines: &[Pipeline], state: &str, problems: &mut Vec<Prob
         ];
         for (key, uri) in tables {
             let path = format!("pipeline.{}.{key}", pipeline.id);
-            let place = uri.trim_end_matches('/').to_owned();
-            if place.is_empty() {
+            let place = real_place(uri);
+            if uri.is_empty() {
                 continue;
             }
-            if place == state.trim_end_matches('/') {
+            if place == real_place(state) {
                 let text = "is the state folder; a table needs a folder of its own".to_owned();
                 problems.push(Problem { path: path.clone(), text });
             }
-            if place == pipeline.source.trim_end_matches('/') {
+            if place == real_place(&pipeline.source) {
                 let text = "is the source; a table needs a folder of its own".to_owned();
                 problems.push(Problem { path: path.clone(), text });
             }
@@ -229,13 +229,33 @@ fn check_collisions(pipelines: &[Pipeline], state: &str, problems: &mut Vec<Prob
         }
     }
     let sources =
-        pipelines.iter().map(|p| (p.source.as_str(), format!("pipeline.{}.source", p.id)));
-    let tables = seen.iter().map(|(place, path)| (place.as_str(), path.clone()));
-    for (place, path) in sources.chain(tables).chain([(state, "state.uri".to_owned())]) {
-        let outer = seen.iter().find(|(table, _)| place.starts_with(&format!("{table}/")));
+        pipelines.iter().map(|p| (real_place(&p.source), format!("pipeline.{}.source", p.id)));
+    let tables = seen.clone().into_iter();
+    for (place, path) in sources.chain(tables).chain([(real_place(state), "state.uri".to_owned())])
+    {
+        let outer = seen.iter().find(|(table, _)| place != **table && place.starts_with(table));
         if let Some((_, table)) = outer {
             let text = format!("lies inside the folder of {table}, where cleanup would delete it");
             problems.push(Problem { path, text });
+        }
+    }
+}
+
+/// Where a location really is: without scheme, and with the links of the part that exists followed.
+fn real_place(uri: &str) -> PathBuf {
+    let path = alluvium_table::store::local_path(uri).unwrap_or_else(|_| PathBuf::from(uri));
+    let mut rest = Vec::new();
+    let mut existing = path.as_path();
+    loop {
+        if let Ok(real) = existing.canonicalize() {
+            return rest.into_iter().rev().fold(real, |place, part| place.join(part));
+        }
+        match (existing.parent(), existing.file_name()) {
+            (Some(parent), Some(name)) => {
+                rest.push(name.to_owned());
+                existing = parent;
+            }
+            _ => return path,
         }
     }
 }

@@ -101,8 +101,8 @@ settings! {
         "Build on a main table that exists already: it becomes the base. Needs `start_from`; lower epochs count as done.";
     "pipeline.*.merge.batch_epochs", Kind::Number(1, 1000), Some("100"), "", "20",
         "Most waiting epochs that one merge takes together.";
-    "pipeline.*.merge.batch_bytes", Kind::Size, Some(r#""512MiB""#), "", r#""1GiB""#,
-        "Most raw bytes that one merge takes together (a single epoch may be larger).";
+    "pipeline.*.merge.batch_bytes", Kind::Size, Some(r#""64MiB""#), "", r#""256MiB""#,
+        "Most raw bytes that one merge takes together (a single epoch may be larger). Their keys must fit `memory`.";
     "pipeline.*.optimize.enabled", Kind::Flag, Some("true"), "", "false",
         "Whether small files of main are rewritten into larger ones sorted by key.";
     "pipeline.*.optimize.small_files", Kind::Number(2, MOST), Some("20"), "", "50",

@@ -64,6 +64,8 @@ fn nothing_lies_in_a_tables_folder() {
     assert_eq!(with("lake/raw", "lake/raw/main", ""), ["pipeline.p.main"]);
     assert_eq!(with("main/raw", "main", ""), ["pipeline.p.quarantine", "pipeline.p.raw"]);
     assert_eq!(with("raw", "main", "quarantine='raw/q'"), ["pipeline.p.quarantine"]);
+    assert_eq!(with("raw", "file:///x/raw/main", ""), ["pipeline.p.main"]);
+    assert_eq!(with("raw", "file:///x/raw", ""), ["pipeline.p.main"]);
     assert_eq!(with("in_raw", "m", "[state]\nuri='m/_state'"), ["state.uri"]);
     assert_eq!(
         with("raw", "main", "[pipeline.q]\nsource='raw/in'\nkey=['a','A']\nraw='r2'\nmain='m2'"),

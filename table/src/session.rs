@@ -13,23 +13,26 @@ const SPILL_BYTES_MAX: u64 = 64 << 30;
 /// A session for one task. `memory_bytes` bounds its working memory; beyond it sorts spill to disk.
 ///
 /// One partition: the order of equal work is the same every time, and a pool shared by several
-/// spilling consumers can stall (<https://github.com/delta-io/delta-rs/issues/4614>).
+/// spilling consumers can stall (<https://github.com/delta-io/delta-rs/issues/4614>). Joins stay as
+/// they are written: a hash join holds its left side in memory, and the guess which side is smaller
+/// compares sizes in memory with sizes on disk.
 pub fn work_session(memory_bytes: usize) -> SessionContext {
-    session(memory_bytes, 1)
+    session(memory_bytes, 1, false)
 }
 
 /// A session for a person's query, on all processors.
 pub fn query_session(memory_bytes: usize) -> SessionContext {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    session(memory_bytes, processors)
+    session(memory_bytes, processors, true)
 }
 
-fn session(memory_bytes: usize, partitions: usize) -> SessionContext {
+fn session(memory_bytes: usize, partitions: usize, reorder_joins: bool) -> SessionContext {
     let state = create_session_state_with_spill_config(Some(memory_bytes), Some(SPILL_BYTES_MAX));
     let mut config = state.config().clone();
     let options = config.options_mut();
     options.execution.target_partitions = partitions;
     options.execution.planning_concurrency = 1;
+    options.optimizer.join_reordering = reorder_joins;
     // Names in SQL are meant as they are written.
     options.sql_parser.enable_ident_normalization = false;
     let state = SessionStateBuilder::new_from_existing(state).with_config(config).build();

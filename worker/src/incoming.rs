@@ -221,14 +221,17 @@ impl Reading {
         Ok(())
     }
 
-    /// Floating-point keys know one zero: SQL's grouping and joining disagree about two.
+    /// Floating-point numbers that decide know one zero and one NaN: SQL's sorting, grouping and
+    /// joining disagree about more.
     fn with_one_zero(&self, batch: RecordBatch) -> Result<RecordBatch> {
+        let double = |value: f64| if value.is_nan() { f64::NAN } else { value + 0.0 };
+        let single = |value: f32| if value.is_nan() { f32::NAN } else { value + 0.0 };
         let mut columns = batch.columns().to_vec();
-        for at in self.key.iter().filter_map(|name| find_column(&self.schema, name)) {
+        for at in self.exact.iter().filter_map(|name| find_column(&self.schema, name)) {
             if let Some(values) = columns[at].as_primitive_opt::<Float64Type>() {
-                columns[at] = Arc::new(values.unary::<_, Float64Type>(|value| value + 0.0));
+                columns[at] = Arc::new(values.unary::<_, Float64Type>(double));
             } else if let Some(values) = columns[at].as_primitive_opt::<Float32Type>() {
-                columns[at] = Arc::new(values.unary::<_, Float32Type>(|value| value + 0.0));
+                columns[at] = Arc::new(values.unary::<_, Float32Type>(single));
             }
         }
         RecordBatch::try_new(batch.schema(), columns).map_err(Error::internal)

@@ -9,7 +9,7 @@
 use std::time::{Duration, Instant};
 
 use alluvium_protocol::manifest::Manifest;
-use alluvium_protocol::marker::{EpochMarker, Generation, epoch_app_id};
+use alluvium_protocol::marker::{Generation, Markers};
 use alluvium_protocol::pipeline::full_hash;
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
@@ -75,11 +75,12 @@ pub async fn ingest(
     crash::point("ingest.after_read")?;
     permit.check()?;
 
-    let table = prepare_table(workshop, pipeline, present, &columns).await?;
     let exact = [pipeline.content.key.as_slice(), pipeline.content.sequence_by.as_slice()].concat();
     let void = raw::void_columns(&columns, &files);
-    let columns = [columns, void].concat();
-    let incoming = Incoming::new(&manifest.folder, files, &pipeline.content.key, exact, columns);
+    let all = [columns.as_slice(), void.as_slice()].concat();
+    let incoming = Incoming::new(&manifest.folder, files, &pipeline.content.key, exact, all);
+    check_condition(pipeline, &incoming).await?;
+    let table = prepare_table(workshop, pipeline, present, &columns).await?;
     let prepared = write_files(workshop, task, wanted, &table, &incoming).await?;
     crash::point("ingest.after_write")?;
     permit.check()?;
@@ -121,15 +122,16 @@ async fn check_raw_has_it(
     wanted: &Wanted<'_>,
     raw: Option<&Table>,
 ) -> Result<()> {
-    let marker = |marker| epoch_app_id(&pipeline.id, wanted.epoch, marker);
-    let is_held = raw.is_some_and(|raw| raw.transaction(&marker(EpochMarker::Ingest)).is_some());
-    if wanted.generation == 1 || is_held {
+    if wanted.generation == 1 {
         return Ok(());
     }
     let main = workshop.tables.open(&pipeline.main).await?;
-    match main.and_then(|main| main.transaction(&marker(EpochMarker::Merge))) {
-        Some(_) => Err(raw::lost(pipeline, &[wanted.epoch])),
-        None => Ok(()),
+    let of = |table: Option<&Table>| {
+        table.map(|t| Markers::of_pipeline(&pipeline.id, t.transactions())).unwrap_or_default()
+    };
+    match Markers::joined(of(raw), of(main.as_ref())).is_lost(wanted.epoch) {
+        true => Err(raw::lost(pipeline, &[wanted.epoch])),
+        false => Ok(()),
     }
 }
 
@@ -284,7 +286,6 @@ async fn content_rows(
     let content = &pipeline.content;
     let op = match &content.delete_when {
         Some(condition) => {
-            check_condition(session, pipeline, condition).await?;
             format!("CASE WHEN ({condition}) THEN '{}' ELSE '{}' END", raw::DELETE, raw::UPSERT)
         }
         None => format!("'{}'", raw::UPSERT),
@@ -304,12 +305,15 @@ async fn content_rows(
     write_rows(frame, doing, pipeline, table, aside).await
 }
 
-/// The condition is true, false or NULL of a row, and the same each time it is asked.
-async fn check_condition(
-    session: &SessionContext,
-    pipeline: &Pipeline,
-    condition: &str,
-) -> Result<()> {
+/// `delete_when` is true, false or NULL of a row, and the same each time it is asked. Before raw is
+/// touched: an epoch that is blocked by it leaves no column behind.
+async fn check_condition(pipeline: &Pipeline, incoming: &Incoming) -> Result<()> {
+    let Some(condition) = &pipeline.content.delete_when else { return Ok(()) };
+    if incoming.rows() == 0 {
+        return Ok(());
+    }
+    let session = work_session(pipeline.sizes.memory_bytes);
+    incoming.register(&session, "incoming", &incoming.aside())?;
     let invalid = |why: String| {
         let help = format!("correct `delete_when` of pipeline.{}", pipeline.id);
         Error::new(Code::ExpressionInvalid, format!("delete_when = {condition:?}: {why}"))

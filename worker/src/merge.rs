@@ -200,11 +200,8 @@ impl<'a> Attempt<'a> {
 
     /// Without the older epochs' rows a late epoch's values would overwrite newer ones.
     fn check_raw_is_whole(&self, applied: &BTreeSet<Epoch>) -> Result<()> {
-        let lost: Vec<Epoch> = applied
-            .iter()
-            .filter(|e| !self.markers.ingest.contains_key(*e) && !self.markers.is_settled(**e))
-            .copied()
-            .collect();
+        let lost: Vec<Epoch> =
+            applied.iter().filter(|epoch| self.markers.is_lost(**epoch)).copied().collect();
         if lost.is_empty() { Ok(()) } else { Err(raw::lost(&self.task.pipeline, &lost)) }
     }
 
@@ -500,6 +497,7 @@ impl Edit {
         target_file_bytes: u64,
     ) -> Result<()> {
         let doing = "compute main's new rows";
+        // The side that a hash join holds in memory is its left one: the epochs' keys, never main's rows.
         let columns = rule.column_list();
         let mut sql =
             format!("SELECT {columns} FROM winners WHERE {} = '{}'", quoted(raw::OP), raw::UPSERT);
@@ -509,7 +507,7 @@ impl Edit {
                 main.schema().fields().iter().map(|f| quoted(f.name())).collect();
             let padded = padded_columns(main, rule);
             sql = format!(
-                "SELECT {all} FROM touched t LEFT ANTI JOIN winners w ON {same} \
+                "SELECT {all} FROM winners w RIGHT ANTI JOIN touched t ON {same} \
                  UNION ALL SELECT {padded} FROM winners WHERE {op} = '{upsert}'",
                 all = all.join(", "),
                 same = rule.keys_equal("t", "w"),

@@ -61,10 +61,14 @@ pub fn lost(pipeline: &Pipeline, epochs: &[Epoch]) -> Error {
         pipeline.raw,
         names.join(", ")
     );
-    Error::new(Code::TableUnreadable, text).with_help(
+    let way = if pipeline.adopt {
+        "restore the raw table; or begin again: move raw's folder away, put the table as it was \
+         before it was adopted back as main, then `alluvium run --once`"
+    } else {
         "restore the raw table; or rebuild both: move the folders of raw and main away, then \
-         `alluvium run --once`",
-    )
+         `alluvium run --once`"
+    };
+    Error::new(Code::TableUnreadable, text).with_help(way)
 }
 
 /// A new raw table with these data columns.

@@ -76,7 +76,8 @@ impl Rule {
     fn reconciled_rows(&self, has_base: bool) -> String {
         let op = quoted(raw::OP);
         let mentioned = format!(
-            "(SELECT a.* FROM applied a LEFT SEMI JOIN keys k ON {} WHERE a.{op} <> '{}')",
+            // The left side is held in memory: the keys in question, never all of raw.
+            "(SELECT a.* FROM keys k RIGHT SEMI JOIN applied a ON {} WHERE a.{op} <> '{}')",
             self.keys_equal("a", "k"),
             raw::REVERT
         );
