@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use deltalake::datafusion::execution::context::SessionContext;
-use deltalake::datafusion::execution::session_state::SessionStateBuilder;
+use deltalake::datafusion::execution::session_state::{SessionState, SessionStateBuilder};
+use deltalake::datafusion::prelude::SessionConfig;
 use deltalake::delta_datafusion::create_session_state_with_spill_config;
 
 /// Scratch space a session may fill before it gives up, in bytes: larger than any sensible task,
@@ -17,22 +18,34 @@ const SPILL_BYTES_MAX: u64 = 64 << 30;
 /// they are written: a hash join holds its left side in memory, and the guess which side is smaller
 /// compares sizes in memory with sizes on disk.
 pub fn work_session(memory_bytes: usize) -> SessionContext {
-    session(memory_bytes, 1, false)
+    let state = state(memory_bytes);
+    let mut config = state.config().clone();
+    let options = config.options_mut();
+    options.execution.target_partitions = 1;
+    options.optimizer.join_reordering = false;
+    // One sorter at a time has all the memory. What it merges its sorted runs with is set aside from
+    // the beginning: nearly as much as the rows take, as their sort keys are copied.
+    options.optimizer.repartition_sorts = false;
+    options.execution.sort_spill_reservation_bytes = memory_bytes / 20 * 9;
+    with_config(state, config)
 }
 
 /// A session for a person's query, on all processors.
 pub fn query_session(memory_bytes: usize) -> SessionContext {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    session(memory_bytes, processors, true)
+    let state = state(memory_bytes);
+    let mut config = state.config().clone();
+    config.options_mut().execution.target_partitions = processors;
+    with_config(state, config)
 }
 
-fn session(memory_bytes: usize, partitions: usize, reorder_joins: bool) -> SessionContext {
-    let state = create_session_state_with_spill_config(Some(memory_bytes), Some(SPILL_BYTES_MAX));
-    let mut config = state.config().clone();
+fn state(memory_bytes: usize) -> SessionState {
+    create_session_state_with_spill_config(Some(memory_bytes), Some(SPILL_BYTES_MAX))
+}
+
+fn with_config(state: SessionState, mut config: SessionConfig) -> SessionContext {
     let options = config.options_mut();
-    options.execution.target_partitions = partitions;
     options.execution.planning_concurrency = 1;
-    options.optimizer.join_reordering = reorder_joins;
     // Names in SQL are meant as they are written.
     options.sql_parser.enable_ident_normalization = false;
     let state = SessionStateBuilder::new_from_existing(state).with_config(config).build();
