@@ -24,6 +24,7 @@ use alluvium_table::pause::Pauses;
 use alluvium_table::scan::FILE_COLUMN;
 use alluvium_table::schema::{find_column, widens_to};
 use alluvium_table::session::{quoted, quoted_list, work_session};
+use alluvium_table::spool::Spool;
 use alluvium_table::write::{FileWriter, Written};
 use alluvium_table::{LiveFile, Table, TableSpec, query};
 
@@ -497,22 +498,16 @@ impl Edit {
         target_file_bytes: u64,
     ) -> Result<()> {
         let doing = "compute main's new rows";
-        // The side that a hash join holds in memory is its left one: the epochs' keys, never main's rows.
         let columns = rule.column_list();
         let mut sql =
             format!("SELECT {columns} FROM winners WHERE {} = '{}'", quoted(raw::OP), raw::UPSERT);
         if !self.touched.is_empty() {
-            main.register(session, "touched", Some(&paths(&self.touched)), false).await?;
-            let all: Vec<String> =
-                main.schema().fields().iter().map(|f| quoted(f.name())).collect();
-            let padded = padded_columns(main, rule);
+            self.keep_untouched(session, main, rule).await?;
             sql = format!(
-                "SELECT {all} FROM winners w RIGHT ANTI JOIN touched t ON {same} \
-                 UNION ALL SELECT {padded} FROM winners WHERE {op} = '{upsert}'",
-                all = all.join(", "),
-                same = rule.keys_equal("t", "w"),
-                op = quoted(raw::OP),
-                upsert = raw::UPSERT,
+                "SELECT * FROM kept UNION ALL SELECT {} FROM winners WHERE {} = '{}'",
+                padded_columns(main, rule),
+                quoted(raw::OP),
+                raw::UPSERT
             );
         }
         let sql = format!("SELECT * FROM ({sql}) ORDER BY {}", rule.key_list());
@@ -520,6 +515,29 @@ impl Edit {
         let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
         self.written = FileWriter::new(main, target_file_bytes)?.write_all(stream).await?;
         self.check_counts()
+    }
+
+    /// The touched files' rows whose keys the epochs do not speak of, as table `kept`. A step of its
+    /// own: the join's memory is free again before the sort takes all there is. The side that a hash
+    /// join holds in memory is its left one: the epochs' keys, never main's rows.
+    async fn keep_untouched(
+        &self,
+        session: &SessionContext,
+        main: &Table,
+        rule: &Rule,
+    ) -> Result<()> {
+        let doing = "find main's rows that stay";
+        main.register(session, "touched", Some(&paths(&self.touched)), false).await?;
+        let schema = main.schema();
+        let all: Vec<String> = schema.fields().iter().map(|f| quoted(f.name())).collect();
+        let sql = format!(
+            "SELECT {all} FROM winners w RIGHT ANTI JOIN touched t ON {same}",
+            all = all.join(", "),
+            same = rule.keys_equal("t", "w"),
+        );
+        let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
+        let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
+        Spool::collect(stream, doing).await?.register(session, "kept")
     }
 
     /// What was written is what stayed and what came; anything else is a bug that must not land.
