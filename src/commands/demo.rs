@@ -136,8 +136,8 @@ fn next_steps(out: &Path) {
     printer::say(&format!(
         "
 main table  {main}
-again       alluvium demo{again}    nothing is processed twice
-look on     {path}cd {out}
+{path}again       alluvium demo{again}    nothing is processed twice
+look on     cd {out}
             alluvium status                           what is fresh, and why not
             alluvium query researchers \"SELECT count(*) FROM main\"
             alluvium undo researchers {first}      take an epoch back, then `replay` it
@@ -163,7 +163,7 @@ fn path_line() -> String {
     let is_by_name = std::env::args_os().next().is_some_and(|name| name == "alluvium");
     match std::env::current_exe() {
         Ok(program) if !is_by_name => match program.parent() {
-            Some(folder) => format!("export PATH={}:$PATH\n            ", folder.display()),
+            Some(folder) => format!("first       export PATH={}:$PATH\n", in_shell(folder)),
             None => String::new(),
         },
         _ => String::new(),
