@@ -31,6 +31,7 @@ Examples:
   alluvium config reference > alluvium.toml
   alluvium run --once                      process what is ready, then stop (for cron)
   alluvium run                             keep watching
+  alluvium coordinator, alluvium worker    the same on many processes, over RabbitMQ and Redis
   alluvium status                          what is fresh, what is red, and why
   alluvium query researchers \"SELECT count(*) FROM main\"
   alluvium explain AL-0301                 what an error code means, and what to do
@@ -94,10 +95,29 @@ pub(crate) enum Verb {
         /// Only this pipeline
         pipeline: Option<String>,
     },
+    /// Decide what is to be done, for a cluster of workers; two of them do no harm
+    #[command(after_help = COORDINATOR_EXAMPLES)]
+    Coordinator {
+        /// Drain what is ready and stop, as `run --once` does
+        #[arg(long)]
+        once: bool,
+        /// Only this pipeline
+        pipeline: Option<String>,
+    },
+    /// Work on the tasks of a coordinator, with as many others as you start
+    Worker(WorkerArguments),
+    /// Check everything that this configuration needs, and say what to do
+    Doctor {
+        #[command(flatten)]
+        output: OutputArgument,
+    },
     /// What is fresh, what is red, and why
     Status {
         /// Only this pipeline
         pipeline: Option<String>,
+        /// Show it again every two seconds
+        #[arg(long, short = 'w')]
+        watch: bool,
         #[command(flatten)]
         output: OutputArgument,
     },
@@ -131,6 +151,11 @@ pub(crate) enum Verb {
         /// List the files that a cleanup would delete now
         #[arg(long)]
         cleanup: bool,
+        #[command(flatten)]
+        output: OutputArgument,
+    },
+    /// Living workers and coordinators, and what they have in hand
+    Workers {
         #[command(flatten)]
         output: OutputArgument,
     },
@@ -191,6 +216,42 @@ pub(crate) enum Verb {
     /// The names of all crash points, for tests
     #[command(hide = true)]
     CrashPoints,
+}
+
+const COORDINATOR_EXAMPLES: &str = "\
+Examples:
+  alluvium coordinator                     needs [cluster] in the configuration
+  alluvium coordinator --once              for cron, beside workers with --exit-when-idle
+  alluvium status --watch                  in another window";
+
+const WORKER_EXAMPLES: &str = "\
+Examples:
+  alluvium worker                          as many tasks at a time as there are processors
+  alluvium worker --slots 1 --steps merge  for a machine with much memory
+  alluvium worker --exit-when-idle         ends when there was nothing to do for a while
+  alluvium worker --max-tasks 1            one task, then ends (a job of a batch system)
+
+SIGTERM or Ctrl-C: takes no more tasks, finishes or gives back those in hand, exits 0.
+Again: exits at once; others take over what it had.";
+
+/// Steps that a worker can be told to serve.
+const STEPS: [&str; 4] = ["ingest", "merge", "optimize", "cleanup"];
+
+#[derive(Args)]
+#[command(after_help = WORKER_EXAMPLES)]
+pub(crate) struct WorkerArguments {
+    /// Tasks at a time [default: worker.slots]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub(crate) slots: Option<u16>,
+    /// Only tasks of these steps
+    #[arg(long, value_delimiter = ',', value_name = "LIST", value_parser = STEPS)]
+    pub(crate) steps: Vec<String>,
+    /// End when there was no task for this long
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "10")]
+    pub(crate) exit_when_idle: Option<u64>,
+    /// End after so many tasks
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) max_tasks: Option<u64>,
 }
 
 const QUERY_EXAMPLES: &str = "\

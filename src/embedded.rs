@@ -1,6 +1,7 @@
 //! Embedded mode: coordinator and worker in one process, over the in-process queue and leases.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use alluvium_coordinator::book::Book;
 use alluvium_coordinator::ledger::Ledger;
@@ -9,20 +10,37 @@ use alluvium_coordinator::run::{Coordinator, Outcome, Settings};
 use alluvium_coordinator::standing::{recall_blocked, recall_cleanup};
 use alluvium_protocol::clock::{ClockRef, SystemClock};
 use alluvium_protocol::lease::memory::MemoryLeases;
-use alluvium_protocol::queue::Queue;
 use alluvium_protocol::queue::memory::MemoryQueue;
-use alluvium_protocol::retry::Limits;
+use alluvium_protocol::queue::{Lane, Queue};
+use alluvium_protocol::retry::{CRASHES_MAX, Limits};
 use alluvium_protocol::{Error, Pipeline, Result};
 use alluvium_worker::Workshop;
-use alluvium_worker::slots::Worker;
+use alluvium_worker::slots::{Duty, Worker};
 use alluvium_worker::tables::Tables;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 
-/// A task whose worker died so often is parked.
-const CRASHES_MAX: u32 = 3;
+/// Opens the books of these pipelines.
+pub(crate) async fn open_books(
+    state: &str,
+    pipelines: Vec<Pipeline>,
+    once: bool,
+) -> Result<Vec<Book>> {
+    let mut books = Vec::with_capacity(pipelines.len());
+    for pipeline in pipelines {
+        let mut book = Book::open(pipeline).await?;
+        let ledger = Ledger::open(state);
+        recall_cleanup(&mut book, &ledger).await;
+        if !once {
+            // A watching process does not try again what waits for a person.
+            recall_blocked(&mut book, &ledger).await;
+        }
+        books.push(book);
+    }
+    Ok(books)
+}
 
 /// Runs these pipelines until `stopping`, or with `once` until nothing more can be done.
 pub(crate) async fn run(
@@ -33,35 +51,35 @@ pub(crate) async fn run(
     stopping: CancellationToken,
 ) -> Result<Outcome> {
     let clock: ClockRef = Arc::new(SystemClock);
-    let mut books = Vec::with_capacity(pipelines.len());
-    for pipeline in pipelines {
-        let mut book = Book::open(pipeline).await?;
-        let ledger = Ledger::open(&config.state);
-        recall_cleanup(&mut book, &ledger).await;
-        if !once {
-            // A watching process does not try again what waits for a person.
-            recall_blocked(&mut book, &ledger).await;
-        }
-        books.push(book);
-    }
+    let books = open_books(&config.state, pipelines, once).await?;
     let queue: Arc<dyn Queue> = Arc::new(MemoryQueue::default());
     let worker = Worker {
         name: format!("embedded-{}", std::process::id()),
         queue: Arc::clone(&queue),
         leases: Arc::new(MemoryLeases::new(Arc::clone(&clock))),
         workshop: Workshop { clock: Arc::clone(&clock), tables: Arc::new(Tables::default()) },
-        stopping: stopping.clone(),
+        // One process: what starves renewals starves the work, too.
+        keeping: tokio::runtime::Handle::current(),
+        lanes: Lane::TASKS.to_vec(),
+        duty: Arc::new(Duty {
+            draining: stopping.clone(),
+            stopping: stopping.clone(),
+            ..Duty::default()
+        }),
     };
     let mut slots = tokio::spawn(worker.run(config.slots));
     let settings = Settings {
-        slots: config.slots,
+        slots: Arc::new(AtomicUsize::new(config.slots)),
         poll: config.poll,
         once,
         limits: Limits { attempts_max: config.attempts, crashes_max: CRASHES_MAX },
         state: config.state.clone(),
+        leases: None,
     };
+    // Nobody asks: verbs of other processes look at the tables.
+    let (_asking, asks) = mpsc::channel(1);
     let coordinator =
-        Coordinator::new(settings, clock, Arc::clone(&queue), books, notices, stopping);
+        Coordinator::new(settings, clock, Arc::clone(&queue), books, notices, asks, stopping);
     let coordinating = coordinator.run();
     tokio::pin!(coordinating);
     tokio::select! {

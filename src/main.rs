@@ -4,6 +4,8 @@
 //! place that sees both coordinator and worker.
 
 mod cli;
+mod client;
+mod cluster;
 mod commands;
 mod config;
 mod embedded;
@@ -22,7 +24,10 @@ fn main() -> ExitCode {
         Ok(arguments) => arguments,
         Err(error) => return printer::usage(&error),
     };
-    telemetry::start(&arguments);
+    let telemetry = match telemetry::start(&arguments) {
+        Ok(telemetry) => telemetry,
+        Err(error) => return printer::failure(&error),
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -30,7 +35,9 @@ fn main() -> ExitCode {
             return printer::failure(&error);
         }
     };
-    match runtime.block_on(commands::run(arguments)) {
+    let ended = runtime.block_on(commands::run(arguments));
+    telemetry.finish();
+    match ended {
         Ok(code) => ExitCode::from(code as u8),
         Err(error) => printer::failure(&error),
     }

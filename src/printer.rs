@@ -38,7 +38,12 @@ pub(crate) fn exit_of(code: Code) -> Exit {
         | Code::NotPossibleNow
         | Code::EpochSettled => Exit::Usage,
         Code::StateLocked | Code::SettingsMismatch | Code::TableNotOurs => Exit::Conflict,
-        Code::SourceUnreadable | Code::StorageUnavailable | Code::QueueFailed => Exit::Unreachable,
+        Code::SourceUnreadable
+        | Code::StorageUnavailable
+        | Code::StorageUnsafe
+        | Code::QueueFailed
+        | Code::LeasesUnavailable
+        | Code::CoordinatorUnreachable => Exit::Unreachable,
         _ => Exit::Failed,
     }
 }
@@ -150,6 +155,12 @@ fn terminal_width() -> Option<u16> {
         return None;
     }
     std::env::var("COLUMNS").ok()?.parse().ok()
+}
+
+/// Data: a new picture on the screen; in a file, another one below the last.
+pub(crate) fn begin_screen(title: &str) {
+    let clear = if std::io::stdout().is_terminal() { "\x1b[2J\x1b[H" } else { "\n" };
+    data(&format!("{clear}{title}\n"));
 }
 
 /// Asks before something is changed. Without a terminal only `--yes` goes on.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 
 from lake import BINARY, Lake
+from services import Services
 
 
 def pytest_collection_modifyitems(config, items):
@@ -20,3 +22,19 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def lake(tmp_path: Path) -> Lake:
     return Lake(tmp_path).pipeline()
+
+
+@pytest.fixture(scope="session")
+def services() -> Iterator[Services]:
+    """RabbitMQ, Redis and an S3 server, each started by the first test that asks for it."""
+    started = Services()
+    yield started
+    started.stop()
+
+
+@pytest.fixture(autouse=True)
+def healed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that killed a server and failed does not take the next ones with it."""
+    yield
+    if "services" in request.fixturenames:
+        request.getfixturevalue("services").heal()

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
+from delta_making import delete_by_vector
 from lake import Lake
 
 SCHEMA = pa.schema([("id", pa.string()), ("value", pa.int64()), ("op", pa.string())])
@@ -87,6 +88,26 @@ def test_without_a_table_there_is_nothing_to_adopt(tmp_path: Path):
     assert lake.alluvium("status").code == 3
     listed = lake.alluvium("epochs", "-o", "json")
     assert listed.code == 3 and "AL-0405" in listed.err
+
+
+def test_a_base_with_a_deletion_vector_keeps_its_rows_deleted(tmp_path: Path):
+    lake = adopted(tmp_path, pa.table([["a", "gone", "b"], [1, 2, 3], ["U"] * 3], schema=SCHEMA))
+    delete_by_vector(tmp_path / "p/main", [1])
+    lake.deliver(10, [("a", 10, "U"), ("c", 10, "U")])
+    lake.run()
+    assert lake.main() == {"a": 10, "b": 3, "c": 10}
+    assert lake.alluvium("undo", "p", "10", "--yes").code == 0
+    assert lake.main() == {"a": 1, "b": 3}
+
+
+def test_a_table_that_lists_features_without_using_them_is_adopted(tmp_path: Path):
+    # The Python package lists variantType beside deletionVectors, whatever the columns are.
+    properties = {"delta.enableDeletionVectors": "true"}
+    base = pa.table([["a"], [1], ["U"]], schema=SCHEMA)
+    lake = adopted(tmp_path, base, configuration=properties)
+    lake.deliver(10, [("a", 10, "U")])
+    lake.run()
+    assert lake.main() == {"a": 10}
 
 
 @pytest.mark.parametrize("rule", ["constraint", "append only", "change feed"])

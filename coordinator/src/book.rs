@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use alluvium_protocol::marker::{Generation, Markers};
+use alluvium_protocol::queue::Lane;
 use alluvium_protocol::state::{Event, State};
 use alluvium_protocol::task::{Step, Work};
 use alluvium_protocol::{Epoch, Error, Pipeline, Result};
@@ -54,6 +55,10 @@ pub struct Entry {
     pub is_empty: bool,
     /// It came after a higher epoch was in main.
     pub late: bool,
+    /// When its present content was found; the run's beginning.
+    pub found_at: Option<DateTime<Utc>>,
+    /// The trace context of the last attempt.
+    pub last_sent: Option<String>,
 }
 
 impl Entry {
@@ -74,6 +79,8 @@ impl Entry {
             bytes: 0,
             is_empty: false,
             late: false,
+            found_at: None,
+            last_sent: None,
         }
     }
 
@@ -102,6 +109,21 @@ impl Entry {
     }
 }
 
+/// A task that is out.
+#[derive(Clone, Debug)]
+pub struct Outstanding {
+    /// What is to be done.
+    pub work: Work,
+    /// Where it was published.
+    pub lane: Lane,
+    /// Which attempt it is.
+    pub attempt: u32,
+    /// When it was published.
+    pub published_at: DateTime<Utc>,
+    /// When it was last seen: published, waiting in its lane, or held by a worker.
+    pub alive_at: DateTime<Utc>,
+}
+
 /// One pipeline's book.
 pub struct Book {
     /// The definition.
@@ -115,7 +137,7 @@ pub struct Book {
     /// Epochs above the floor, or known from markers.
     pub entries: BTreeMap<Epoch, Entry>,
     /// Tasks that are out.
-    pub outstanding: HashMap<Uuid, Work>,
+    pub outstanding: HashMap<Uuid, Outstanding>,
     /// Main exists.
     pub has_main: bool,
     /// Main's data files, and the small ones.
@@ -138,6 +160,8 @@ pub struct Book {
     pub error: Option<Error>,
     /// Versions of raw and main, where they exist.
     pub versions: (Option<i64>, Option<i64>),
+    /// When epochs were merged, as the ledger or this process knows.
+    pub processed: BTreeMap<Epoch, String>,
     /// Rows for `step_events` that no result stands behind: blocks found in discovery.
     pub events: Vec<serde_json::Value>,
 }
@@ -164,6 +188,7 @@ impl Book {
             error: None,
             versions: (None, None),
             events: Vec::new(),
+            processed: BTreeMap::new(),
             pipeline,
         };
         if let Err(error) = book.read_tables().await {
@@ -175,8 +200,9 @@ impl Book {
     /// Reads markers and manifests anew and places every epoch that is not out at work.
     pub async fn read_tables(&mut self) -> Result<()> {
         let id = self.pipeline.id.clone();
-        let raw = Table::open(&self.pipeline.raw).await?;
+        // Main first: what it has applied is then in this snapshot of raw, too, or was lost.
         let main = Table::open(&self.pipeline.main).await?;
+        let raw = Table::open(&self.pipeline.raw).await?;
         for table in [&raw, &main].into_iter().flatten() {
             table.check_settings(&self.pipeline)?;
         }
@@ -281,7 +307,7 @@ impl Book {
     /// What sequencing sees. `epochs` keeps the views alive.
     pub fn view<'a>(&'a self, epochs: &'a BTreeMap<Epoch, EpochView>) -> PipelineView<'a> {
         let is_out =
-            |steps: &[Step]| self.outstanding.values().any(|work| steps.contains(&work.step()));
+            |steps: &[Step]| self.outstanding.values().any(|out| steps.contains(&out.work.step()));
         PipelineView {
             pipeline: &self.pipeline,
             epochs,

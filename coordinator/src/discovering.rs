@@ -332,6 +332,9 @@ pub async fn pin(
     entry.why = None;
     entry.settles_at = None;
     entry.changed = None;
+    entry.found_at = Some(now);
+    entry.last_sent = None;
+    crate::tracing_runs::found(book, epoch, now);
     Ok(())
 }
 
@@ -385,6 +388,7 @@ pub fn stop(
     entry.settles_at = None;
     entry.error = Some(error.clone());
     let generation = entry.generation;
+    crate::tracing_runs::ended(book, epoch, Some(&error), now);
     if is_news {
         book.events.push(serde_json::json!({
             "at": now.to_rfc3339(), "pipeline": pipeline, "epoch": epoch, "generation": generation,

@@ -8,7 +8,7 @@ use alluvium_protocol::manifest::Object;
 use alluvium_protocol::pipeline::Ready;
 use alluvium_protocol::{Code, Epoch, Error, FolderName, Pipeline, Result};
 use alluvium_table::classify::foreign;
-use alluvium_table::store::{StoreRef, local_path, object_store_at};
+use alluvium_table::store::{Place, StoreRef, object_store_at, place_of};
 use futures::TryStreamExt;
 use object_store::{ObjectStore, ObjectStoreExt, path::Path};
 use regex::Regex;
@@ -84,16 +84,8 @@ impl Source {
 
     /// Lists the epoch folders.
     pub async fn list(&self) -> Result<Listing> {
-        let path = local_path(&self.uri)?;
-        let found = std::fs::metadata(&path);
-        if found.as_ref().map_or(true, |found| !found.is_dir()) {
-            let why = match found {
-                Ok(_) => "it is not a folder".to_owned(),
-                Err(error) => error.to_string(),
-            };
-            let text = format!("the source {} cannot be listed: {why}", self.uri);
-            return Err(Error::new(Code::SourceUnreadable, text)
-                .with_help("create the folder, or correct `source` in the configuration"));
+        if let Place::Local(path) = place_of(&self.uri)? {
+            check_folder(&path, &self.uri)?;
         }
         let listed = self.store.list_with_delimiter(None).await;
         let listed = listed.map_err(|e| foreign(format!("list {}", self.uri), &e))?;
@@ -161,6 +153,18 @@ impl Source {
             && self.include.as_ref().is_none_or(|regex| regex.is_match(name))
             && !self.exclude.as_ref().is_some_and(|regex| regex.is_match(name))
     }
+}
+
+/// A local source that is not there would list as empty.
+fn check_folder(path: &std::path::Path, uri: &str) -> Result<()> {
+    let why = match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => return Ok(()),
+        Ok(_) => "it is not a folder".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    let text = format!("the source {uri} cannot be listed: {why}");
+    Err(Error::new(Code::SourceUnreadable, text)
+        .with_help("create the folder, or correct `source` in the configuration"))
 }
 
 impl Listing {

@@ -252,6 +252,28 @@ impl Ledger {
         table.register(&session, "t", None, false).await?;
         query::rows(&session, sql).await
     }
+
+    /// Attempts, newest first.
+    pub async fn runs(
+        &self,
+        pipeline: Option<&str>,
+        epoch: Option<Epoch>,
+        limit: usize,
+    ) -> Result<Vec<Value>> {
+        let mut conditions = vec!["TRUE".to_owned()];
+        conditions.extend(pipeline.map(|id| format!("pipeline = '{}'", id.replace('\'', "''"))));
+        conditions.extend(epoch.map(|epoch| format!("epoch = {epoch}")));
+        let sql = format!(
+            "SELECT * FROM t WHERE {} ORDER BY at DESC, epoch DESC LIMIT {limit}",
+            conditions.join(" AND ")
+        );
+        self.select(LedgerTable::StepEvents, &sql).await
+    }
+
+    /// Manual acts, newest first.
+    pub async fn audit(&self) -> Result<Vec<Value>> {
+        self.select(LedgerTable::AuditLog, "SELECT * FROM t ORDER BY at DESC").await
+    }
 }
 
 fn identity(row: &Value) -> Option<(String, Epoch, Generation)> {

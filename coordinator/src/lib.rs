@@ -5,11 +5,14 @@
 //! people ask for ([`requests`]), the ledger ([`ledger`]), and the loop that joins them ([`run`]).
 //! Never: reads or writes a row of data, claims a lease, or knows a worker.
 
+pub mod api;
+pub mod asking;
 pub mod book;
 mod carrying_out;
 pub mod discovering;
 pub mod discovery;
 pub mod ledger;
+mod lost;
 pub mod manifests;
 pub mod notice;
 pub mod readiness;
@@ -20,3 +23,4 @@ pub mod run;
 pub mod scribe;
 pub mod sequencing;
 pub mod standing;
+mod tracing_runs;

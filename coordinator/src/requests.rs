@@ -106,6 +106,15 @@ impl Requests {
         Ok(requests)
     }
 
+    /// The request was not carried out yet.
+    pub async fn is_open(&self, id: &str) -> Result<bool> {
+        match self.store.head(&Self::path(id)).await {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(foreign("look at the request", &error)),
+        }
+    }
+
     /// Removes a request that was carried out.
     pub async fn done(&self, id: &str) -> Result<()> {
         match self.store.delete(&Self::path(id)).await {

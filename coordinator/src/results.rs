@@ -31,6 +31,10 @@ impl Coordinator {
         match &result.verdict {
             Verdict::Done(report) => {
                 let merged = done(book, result, report, is_ours, now, &self.notices)?;
+                for epoch in &merged {
+                    book.processed.insert(*epoch, now.to_rfc3339());
+                    crate::tracing_runs::ended(book, *epoch, None, now);
+                }
                 rows.processed = rebuild::rows_of(book, &merged, report, now).await;
                 let notice = notice_of(book, result, report, &merged);
                 let _ = self.notices.send(notice);
@@ -178,7 +182,8 @@ fn failed(
             continue;
         }
         match error.class() {
-            Class::Crash => entry.crashes += 1,
+            // What leases counted may be more than came to our ears.
+            Class::Crash => entry.crashes = (entry.crashes + 1).max(result.deaths),
             Class::Transient => entry.failures += 1,
             Class::Permanent | Class::Stopping => {}
         }

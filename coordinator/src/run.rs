@@ -1,7 +1,7 @@
 //! The coordinator's loop.
 //!
 //! ```text
-//!   discover ─► requests ─► plan ─► publish ─► wait: a result, a timer, a stop
+//!   discover ─► requests ─► plan ─► publish ─► wait: a result, a question, a timer, a stop
 //!      ▲                                              │
 //!      └──────────────────────────────────────────────┘ results ─► book, ledger, notices
 //! ```
@@ -9,34 +9,43 @@
 //! [`crate::readiness`], `protocol::retry`).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use alluvium_protocol::clock::ClockRef;
-use alluvium_protocol::queue::{Delivery, Lane, Queue};
-use alluvium_protocol::retry::Limits;
+use alluvium_protocol::lease::Leases;
+use alluvium_protocol::queue::{Delivery, Lane, Message, Queue, Subscription};
+use alluvium_protocol::retry::{Judgement, Limits, delay, judge};
 use alluvium_protocol::state::{Event, State};
 use alluvium_protocol::task::{FORMAT_MAJOR, Step, Task, TaskResult, Work, decode, encode};
 use alluvium_protocol::{Code, Epoch, Error, Result, crash};
 use chrono::{DateTime, Utc};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
-use crate::book::Book;
+use crate::asking::Ask;
+use crate::book::{Book, Outstanding};
 use crate::discovering;
 use crate::notice::Notice;
 use crate::requests::Requests;
 use crate::scribe::{Rows, Scribe, ScribeHandle};
 use crate::sequencing::{Plan, plan, share};
+use crate::tracing_runs as traces;
 
 /// Outstanding tasks per worker slot: one at work, the others at hand.
 const WINDOW_PER_SLOT: usize = 4;
 /// The smallest window, so that a single slot still sees ingests run ahead.
 const WINDOW_MIN: usize = 16;
+/// Results fetched ahead: two of the ledger's batches.
+const RESULTS_AHEAD: u16 = 1000;
+/// Pause after a message that the queue did not take.
+const PUBLISH_PAUSE: Duration = Duration::from_secs(1);
 
 /// How the coordinator runs.
 pub struct Settings {
-    /// Worker slots that serve it.
-    pub slots: usize,
+    /// Worker slots that serve it; a cluster's number changes.
+    pub slots: Arc<AtomicUsize>,
     /// Pause between discoveries.
     pub poll: Duration,
     /// Drain what is ready and stop.
@@ -45,13 +54,19 @@ pub struct Settings {
     pub limits: Limits,
     /// The state folder.
     pub state: String,
+    /// Leases tell which tasks are worked on; `None`: tasks cannot get lost (one process).
+    pub leases: Option<Arc<dyn Leases>>,
 }
 
 /// The coordinator.
 pub struct Coordinator {
     pub(crate) settings: Settings,
     pub(crate) clock: ClockRef,
-    queue: Arc<dyn Queue>,
+    pub(crate) queue: Arc<dyn Queue>,
+    results: Box<dyn Subscription>,
+    asks: mpsc::Receiver<Ask>,
+    publish_not_before: Option<DateTime<Utc>>,
+    pub(crate) looked_for_lost: DateTime<Utc>,
     pub(crate) books: Vec<Book>,
     pub(crate) scribe: ScribeHandle,
     pub(crate) notices: mpsc::UnboundedSender<Notice>,
@@ -82,10 +97,15 @@ impl Coordinator {
         queue: Arc<dyn Queue>,
         books: Vec<Book>,
         notices: mpsc::UnboundedSender<Notice>,
+        asks: mpsc::Receiver<Ask>,
         stopping: CancellationToken,
     ) -> Self {
         let scribe = Scribe::start(&settings.state, notices.clone());
         Self {
+            looked_for_lost: clock.now(),
+            results: queue.subscribe(&[Lane::Results], RESULTS_AHEAD),
+            asks,
+            publish_not_before: None,
             settings,
             clock,
             queue,
@@ -132,23 +152,41 @@ impl Coordinator {
                 continue;
             }
             let wake_at = self.next_timer(next_discovery);
-            if let Some(delivery) = self.wait(wake_at).await? {
-                self.take_result(delivery).await?;
-                is_fresh = false;
-            } else if self.clock.now() < next_discovery {
-                // A timer: a settling folder wants its second listing.
-                self.discover().await;
+            match self.wait(wake_at).await {
+                Woken::Result(delivery) => {
+                    self.take_result(delivery).await?;
+                    is_fresh = false;
+                }
+                Woken::Asked(Ask::Look) => next_discovery = self.clock.now(),
+                Woken::Asked(ask) => self.answer(ask),
+                Woken::Stopped => {}
+                Woken::Timer => {
+                    self.find_lost_tasks().await?;
+                    if self.settles_now() {
+                        // A settling folder wants its second listing.
+                        self.discover().await;
+                    }
+                }
             }
         }
     }
 
-    async fn wait(&self, wake_at: DateTime<Utc>) -> Result<Option<Delivery>> {
+    async fn wait(&mut self, wake_at: DateTime<Utc>) -> Woken {
         let pause = (wake_at - self.clock.now()).to_std().unwrap_or_default();
         tokio::select! {
-            received = self.queue.receive(&[Lane::Results]) => received,
-            () = tokio::time::sleep(pause) => Ok(None),
-            () = self.stopping.cancelled() => Ok(None),
+            // Results first: what is asked is answered from what is known.
+            biased;
+            () = self.stopping.cancelled() => Woken::Stopped,
+            Some(delivery) = self.results.next() => Woken::Result(delivery),
+            Some(ask) = self.asks.recv() => Woken::Asked(ask),
+            () = tokio::time::sleep(pause) => Woken::Timer,
         }
+    }
+
+    fn settles_now(&self) -> bool {
+        let now = self.clock.now();
+        let mut entries = self.books.iter().flat_map(|book| book.entries.values());
+        entries.any(|entry| entry.settles_at.is_some_and(|at| at <= now))
     }
 
     async fn discover(&mut self) {
@@ -166,7 +204,12 @@ impl Coordinator {
     /// Publishes what may go out, shared fairly between the pipelines.
     async fn publish(&mut self) -> Result<()> {
         let now = self.clock.now();
-        let window = WINDOW_MIN.max(WINDOW_PER_SLOT * self.settings.slots);
+        let limits = self.settings.limits;
+        if self.publish_not_before.is_some_and(|at| at > now) {
+            return Ok(());
+        }
+        self.publish_not_before = None;
+        let window = WINDOW_MIN.max(WINDOW_PER_SLOT * self.settings.slots.load(Ordering::Relaxed));
         let outstanding: usize = self.books.iter().map(|book| book.outstanding.len()).sum();
         let free = window.saturating_sub(outstanding);
         let mut tasks: Vec<Vec<Work>> = Vec::with_capacity(self.books.len());
@@ -175,21 +218,47 @@ impl Coordinator {
             let mut plan =
                 if book.error.is_some() { Plan::default() } else { plan(&book.view(&views), now) };
             plan.cleanup &= !(self.settings.once && book.cleaned_here);
-            tasks.push(works_of(book, &plan, free, now, &self.notices).await);
+            tasks.push(works_of(book, &plan, free, limits, now, &self.notices).await);
         }
         let wanted: Vec<usize> = tasks.iter().map(Vec::len).collect();
         let given = share(&wanted, free, self.turn);
         self.turn = (self.turn + 1) % self.books.len().max(1);
+        let mut chosen = Vec::new();
         for (index, works) in tasks.into_iter().enumerate() {
             for work in works.into_iter().take(given[index]) {
-                self.publish_one(index, work, now).await?;
+                chosen.push(self.task_of(index, work, now)?);
+            }
+        }
+        self.send(chosen, now).await
+    }
+
+    /// Publishes tasks side by side: a broker confirms many about as fast as one.
+    async fn send(&mut self, chosen: Vec<Ready>, now: DateTime<Utc>) -> Result<()> {
+        let sending = chosen.into_iter().map(|ready| {
+            let queue = Arc::clone(&self.queue);
+            async move {
+                crash::point("task.before_publish")?;
+                let sent = queue.publish(ready.lane, ready.message.clone()).await;
+                crash::point("task.after_publish")?;
+                Ok((ready, sent))
+            }
+        });
+        for sent in futures::future::join_all(sending).await {
+            let (ready, sent): (Ready, Result<()>) = sent?;
+            match sent {
+                Ok(()) => self.note_sent(ready)?,
+                Err(error) => {
+                    tracing::warn!(%error, task = %ready.id, "a task was not taken; tried again");
+                    let pause = chrono::Duration::from_std(PUBLISH_PAUSE).unwrap_or_default();
+                    self.publish_not_before = Some(now + pause);
+                }
             }
         }
         Ok(())
     }
 
-    async fn publish_one(&mut self, index: usize, work: Work, now: DateTime<Utc>) -> Result<()> {
-        let book = &mut self.books[index];
+    fn task_of(&self, index: usize, work: Work, now: DateTime<Utc>) -> Result<Ready> {
+        let book = &self.books[index];
         let epochs = work.epochs();
         let failures = epochs.iter().map(|e| book.entries[e].failures + book.entries[e].crashes);
         let attempt = failures.max().unwrap_or(0) + 1;
@@ -206,16 +275,24 @@ impl Coordinator {
             attempt,
             published_at: now,
         };
-        let (lane, event) = match work.step() {
-            Step::Ingest => (Lane::Ingest, Some(Event::IngestPublished)),
-            Step::Merge => (Lane::Merge, Some(Event::MergePublished)),
-            Step::Optimize | Step::Cleanup => (Lane::Maintenance, None),
-        };
+        let trace = traces::sent(book, &task);
         let body = encode(&task)?;
-        crash::point("task.before_publish")?;
-        self.queue.publish(lane, body).await?;
-        crash::point("task.after_publish")?;
-        book.outstanding.insert(id, work);
+        let message = Message { id: id.to_string(), body, trace };
+        Ok(Ready { index, id, lane: lane_of(work.step()), message, work, attempt, at: now })
+    }
+
+    fn note_sent(&mut self, ready: Ready) -> Result<()> {
+        let Ready { index, id, work, attempt, at, lane, message } = ready;
+        let book = &mut self.books[index];
+        let event = match work.step() {
+            Step::Ingest => Some(Event::IngestPublished),
+            Step::Merge => Some(Event::MergePublished),
+            Step::Optimize | Step::Cleanup => None,
+        };
+        let epochs = work.epochs();
+        traces::note_sent(book, &epochs, message.trace.as_deref());
+        let outstanding = Outstanding { work, lane, attempt, published_at: at, alive_at: at };
+        book.outstanding.insert(id, outstanding);
         if let Some(event) = event {
             for epoch in epochs {
                 if let Some(entry) = book.entries.get_mut(&epoch) {
@@ -227,7 +304,7 @@ impl Coordinator {
     }
 
     async fn take_result(&mut self, delivery: Delivery) -> Result<()> {
-        let result: TaskResult = match decode(&delivery.body) {
+        let result: TaskResult = match decode(&delivery.message.body) {
             Ok(result) => result,
             Err(error) => {
                 tracing::error!(%error, "a result that cannot be understood was set aside");
@@ -235,6 +312,9 @@ impl Coordinator {
             }
         };
         let now = self.clock.now();
+        if let Some(processed) = delivery.message.trace.as_deref() {
+            traces::result(&result, processed, now);
+        }
         let rows = self.settle(&result, now).await?;
         // Acknowledged by the scribe, after the batch with these rows.
         self.scribe.write(rows, Some(delivery)).await;
@@ -257,6 +337,7 @@ impl Coordinator {
     fn next_timer(&self, next_discovery: DateTime<Utc>) -> DateTime<Utc> {
         let entries = self.books.iter().flat_map(|book| book.entries.values());
         let timers = entries.flat_map(|entry| [entry.not_before, entry.settles_at]).flatten();
+        let timers = timers.chain(self.publish_not_before).chain(self.next_look_for_lost());
         let maintenance = self.books.iter().filter_map(|book| book.maintenance_not_before);
         let now = self.clock.now();
         let soonest = timers.chain(maintenance).filter(|at| *at > now).min();
@@ -304,11 +385,40 @@ impl Coordinator {
     }
 }
 
+/// What woke the loop.
+enum Woken {
+    Result(Delivery),
+    Asked(Ask),
+    Timer,
+    Stopped,
+}
+
+/// A task about to be published.
+struct Ready {
+    index: usize,
+    id: Uuid,
+    lane: Lane,
+    message: Message,
+    work: Work,
+    attempt: u32,
+    at: DateTime<Utc>,
+}
+
+/// The lane of a step's tasks.
+fn lane_of(step: Step) -> Lane {
+    match step {
+        Step::Ingest => Lane::Ingest,
+        Step::Merge => Lane::Merge,
+        Step::Optimize | Step::Cleanup => Lane::Maintenance,
+    }
+}
+
 /// The plan as work, most urgent first, at most `most` pieces.
 async fn works_of(
     book: &mut Book,
     plan: &Plan,
     most: usize,
+    limits: Limits,
     now: DateTime<Utc>,
     notices: &mpsc::UnboundedSender<Notice>,
 ) -> Vec<Work> {
@@ -319,7 +429,7 @@ async fn works_of(
     for epoch in plan.ingests.iter().take(most) {
         match discovering::ingest_work(book, *epoch).await {
             Ok(work) => works.push(work),
-            Err(error) => discovering::stop(book, *epoch, Step::Ingest, error, now, notices),
+            Err(error) => put_off(book, *epoch, error, limits, now, notices),
         }
     }
     if plan.optimize {
@@ -329,4 +439,27 @@ async fn works_of(
         works.push(Work::Cleanup);
     }
     works
+}
+
+/// An epoch whose manifest cannot be read: asked for again after a pause while that may help, else
+/// blocked.
+fn put_off(
+    book: &mut Book,
+    epoch: Epoch,
+    error: Error,
+    limits: Limits,
+    now: DateTime<Utc>,
+    notices: &mpsc::UnboundedSender<Notice>,
+) {
+    let Some(entry) = book.entries.get_mut(&epoch) else { return };
+    entry.failures += 1;
+    match judge(&error, entry.failures, entry.crashes, limits) {
+        Judgement::Retry | Judgement::GiveBack => {
+            let pause = delay(entry.failures, epoch.value().unsigned_abs());
+            entry.not_before = chrono::Duration::from_std(pause).ok().map(|pause| now + pause);
+        }
+        Judgement::Block | Judgement::Park => {
+            discovering::stop(book, epoch, Step::Ingest, error, now, notices);
+        }
+    }
 }

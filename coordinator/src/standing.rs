@@ -7,8 +7,8 @@ use alluvium_protocol::state::State;
 use alluvium_protocol::task::Step;
 use alluvium_protocol::{Epoch, Error, Pipeline, Result};
 use chrono::{DateTime, Utc};
-use serde::Serialize;
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::book::{Book, Entry};
 use crate::discovering::{ambiguous, mark_changes, not_a_folder, unlistable};
@@ -18,7 +18,7 @@ use crate::readiness::{self, Judgement};
 use crate::sequencing::{Plan, plan};
 
 /// One epoch, as people see it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct EpochStanding {
     /// The pipeline.
     pub pipeline: String,
@@ -43,12 +43,12 @@ pub struct EpochStanding {
 }
 
 /// One pipeline, as people see it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PipelineStanding {
     /// The pipeline.
     pub pipeline: String,
     /// `fresh`, `behind`, `blocked`, `broken`, `paused` or `empty`.
-    pub health: &'static str,
+    pub health: String,
     /// The newest epoch with all lower known epochs applied.
     pub fresh_to: Option<Epoch>,
     /// Epochs by state.
@@ -79,7 +79,6 @@ pub struct Standing {
     pub book: Book,
     /// The plan from here.
     pub plan: Plan,
-    processed: BTreeMap<Epoch, String>,
 }
 
 impl Standing {
@@ -93,134 +92,169 @@ impl Standing {
                 Err(error) => book.error = Some(error),
             }
         }
-        let mut processed = BTreeMap::new();
-        let id = book.pipeline.id.replace('\'', "''");
-        // A ledger that cannot be read takes times and reasons away, nothing else.
-        let rows = ledger
-            .select(
-                LedgerTable::ProcessedFolders,
-                &format!("SELECT epoch, max(processed_at) AS at FROM t WHERE pipeline = '{id}' GROUP BY epoch"),
-            )
-            .await
-            .unwrap_or_default();
-        for row in &rows {
-            if let (Some(epoch), Some(at)) =
-                (row["epoch"].as_i64().and_then(Epoch::new), row["at"].as_str())
-            {
-                processed.insert(epoch, at.to_owned());
-            }
-        }
+        recall_processed(&mut book, &ledger).await;
         recall_blocked(&mut book, &ledger).await;
         let views = book.epoch_views();
         let plan = plan(&book.view(&views), now);
-        Ok(Self { book, plan, processed })
+        Ok(Self { book, plan })
     }
 
     /// Its epochs, ascending.
     pub fn epochs(&self) -> Vec<EpochStanding> {
-        let mut found = Vec::new();
-        for (epoch, entry) in &self.book.entries {
-            let waits = self.plan.waits.iter().find(|wait| wait.epoch == Some(*epoch));
-            let stopped_at = match entry.state {
-                State::Blocked(step) | State::Parked(step) => Some(step.as_str().to_owned()),
-                _ => None,
-            };
-            let error = entry.error.as_ref().filter(|_| entry.state.is_stopped());
-            let note = error
-                .map(|e| e.message.clone())
-                .or_else(|| entry.changed.clone())
-                .or_else(|| entry.why.clone())
-                .or_else(|| waits.map(|wait| wait.why.clone()));
-            found.push(EpochStanding {
-                pipeline: self.book.pipeline.id.clone(),
-                epoch: *epoch,
-                folder: entry.folder.clone().unwrap_or_else(|| epoch.to_string()),
-                state: self.word_of(entry).to_owned(),
-                generation: entry.generation,
-                late: entry.late,
-                processed_at: self.processed.get(epoch).cloned(),
-                note,
-                code: error.map(|e| e.code.to_string()),
-                stopped_at,
-            });
-        }
-        found
-    }
-
-    /// Empty content has nothing to wait for, even before main exists.
-    fn word_of(&self, entry: &Entry) -> &'static str {
-        match entry.state {
-            State::Ingested if entry.is_empty && !self.book.has_main => State::Skipped.as_str(),
-            state => state.as_str(),
-        }
+        epochs_of(&self.book, &self.plan)
     }
 
     /// The whole pipeline.
     pub fn pipeline(&self) -> PipelineStanding {
-        let book = &self.book;
-        let mut epochs: BTreeMap<String, usize> = BTreeMap::new();
-        let mut fresh_to = None;
-        let mut is_whole = true;
-        for (epoch, entry) in &book.entries {
-            let word = self.word_of(entry);
-            *epochs.entry(word.to_owned()).or_default() += 1;
-            is_whole &= ["processed", "skipped"].contains(&word);
-            if is_whole {
-                fresh_to = Some(*epoch);
-            }
-        }
-        let count =
-            |names: &[&str]| names.iter().filter_map(|name| epochs.get(*name)).sum::<usize>();
-        let health = if book.error.is_some() || book.lost_epochs() > 0 {
-            "broken"
-        } else if book.markers.is_held() {
-            "paused"
-        } else if count(&["blocked", "parked"]) > 0 {
-            "blocked"
-        } else if count(&["ready", "ingested", "ingesting", "merging"]) > 0 {
-            "behind"
-        } else if book.entries.is_empty() {
-            "empty"
-        } else {
-            "fresh"
+        standing_of(&self.book, &self.plan)
+    }
+
+    /// What a run would do now.
+    pub fn plan_items(&self) -> Vec<Value> {
+        plan_items(&self.book, &self.plan, &self.epochs())
+    }
+}
+
+/// A pipeline's epochs, ascending.
+pub fn epochs_of(book: &Book, plan: &Plan) -> Vec<EpochStanding> {
+    let mut found = Vec::new();
+    for (epoch, entry) in &book.entries {
+        let waits = plan.waits.iter().find(|wait| wait.epoch == Some(*epoch));
+        let stopped_at = match entry.state {
+            State::Blocked(step) | State::Parked(step) => Some(step.as_str().to_owned()),
+            _ => None,
         };
-        let mut why: Vec<String> = Vec::new();
-        if let Some(error) = &book.error {
-            why.push(match &error.help {
-                Some(help) => format!("{error}; {help}"),
-                None => error.to_string(),
-            });
+        let error = entry.error.as_ref().filter(|_| entry.state.is_stopped());
+        let note = error
+            .map(|e| e.message.clone())
+            .or_else(|| entry.changed.clone())
+            .or_else(|| entry.why.clone())
+            .or_else(|| waits.map(|wait| wait.why.clone()));
+        found.push(EpochStanding {
+            pipeline: book.pipeline.id.clone(),
+            epoch: *epoch,
+            folder: entry.folder.clone().unwrap_or_else(|| epoch.to_string()),
+            state: word_of(book, entry).to_owned(),
+            generation: entry.generation,
+            late: entry.late,
+            processed_at: book.processed.get(epoch).cloned(),
+            note,
+            code: error.map(|e| e.code.to_string()),
+            stopped_at,
+        });
+    }
+    found
+}
+
+/// Empty content has nothing to wait for, even before main exists.
+fn word_of(book: &Book, entry: &Entry) -> &'static str {
+    match entry.state {
+        State::Ingested if entry.is_empty && !book.has_main => State::Skipped.as_str(),
+        state => state.as_str(),
+    }
+}
+
+/// A whole pipeline.
+pub fn standing_of(book: &Book, plan: &Plan) -> PipelineStanding {
+    let mut epochs: BTreeMap<String, usize> = BTreeMap::new();
+    let mut fresh_to = None;
+    let mut is_whole = true;
+    for (epoch, entry) in &book.entries {
+        let word = word_of(book, entry);
+        *epochs.entry(word.to_owned()).or_default() += 1;
+        is_whole &= ["processed", "skipped"].contains(&word);
+        if is_whole {
+            fresh_to = Some(*epoch);
         }
-        let lost = book.lost_epochs();
-        if lost > 0 {
-            why.push(format!(
+    }
+    let count = |names: &[&str]| names.iter().filter_map(|name| epochs.get(*name)).sum::<usize>();
+    let health = if book.error.is_some() || book.lost_epochs() > 0 {
+        "broken"
+    } else if book.markers.is_held() {
+        "paused"
+    } else if count(&["blocked", "parked"]) > 0 {
+        "blocked"
+    } else if count(&["ready", "ingested", "ingesting", "merging"]) > 0 {
+        "behind"
+    } else if book.entries.is_empty() {
+        "empty"
+    } else {
+        "fresh"
+    };
+    let mut why: Vec<String> = Vec::new();
+    if let Some(error) = &book.error {
+        why.push(match &error.help {
+            Some(help) => format!("{error}; {help}"),
+            None => error.to_string(),
+        });
+    }
+    let lost = book.lost_epochs();
+    if lost > 0 {
+        why.push(format!(
                 "{lost} epoch(s) of main are not in {}, or in an older state: they cannot be undone, and no \
                  older one can be reconciled; restore raw, or see `alluvium explain AL-0405`",
                 book.pipeline.raw
             ));
-        }
-        for wait in &self.plan.waits {
-            why.push(match wait.epoch {
-                Some(epoch) => format!("epoch {epoch}: {}", wait.why),
-                None => wait.why.clone(),
-            });
-        }
-        PipelineStanding {
-            pipeline: book.pipeline.id.clone(),
-            health,
-            fresh_to,
-            epochs,
-            raw_version: book.versions.0,
-            main_version: book.versions.1,
-            main_files: book.main_files.0,
-            main_small_files: book.main_files.1,
-            junk: book.junk.1,
-            junk_names: book.junk.0.iter().cloned().collect(),
-            settled_folders: book.settled_folders,
-            why,
-            error: book.error.clone(),
+    }
+    for wait in &plan.waits {
+        why.push(match wait.epoch {
+            Some(epoch) => format!("epoch {epoch}: {}", wait.why),
+            None => wait.why.clone(),
+        });
+    }
+    PipelineStanding {
+        pipeline: book.pipeline.id.clone(),
+        health: health.to_owned(),
+        fresh_to,
+        epochs,
+        raw_version: book.versions.0,
+        main_version: book.versions.1,
+        main_files: book.main_files.0,
+        main_small_files: book.main_files.1,
+        junk: book.junk.1,
+        junk_names: book.junk.0.iter().cloned().collect(),
+        settled_folders: book.settled_folders,
+        why,
+        error: book.error.clone(),
+    }
+}
+
+/// What a run would do now, and why the rest waits.
+pub fn plan_items(book: &Book, plan: &Plan, epochs: &[EpochStanding]) -> Vec<Value> {
+    let id = &book.pipeline.id;
+    let mut items: Vec<Value> = Vec::new();
+    let mut add = |action: &str, epoch: Option<String>, why: &str| {
+        items.push(json!({"pipeline": id, "action": action, "epoch": epoch, "why": why}));
+    };
+    if let Some(error) = &book.error {
+        add("nothing", None, &error.to_string());
+        return items;
+    }
+    for epoch in &plan.ingests {
+        add("ingest, then merge", Some(epoch.to_string()), "complete and not in raw");
+    }
+    for epoch in plan.merge.iter().flatten() {
+        add("merge", Some(epoch.to_string()), "in raw and not in main");
+    }
+    if plan.optimize {
+        add("optimize", None, "small files of main");
+    }
+    if plan.cleanup {
+        add("cleanup", None, "due");
+    }
+    for epoch in epochs {
+        let is_due = plan.ingests.contains(&epoch.epoch);
+        let is_next = epoch.state == "ready" && !is_due;
+        if is_next || ["incomplete", "empty", "blocked", "parked"].contains(&epoch.state.as_str()) {
+            let otherwise = if is_next { "lower epochs go first" } else { epoch.state.as_str() };
+            let why = epoch.note.clone().unwrap_or_else(|| otherwise.to_owned());
+            add("wait", Some(epoch.epoch.to_string()), &why);
         }
     }
+    for wait in plan.waits.iter().filter(|wait| wait.epoch.is_none()) {
+        add("wait", None, &wait.why);
+    }
+    items
 }
 
 /// Places folders that nothing is pinned of, by one listing each, and compares the newest others.
@@ -301,6 +335,22 @@ fn show_blocked(book: &mut Book, epoch: Epoch, error: Error) {
     }
     entry.state = State::Blocked(Step::Ingest);
     entry.error = Some(error);
+}
+
+/// When epochs were merged, by the ledger's word. One that cannot be read takes times away, nothing
+/// else.
+pub async fn recall_processed(book: &mut Book, ledger: &Ledger) {
+    let id = book.pipeline.id.replace('\'', "''");
+    let sql = format!(
+        "SELECT epoch, max(processed_at) AS at FROM t WHERE pipeline = '{id}' GROUP BY epoch"
+    );
+    let rows = ledger.select(LedgerTable::ProcessedFolders, &sql).await.unwrap_or_default();
+    for row in &rows {
+        let epoch = row["epoch"].as_i64().and_then(Epoch::new);
+        if let (Some(epoch), Some(at)) = (epoch, row["at"].as_str()) {
+            book.processed.insert(epoch, at.to_owned());
+        }
+    }
 }
 
 /// When the pipeline was last cleaned up, by the ledger's word.

@@ -84,11 +84,14 @@ codes! {
     TableUnreadable = "AL-0405", Permanent, "A table cannot be opened or written by this version";
     MemoryExhausted = "AL-0406", Permanent, "The task needs more memory than it may use";
     LeaseLost = "AL-0407", Transient, "Another worker took the task over";
+    StorageUnsafe = "AL-0408", Permanent, "Storage lets two writers win";
     QueueFailed = "AL-0501", Transient, "The task queue did not take or give a message";
     MessageUnknown = "AL-0502", Permanent, "A message cannot be understood by this version";
     QueryFailed = "AL-0503", Permanent, "The query cannot be run";
     TaskPoison = "AL-0504", Crash, "The task's worker died too many times";
     Stopping = "AL-0505", Stopping, "The process is being stopped";
+    LeasesUnavailable = "AL-0506", Transient, "Redis does not answer";
+    CoordinatorUnreachable = "AL-0507", Transient, "The coordinator cannot be reached";
     Internal = "AL-0901", Permanent, "Alluvium has a bug";
 }
 

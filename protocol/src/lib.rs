@@ -9,6 +9,7 @@ pub mod clock;
 pub mod crash;
 pub mod epoch;
 pub mod error;
+pub mod heartbeat;
 pub mod lease;
 pub mod manifest;
 pub mod marker;
@@ -17,6 +18,7 @@ pub mod queue;
 pub mod retry;
 pub mod state;
 pub mod task;
+pub mod trace;
 
 pub use epoch::{Epoch, FolderName};
 pub use error::{Class, Code, Error, Result};

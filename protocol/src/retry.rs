@@ -15,6 +15,9 @@ pub struct Limits {
     pub crashes_max: u32,
 }
 
+/// Workers that may die at one task before it is parked.
+pub const CRASHES_MAX: u32 = 3;
+
 /// What becomes of a failed task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Judgement {
@@ -53,6 +56,13 @@ pub fn delay(failures: u32, seed: u64) -> Duration {
     let step = DELAY_FIRST.saturating_mul(1 << doublings).min(DELAY_MAX);
     let share = 0.5 + 0.5 * (scramble(seed ^ u64::from(failures)) as f64 / u64::MAX as f64);
     step.mul_f64(share)
+}
+
+/// A pause between nothing and `step`, from the operating system's randomness: for connections, where
+/// nobody needs to repeat it.
+pub fn jitter(step: Duration) -> Duration {
+    let random = uuid::Uuid::new_v4().as_u64_pair().1;
+    step.mul_f64(random as f64 / u64::MAX as f64)
 }
 
 /// The finalizer of SplitMix64 (Steele, Lea, Flood 2014): spreads a seed over all bits.

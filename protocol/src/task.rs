@@ -194,6 +194,9 @@ pub struct TaskResult {
     pub attempt: u32,
     /// Who made it.
     pub worker: String,
+    /// Workers that died at the task, as far as is known.
+    #[serde(default)]
+    pub deaths: u32,
     /// When the task was published.
     pub published_at: DateTime<Utc>,
     /// When work began.

@@ -2,28 +2,29 @@
 
 use std::path::Path;
 
-use alluvium_coordinator::ledger::{Ledger, LedgerTable};
+use alluvium_coordinator::api::{Asked, record};
 use alluvium_coordinator::requests::{Request, Requests, Verb};
-use alluvium_coordinator::standing::Standing;
-use alluvium_protocol::state::State;
+use alluvium_coordinator::standing::{EpochStanding, Standing};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
 use chrono::Utc;
-use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::cli::OfEpoch;
 use crate::commands::run::{drive, exit};
 use crate::config::{self, Config};
-use crate::lock;
 use crate::printer::{self, Exit};
+use crate::{client, lock};
 
 /// An act on one epoch.
 pub(crate) async fn on_epoch(file: Option<&Path>, verb: Verb, of: &OfEpoch) -> Result<Exit> {
     let config = config::load(file)?;
     let pipeline = config.select(Some(&of.pipeline))?.remove(0);
-    let standing = Standing::read(pipeline.clone(), Utc::now()).await?;
-    let state = check(&standing, verb, of.epoch)?;
+    let filter = [("pipeline", Some(of.pipeline.clone()))];
+    let state = match client::typed::<EpochStanding>(&config, "epochs", &filter).await? {
+        Some(epochs) => check_listed(&pipeline.id, &epochs, verb, of.epoch)?,
+        None => check(&Standing::read(pipeline.clone(), Utc::now()).await?, verb, of.epoch)?,
+    };
     if verb != Verb::Retry {
         let question = question(verb, &of.pipeline, of.epoch, &state);
         if !printer::confirm(&question, of.yes)? {
@@ -38,6 +39,9 @@ pub(crate) async fn on_epoch(file: Option<&Path>, verb: Verb, of: &OfEpoch) -> R
 pub(crate) async fn on_pipeline(file: Option<&Path>, verb: Verb, name: &str) -> Result<Exit> {
     let config = config::load(file)?;
     let pipeline = config.select(Some(name))?.remove(0);
+    if config.cluster.is_some() {
+        return carry_out(&config, pipeline, verb, None, "as it was").await;
+    }
     let standing = Standing::read(pipeline.clone(), Utc::now()).await?;
     if !standing.book.has_main {
         let text = format!("{name} has no main table yet: there is nothing to pause or resume");
@@ -57,22 +61,27 @@ fn check(standing: &Standing, verb: Verb, epoch: Epoch) -> Result<String> {
         let text = format!("epoch {epoch} lies below `start_from` or the floor: it is settled");
         return Err(Error::new(Code::EpochSettled, text));
     }
-    let Some(entry) = standing.book.entries.get(&epoch) else {
+    check_listed(id, &standing.epochs(), verb, epoch)
+}
+
+/// The same, from a list of the pipeline's epochs.
+fn check_listed(id: &str, epochs: &[EpochStanding], verb: Verb, epoch: Epoch) -> Result<String> {
+    let Some(found) = epochs.iter().find(|found| found.epoch == epoch) else {
         return Err(Error::new(Code::UnknownEpoch, format!("{id} knows no epoch {epoch}"))
             .with_help(format!("`alluvium epochs {id}` lists them")));
     };
     let refuse = |why: &str, help: String| {
         Err(Error::new(Code::NotPossibleNow, format!("epoch {epoch} {why}")).with_help(help))
     };
-    match (verb, entry.state) {
-        (Verb::Replay, State::Empty | State::Incomplete) => {
+    match (verb, found.state.as_str()) {
+        (Verb::Replay, "empty" | "incomplete") => {
             refuse("is not complete: it is read when it is", format!("`alluvium plan {id}`"))
         }
-        (Verb::Undo, State::Empty | State::Incomplete) => refuse(
+        (Verb::Undo, "empty" | "incomplete") => refuse(
             "was never read: there is nothing to undo",
             format!("`alluvium skip {id} {epoch}` leaves it out"),
         ),
-        _ => Ok(entry.state.as_str().to_owned()),
+        _ => Ok(found.state.clone()),
     }
 }
 
@@ -96,6 +105,23 @@ async fn carry_out(
     state: &str,
 ) -> Result<Exit> {
     let by = std::env::var("USER").unwrap_or_else(|_| "unknown".to_owned());
+    if let Some(cluster) = &config.cluster {
+        let asked = Asked { verb, pipeline: pipeline.id.clone(), epoch, by: by.clone() };
+        match client::ask(cluster, &asked).await {
+            Ok(outcome) => {
+                let of = epoch.map(|epoch| format!(" {epoch}")).unwrap_or_default();
+                let (verb, id) = (verb.as_str(), &pipeline.id);
+                printer::say(&format!(
+                    "{id}{of}: {verb} {outcome}; `alluvium epochs {id}` shows how it goes on"
+                ));
+                return Ok(Exit::Ok);
+            }
+            Err(error) if error.code == Code::CoordinatorUnreachable => {
+                printer::say(&error.message);
+            }
+            Err(error) => return Err(error),
+        }
+    }
     let request = Request {
         id: Uuid::new_v4().to_string(),
         verb,
@@ -105,8 +131,12 @@ async fn carry_out(
         at: Utc::now(),
     };
     Requests::open(&config.state)?.ask(&request).await?;
-    record(config, &request, state).await?;
-    let taken = match lock::take(&config.state) {
+    record(&config.state, &request, &format!("it was {state}")).await?;
+    if config.cluster.is_some() {
+        printer::say("asked; the next coordinator that runs carries it out");
+        return Ok(Exit::Ok);
+    }
+    let taken = match lock::take(&config.state).await {
         Ok(taken) => taken,
         Err(error) if error.code == Code::StateLocked => {
             printer::say(&format!("asked; {}: it carries it out at its next poll", error.message));
@@ -116,7 +146,7 @@ async fn carry_out(
     };
     let (outcome, _) =
         drive(config, vec![pipeline.clone()], true, CancellationToken::new()).await?;
-    drop(taken);
+    taken.release().await;
     if let Some((_, error)) = outcome.refused.iter().find(|(id, _)| *id == request.id) {
         return Err(error.clone());
     }
@@ -125,19 +155,6 @@ async fn carry_out(
         Verb::Pause | Verb::Resume => Exit::Ok,
         _ => exit(&outcome),
     })
-}
-
-async fn record(config: &Config, request: &Request, state: &str) -> Result<()> {
-    let row = json!({
-        "at": request.at.to_rfc3339(),
-        "by": request.by,
-        "verb": request.verb.as_str(),
-        "pipeline": request.pipeline,
-        "epoch": request.epoch,
-        "request": request.id,
-        "detail": format!("it was {state}"),
-    });
-    Ledger::open(&config.state).append(LedgerTable::AuditLog, vec![row]).await
 }
 
 /// Says how it ended, from the tables.

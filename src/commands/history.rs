@@ -3,14 +3,14 @@
 use std::path::Path;
 
 use alluvium_coordinator::book::Book;
-use alluvium_coordinator::ledger::{Ledger, LedgerTable};
+use alluvium_coordinator::ledger::Ledger;
 use alluvium_coordinator::rebuild;
 use alluvium_protocol::{Epoch, Result};
 use serde_json::Value;
 
 use crate::cli::Output;
-use crate::config;
 use crate::printer::{self, Exit};
+use crate::{client, config};
 
 /// Every attempt, newest first.
 pub(crate) async fn runs(
@@ -21,16 +21,16 @@ pub(crate) async fn runs(
     output: Output,
 ) -> Result<Exit> {
     let config = config::load(file)?;
-    let mut conditions = vec!["TRUE".to_owned()];
-    for pipeline in config.select(pipeline)?.iter().filter(|_| pipeline.is_some()) {
-        conditions.push(format!("pipeline = '{}'", pipeline.id));
-    }
-    conditions.extend(epoch.map(|epoch| format!("epoch = {epoch}")));
-    let sql = format!(
-        "SELECT * FROM t WHERE {} ORDER BY at DESC, epoch DESC LIMIT {limit}",
-        conditions.join(" AND ")
-    );
-    let rows = Ledger::open(&config.state).select(LedgerTable::StepEvents, &sql).await?;
+    config.select(pipeline)?;
+    let filter = [
+        ("pipeline", pipeline.map(str::to_owned)),
+        ("epoch", epoch.map(|epoch| epoch.to_string())),
+        ("limit", Some(limit.to_string())),
+    ];
+    let rows = match client::items(&config, "runs", &filter).await? {
+        Some(rows) => rows,
+        None => Ledger::open(&config.state).runs(pipeline, epoch, limit).await?,
+    };
     if output == Output::Json {
         printer::json_items("runs", &rows)?;
         return Ok(Exit::Ok);
@@ -96,8 +96,10 @@ fn time(value: &Value) -> String {
 /// Every manual act, newest first.
 pub(crate) async fn audit(file: Option<&Path>, output: Output) -> Result<Exit> {
     let config = config::load(file)?;
-    let sql = "SELECT * FROM t ORDER BY at DESC";
-    let rows = Ledger::open(&config.state).select(LedgerTable::AuditLog, sql).await?;
+    let rows = match client::items(&config, "audit", &[]).await? {
+        Some(rows) => rows,
+        None => Ledger::open(&config.state).audit().await?,
+    };
     if output == Output::Json {
         printer::json_items("audit", &rows)?;
         return Ok(Exit::Ok);

@@ -3,16 +3,19 @@
 mod act;
 mod configuration;
 mod demo;
+mod doctor;
 mod explain;
 mod history;
 mod query;
-mod run;
+pub(crate) mod run;
+pub(crate) mod signals;
 mod stand;
 
 use alluvium_coordinator::requests::Verb as Asked;
 use alluvium_protocol::{Result, crash};
 
 use crate::cli::{Arguments, AuditVerb, ConfigVerb, LedgerVerb, Verb};
+use crate::cluster;
 use crate::printer::{self, Exit};
 
 /// Carries out the command line.
@@ -21,8 +24,14 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
     match arguments.verb {
         Verb::Demo(demo) => demo::demo(&demo).await,
         Verb::Run { once, pipeline } => run::run(file, pipeline.as_deref(), once).await,
-        Verb::Status { pipeline, output } => {
-            stand::status(file, pipeline.as_deref(), output.output).await
+        Verb::Coordinator { once, pipeline } => {
+            cluster::coordinator::run(file, pipeline.as_deref(), once).await
+        }
+        Verb::Worker(worker) => cluster::worker::run(file, &worker).await,
+        Verb::Doctor { output } => doctor::doctor(file, output.output).await,
+        Verb::Workers { output } => stand::workers(file, output.output).await,
+        Verb::Status { pipeline, watch, output } => {
+            stand::status(file, pipeline.as_deref(), watch, output.output).await
         }
         Verb::Epochs { pipeline, state, output } => {
             stand::epochs(file, pipeline.as_deref(), state.as_deref(), output.output).await

@@ -1,14 +1,14 @@
 //! `alluvium run`: the whole job in one process.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use alluvium_coordinator::run::Outcome;
-use alluvium_protocol::{Error, Pipeline, Result};
+use alluvium_protocol::{Code, Error, Pipeline, Result};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::commands::signals::on_signals;
 use crate::config::{self, Config};
 use crate::printer::{self, Exit, exit_of};
 use crate::progress::{self, Totals};
@@ -18,9 +18,15 @@ use crate::{embedded, lock};
 pub(crate) async fn run(file: Option<&Path>, pipeline: Option<&str>, once: bool) -> Result<Exit> {
     let config = config::load(file)?;
     let pipelines = config.select(pipeline)?;
-    let _lock = lock::take(&config.state)?;
+    if config.cluster.is_some() {
+        let text = format!("{} has a section [cluster]", config.file.display());
+        return Err(Error::new(Code::NotPossibleNow, text).with_help(
+            "start `alluvium coordinator` and `alluvium worker`; or take [cluster] out to run in one process",
+        ));
+    }
+    let lock = lock::take(&config.state).await?;
     let stopping = CancellationToken::new();
-    let was_interrupted = stop_on_signals(stopping.clone())?;
+    let was_interrupted = on_signals(stopping.clone())?;
     if !once {
         printer::say(&format!(
             "watching {} pipeline(s) every {:?}; Ctrl-C stops at the next safe point",
@@ -28,7 +34,9 @@ pub(crate) async fn run(file: Option<&Path>, pipeline: Option<&str>, once: bool)
             config.poll
         ));
     }
-    let (outcome, totals) = drive(&config, pipelines, once, stopping).await?;
+    let driven = drive(&config, pipelines, once, stopping).await;
+    lock.release().await;
+    let (outcome, totals) = driven?;
     if was_interrupted.load(Ordering::SeqCst) {
         printer::say("stopped; nothing is half-written, the next run goes on");
         return Ok(Exit::Interrupted);
@@ -65,7 +73,7 @@ pub(crate) fn exit(outcome: &Outcome) -> Exit {
     broken().next().unwrap_or(Exit::Ok)
 }
 
-fn summarize(outcome: &Outcome, totals: Totals) {
+pub(crate) fn summarize(outcome: &Outcome, totals: Totals) {
     let mut line = match totals.merged {
         0 => "nothing new to merge".to_owned(),
         merged => format!(
@@ -92,24 +100,4 @@ fn summarize(outcome: &Outcome, totals: Totals) {
     for (pipeline, epoch, why) in &outcome.incomplete {
         printer::say(&format!("  left alone: {pipeline} {epoch}: {why}"));
     }
-}
-
-/// SIGINT and SIGTERM stop at the next safe point; a second one is the system's.
-fn stop_on_signals(stopping: CancellationToken) -> Result<Arc<AtomicBool>> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let was_interrupted = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&was_interrupted);
-    let mut terminate = signal(SignalKind::terminate()).map_err(Error::internal)?;
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = tokio::signal::ctrl_c() => {}
-            _ = terminate.recv() => {}
-        }
-        flag.store(true, Ordering::SeqCst);
-        stopping.cancel();
-        // Again: do not wait for the safe point.
-        let _ = tokio::signal::ctrl_c().await;
-        std::process::exit(Exit::Interrupted as i32);
-    });
-    Ok(was_interrupted)
 }

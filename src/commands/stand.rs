@@ -1,19 +1,23 @@
-//! `alluvium status | epochs | plan`: how things stand, changing nothing.
+//! `alluvium status | epochs | plan | workers`: how things stand, changing nothing.
 
 use std::path::Path;
 
-use alluvium_coordinator::standing::{PipelineStanding, Standing};
-use alluvium_protocol::{Epoch, Error, Result};
+use alluvium_coordinator::standing::{EpochStanding, PipelineStanding, Standing};
+use alluvium_protocol::heartbeat::Heartbeat;
+use alluvium_protocol::{Code, Epoch, Error, Result};
 use alluvium_table::Table;
 use chrono::Utc;
 use serde_json::{Value, json};
 
 use crate::cli::Output;
-use crate::config;
+use crate::client;
+use crate::config::{self, Config};
 use crate::printer::{self, Exit};
 
-async fn standings(file: Option<&Path>, pipeline: Option<&str>) -> Result<Vec<Standing>> {
-    let config = config::load(file)?;
+/// Pause between two pictures of `status --watch`.
+const WATCH_EVERY: std::time::Duration = std::time::Duration::from_secs(2);
+
+async fn standings(config: &Config, pipeline: Option<&str>) -> Result<Vec<Standing>> {
     let mut standings = Vec::new();
     for pipeline in config.select(pipeline)? {
         standings.push(Standing::read(pipeline, Utc::now()).await?);
@@ -21,29 +25,134 @@ async fn standings(file: Option<&Path>, pipeline: Option<&str>) -> Result<Vec<St
     Ok(standings)
 }
 
+fn of(pipeline: Option<&str>) -> [(&'static str, Option<String>); 1] {
+    [("pipeline", pipeline.map(str::to_owned))]
+}
+
+async fn pipelines(config: &Config, pipeline: Option<&str>) -> Result<Vec<PipelineStanding>> {
+    config.select(pipeline)?;
+    match client::typed(config, "status", &of(pipeline)).await? {
+        Some(found) => Ok(found),
+        None => {
+            let standings = standings(config, pipeline).await?;
+            Ok(standings.iter().map(Standing::pipeline).collect())
+        }
+    }
+}
+
 /// One line a pipeline; exit 3 when one is blocked or broken.
 pub(crate) async fn status(
     file: Option<&Path>,
     pipeline: Option<&str>,
+    watch: bool,
     output: Output,
 ) -> Result<Exit> {
-    let standings = standings(file, pipeline).await?;
-    let pipelines: Vec<PipelineStanding> = standings.iter().map(Standing::pipeline).collect();
-    match output {
-        Output::Json => {
-            let items = pipelines.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>();
-            printer::json_items("status", &items.map_err(Error::internal)?)?;
-        }
-        Output::Table => {
-            let rows = pipelines.iter().map(status_row).collect();
-            printer::table(&["pipeline", "health", "fresh to", "epochs", "main"], rows);
-            for pipeline in &pipelines {
-                tell_why(pipeline);
+    let config = config::load(file)?;
+    loop {
+        let pipelines = pipelines(&config, pipeline).await?;
+        let shown_at = watch.then(Utc::now);
+        match output {
+            Output::Json => {
+                let items =
+                    pipelines.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>();
+                printer::json_items("status", &items.map_err(Error::internal)?)?;
+            }
+            Output::Table => {
+                if let Some(at) = shown_at {
+                    printer::begin_screen(&format!("{}; Ctrl-C ends", at.format("%H:%M:%S UTC")));
+                }
+                show(&config, &pipelines).await?;
             }
         }
+        let is_red = pipelines.iter().any(|p| ["blocked", "broken"].contains(&p.health.as_str()));
+        if !watch {
+            return Ok(if is_red { Exit::Unhealthy } else { Exit::Ok });
+        }
+        tokio::select! {
+            () = tokio::time::sleep(WATCH_EVERY) => {}
+            _ = tokio::signal::ctrl_c() => return Ok(Exit::Ok),
+        }
     }
-    let is_red = pipelines.iter().any(|p| ["blocked", "broken"].contains(&p.health));
-    Ok(if is_red { Exit::Unhealthy } else { Exit::Ok })
+}
+
+async fn show(config: &Config, pipelines: &[PipelineStanding]) -> Result<()> {
+    let rows = pipelines.iter().map(status_row).collect();
+    printer::table(&["pipeline", "health", "fresh to", "epochs", "main"], rows);
+    for pipeline in pipelines {
+        tell_why(pipeline);
+    }
+    if config.cluster.is_none() {
+        return Ok(());
+    }
+    let Ok(Some(workers)) = client::typed::<Heartbeat>(config, "workers", &[]).await else {
+        return Ok(());
+    };
+    let working: Vec<&Heartbeat> = workers.iter().filter(|w| w.role == "worker").collect();
+    if working.is_empty() {
+        printer::warn("no worker is alive: `alluvium worker` starts one");
+        return Ok(());
+    }
+    printer::table(&WORKER_HEAD, working.into_iter().map(worker_row).collect());
+    Ok(())
+}
+
+const WORKER_HEAD: [&str; 6] = ["worker", "version", "in hand", "cpu", "memory", "disk free"];
+
+fn worker_row(worker: &Heartbeat) -> Vec<String> {
+    let now = Utc::now();
+    let tasks: Vec<String> = worker
+        .tasks
+        .iter()
+        .map(|task| {
+            let first = task.epochs.first().map(|e| format!(" {e}")).unwrap_or_default();
+            let more = match task.epochs.len() {
+                0 | 1 => String::new(),
+                count => format!(" and {} more", count - 1),
+            };
+            let since = (now - task.since).num_seconds().max(0);
+            format!("{} {}{first}{more} ({since} s)", task.step.as_str(), task.pipeline)
+        })
+        .collect();
+    let in_hand = match (&worker.resting, tasks.is_empty()) {
+        (Some(why), true) => format!("rests: {why}"),
+        (None, true) => format!("idle, {} slots", worker.slots),
+        (_, false) => tasks.join("\n"),
+    };
+    let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
+    vec![
+        worker.name.clone(),
+        worker.version.clone(),
+        in_hand,
+        format!("{:.0} %", worker.cpu * 100.0),
+        mib(worker.memory_bytes),
+        mib(worker.disk_free_bytes),
+    ]
+}
+
+/// Living workers and coordinators.
+pub(crate) async fn workers(file: Option<&Path>, output: Output) -> Result<Exit> {
+    let config = config::load(file)?;
+    let Some(cluster) = &config.cluster else {
+        let text =
+            format!("{} has no [cluster]: `alluvium run` is its own worker", config.file.display());
+        return Err(Error::new(Code::NotPossibleNow, text));
+    };
+    let Some(found) = client::typed::<Heartbeat>(&config, "workers", &[]).await? else {
+        return Err(Error::new(
+            Code::CoordinatorUnreachable,
+            format!("nobody answers at {}", cluster.api),
+        ));
+    };
+    if output == Output::Json {
+        let items = found.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>();
+        printer::json_items("workers", &items.map_err(Error::internal)?)?;
+        return Ok(Exit::Ok);
+    }
+    if found.is_empty() {
+        printer::say("nobody is alive: `alluvium worker` starts a worker");
+    }
+    printer::table(&WORKER_HEAD, found.iter().map(worker_row).collect());
+    Ok(Exit::Ok)
 }
 
 fn status_row(p: &PipelineStanding) -> Vec<String> {
@@ -101,14 +210,26 @@ pub(crate) async fn epochs(
     state: Option<&str>,
     output: Output,
 ) -> Result<Exit> {
-    let standings = standings(file, pipeline).await?;
-    let epochs = standings.iter().flat_map(Standing::epochs);
-    let epochs: Vec<_> =
-        epochs.filter(|epoch| state.is_none_or(|state| epoch.state == state)).collect();
+    let config = config::load(file)?;
+    let mut broken = Vec::new();
+    let mut epochs: Vec<EpochStanding> =
+        match client::typed(&config, "epochs", &of(pipeline)).await? {
+            Some(found) => {
+                let pipelines = pipelines(&config, pipeline).await?;
+                broken.extend(pipelines.into_iter().filter_map(|p| p.error));
+                found
+            }
+            None => {
+                let standings = standings(&config, pipeline).await?;
+                broken.extend(standings.iter().filter_map(|s| s.book.error.clone()));
+                standings.iter().flat_map(Standing::epochs).collect()
+            }
+        };
+    epochs.retain(|epoch| state.is_none_or(|state| epoch.state == state));
     if output == Output::Json {
         let items = epochs.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>();
         printer::json_items("epochs", &items.map_err(Error::internal)?)?;
-        return Ok(tell_broken(&standings));
+        return Ok(tell_broken(&broken));
     }
     let rows = epochs
         .iter()
@@ -126,13 +247,12 @@ pub(crate) async fn epochs(
         })
         .collect();
     printer::table(&["pipeline", "epoch", "state", "generation", "merged at", "note"], rows);
-    Ok(tell_broken(&standings))
+    Ok(tell_broken(&broken))
 }
 
 /// Pipelines whose source or tables cannot be used: a list without them is not the whole truth.
-fn tell_broken(standings: &[Standing]) -> Exit {
-    let broken: Vec<&Error> = standings.iter().filter_map(|s| s.book.error.as_ref()).collect();
-    for error in &broken {
+fn tell_broken(broken: &[Error]) -> Exit {
+    for error in broken {
         printer::tell_error(error);
     }
     if broken.is_empty() { Exit::Ok } else { Exit::Unhealthy }
@@ -148,46 +268,16 @@ pub(crate) async fn plan(
     pipeline: Option<&str>,
     output: Output,
 ) -> Result<Exit> {
-    let standings = standings(file, pipeline).await?;
-    let mut items: Vec<Value> = Vec::new();
-    for standing in &standings {
-        let id = &standing.book.pipeline.id;
-        let mut add = |action: &str, epoch: Option<String>, why: &str| {
-            items.push(json!({"pipeline": id, "action": action, "epoch": epoch, "why": why}));
-        };
-        if let Some(error) = &standing.book.error {
-            add("nothing", None, &error.to_string());
-            continue;
+    let config = config::load(file)?;
+    config.select(pipeline)?;
+    let items: Vec<Value> = match client::items(&config, "plan", &of(pipeline)).await? {
+        Some(items) => items,
+        None => {
+            let standings = standings(&config, pipeline).await?;
+            standings.iter().flat_map(Standing::plan_items).collect()
         }
-        for epoch in &standing.plan.ingests {
-            add("ingest, then merge", Some(epoch.to_string()), "complete and not in raw");
-        }
-        for epoch in standing.plan.merge.iter().flatten() {
-            add("merge", Some(epoch.to_string()), "in raw and not in main");
-        }
-        if standing.plan.optimize {
-            add("optimize", None, "small files of main");
-        }
-        if standing.plan.cleanup {
-            add("cleanup", None, "due");
-        }
-        for epoch in standing.epochs() {
-            let is_due = standing.plan.ingests.contains(&epoch.epoch);
-            let is_next = epoch.state == "ready" && !is_due;
-            if is_next
-                || ["incomplete", "empty", "blocked", "parked"].contains(&epoch.state.as_str())
-            {
-                let otherwise =
-                    if is_next { "lower epochs go first" } else { epoch.state.as_str() };
-                let why = epoch.note.clone().unwrap_or_else(|| otherwise.to_owned());
-                add("wait", Some(epoch.epoch.to_string()), &why);
-            }
-        }
-        for wait in standing.plan.waits.iter().filter(|wait| wait.epoch.is_none()) {
-            add("wait", None, &wait.why);
-        }
-    }
-    let is_broken = standings.iter().any(|standing| standing.book.error.is_some());
+    };
+    let is_broken = items.iter().any(|item| item["action"] == "nothing");
     let exit = if is_broken { Exit::Unhealthy } else { Exit::Ok };
     if output == Output::Json {
         printer::json_items("plan", &items)?;

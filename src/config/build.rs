@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use alluvium_protocol::Pipeline;
 use alluvium_protocol::pipeline::{Content, OnBlock, Order, Ready, Sizes};
+use alluvium_table::store::{Place, StorageOptions, place_of};
 use toml::Value;
 
 use super::settings::{Kind, SETTINGS};
 use super::value::{bytes_of, duration_of};
-use super::{Config, Problem};
+use super::{Config, Problem, cluster};
 
 /// Vacuum below this would delete files of tasks that still run.
 const RETENTION_MIN: Duration = Duration::from_secs(3600);
@@ -21,6 +22,7 @@ pub(super) struct Source {
     pub(super) origins: BTreeMap<String, String>,
     pub(super) base: PathBuf,
     pub(super) file: PathBuf,
+    pub(super) storage: Vec<StorageOptions>,
 }
 
 impl Source {
@@ -32,6 +34,11 @@ impl Source {
         let setting = SETTINGS.iter().find(|setting| setting.path == pattern)?;
         let text = setting.default?;
         format!("value = {text}").parse::<toml::Table>().ok()?.remove("value")
+    }
+
+    /// The text of a setting that is no pipeline's.
+    pub(super) fn text(&self, path: &str) -> Option<String> {
+        self.value(path, path)?.as_str().map(str::to_owned)
     }
 
     fn of<'a>(&'a self, name: &'a str) -> Section<'a> {
@@ -114,6 +121,15 @@ pub(super) fn build(
         pipelines.push(pipeline(source, name, &state, memory));
     }
     check_collisions(&pipelines, &state, &mut problems);
+    let is_remote = |uri: &String| matches!(place_of(uri), Ok(Place::Remote(_)));
+    if source.leaves.get("state.uri").is_none()
+        && pipelines.iter().any(|p| is_remote(&p.main) || is_remote(&p.raw))
+    {
+        let text = "required, as tables are not on this machine; for example \
+                    `uri = \"s3://bucket/_alluvium\"`";
+        problems.push(Problem { path: "state.uri".to_owned(), text: text.to_owned() });
+    }
+    let cluster = cluster::build(source, &mut problems);
     if !problems.is_empty() {
         problems.sort_by(|a, b| a.path.cmp(&b.path));
         problems.dedup();
@@ -122,10 +138,16 @@ pub(super) fn build(
     let number = |path: &str| source.value(path, path).and_then(|value| value.as_integer());
     let processors = std::thread::available_parallelism().map_or(2, usize::from);
     let slots = number("worker.slots").and_then(|n| usize::try_from(n).ok()).unwrap_or(processors);
-    let poll = source.value("run.poll", "run.poll");
+    let text = |path: &str| source.text(path);
+    let duration = |path: &str| text(path).as_deref().and_then(duration_of).unwrap_or_default();
     Ok(Config {
         slots,
-        poll: poll.as_ref().and_then(Value::as_str).and_then(duration_of).unwrap_or_default(),
+        poll: duration("run.poll"),
+        grace: duration("worker.grace"),
+        disk_free: text("worker.disk_free").as_deref().and_then(bytes_of).unwrap_or(0),
+        otlp: text("telemetry.otlp").or_else(cluster::otlp_of_environment),
+        cluster,
+        storage: source.storage.clone(),
         attempts: number("run.attempts").and_then(|n| u32::try_from(n).ok()).unwrap_or(3),
         effective: effective(source, names, &state, slots),
         state,
@@ -156,7 +178,7 @@ fn check_pipeline(source: &Source, name: &str, problems: &mut Vec<Problem>) {
     }
     for key in ["source", "raw", "main", "quarantine"] {
         if let Some(text) = section.location(key)
-            && let Err(error) = alluvium_table::store::local_path(&text)
+            && let Err(error) = place_of(&text)
         {
             problem(key, error.message);
         }
@@ -243,7 +265,11 @@ fn check_collisions(pipelines: &[Pipeline], state: &str, problems: &mut Vec<Prob
 
 /// Where a location really is: without scheme, and with the links of the part that exists followed.
 fn real_place(uri: &str) -> PathBuf {
-    let path = alluvium_table::store::local_path(uri).unwrap_or_else(|_| PathBuf::from(uri));
+    let path = match place_of(uri) {
+        Ok(Place::Local(path)) => path,
+        Ok(Place::Remote(url)) => return PathBuf::from(url.as_str()),
+        Err(_) => return PathBuf::from(uri),
+    };
     let mut rest = Vec::new();
     let mut existing = path.as_path();
     loop {
@@ -331,6 +357,7 @@ fn effective(
                 Some(value) => {
                     let origin = source.origins.get(&path).cloned();
                     let value = match (setting.kind, value.as_str()) {
+                        (Kind::Secret, _) => "\"…\" (not shown)".to_owned(),
                         (Kind::Location, Some(text)) => format!("{:?}", source.location(text)),
                         _ => value.to_string(),
                     };
@@ -349,5 +376,6 @@ fn effective(
             effective.insert(path, shown);
         }
     }
+    effective.extend(cluster::shown_storage(source));
     effective
 }

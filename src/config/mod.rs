@@ -3,6 +3,7 @@
 //! Layers, later ones win: defaults, the file, `ALLUVIUM_SECTION__KEY` variables.
 
 mod build;
+pub(crate) mod cluster;
 pub(crate) mod reference;
 pub(crate) mod settings;
 pub(crate) mod value;
@@ -11,6 +12,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use alluvium_protocol::{Code, Error, Pipeline, Result};
+use alluvium_table::store::{self, StorageOptions};
 use toml::{Table, Value};
 
 use settings::{find, is_section, siblings};
@@ -26,6 +28,16 @@ pub(crate) struct Config {
     pub(crate) poll: std::time::Duration,
     /// Attempts before a block.
     pub(crate) attempts: u32,
+    /// How long a stopping worker may finish.
+    pub(crate) grace: std::time::Duration,
+    /// Free disk below which a worker takes no task, in bytes.
+    pub(crate) disk_free: u64,
+    /// RabbitMQ, Redis and the API; `None`: embedded.
+    pub(crate) cluster: Option<cluster::Cluster>,
+    /// Where traces go.
+    pub(crate) otlp: Option<String>,
+    /// Options of object stores.
+    pub(crate) storage: Vec<StorageOptions>,
     /// Pipelines by name.
     pub(crate) pipelines: Vec<Pipeline>,
     /// Effective values and where each comes from, for `config show`.
@@ -81,14 +93,16 @@ pub(crate) fn load(given: Option<&Path>) -> Result<Config> {
     let text = std::fs::read_to_string(&file).map_err(|error| {
         Error::new(Code::ConfigNotFound, format!("{} cannot be read: {error}", file.display()))
     })?;
-    parse(&text, &file, std::env::vars()).map_err(|problems| {
+    let config = parse(&text, &file, std::env::vars()).map_err(|problems| {
         let list: Vec<String> =
             problems.iter().map(|p| format!("\n  {}: {}", p.path, p.text)).collect();
         let count = if problems.len() == 1 { "1 problem" } else { "problems" };
         let text = format!("{} in {}:{}", count, file.display(), list.concat());
         Error::new(Code::ConfigInvalid, text)
             .with_help("correct it, then `alluvium config validate`; all settings: `alluvium config reference`")
-    })
+    })?;
+    store::configure(config.storage.clone());
+    Ok(config)
 }
 
 /// Resolves the configuration from its text and the environment.
@@ -105,6 +119,7 @@ pub(crate) fn parse(
     let base = base_of(file);
     apply_environment(&mut table, environment, &mut origins);
     let mut leaves: BTreeMap<String, Value> = BTreeMap::new();
+    let storage = cluster::take_storage(&mut table, &base, &mut problems);
     walk(&mut Vec::new(), &Value::Table(table.clone()), &mut leaves, &mut problems);
     for (path, value) in &mut leaves {
         expand_all(path, value, &base, &mut problems);
@@ -121,7 +136,7 @@ pub(crate) fn parse(
         Some(Value::Table(pipelines)) => pipelines.keys().cloned().collect(),
         _ => Vec::new(),
     };
-    let source = build::Source { leaves, origins, base, file: file.to_owned() };
+    let source = build::Source { leaves, origins, base, file: file.to_owned(), storage };
     build::build(&source, &names, problems).map_err(|mut problems| {
         for problem in &mut problems {
             if let Some(origin) = source.origins.get(&problem.path) {
@@ -203,9 +218,6 @@ fn walk(
 
 fn unknown(path: &[String]) -> String {
     let Some((name, parent)) = path.split_last() else { return String::new() };
-    if parent.is_empty() && ["cluster", "storage"].contains(&name.as_str()) {
-        return "this build runs embedded on local paths; the section is not known yet".to_owned();
-    }
     let candidates = siblings(parent);
     let best = candidates
         .iter()

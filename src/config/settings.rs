@@ -7,6 +7,8 @@ use super::value::{bytes_of, duration_of};
 pub(crate) enum Kind {
     /// Any text.
     Text,
+    /// A text that is never printed: it may hold a password.
+    Secret,
     /// A path or URI; relative ones start at the configuration file.
     Location,
     /// A regular expression that a whole name must match.
@@ -63,6 +65,24 @@ settings! {
         "Pause between two listings of a source.";
     "run.attempts", Kind::Number(1, 100), Some("3"), "", "5",
         "Attempts of a task that fails for a passing reason, before its epoch is blocked.";
+    "worker.grace", Kind::Duration, Some(r#""60s""#), "", r#""5m""#,
+        "How long a stopping worker may finish the tasks in hand before it gives them back.";
+    "worker.disk_free", Kind::Size, Some(r#""256MiB""#), "", r#""5GiB""#,
+        "A worker with less free disk for spilling takes no new task until there is more.";
+    "cluster.amqp", Kind::Secret, None, "embedded: `alluvium run` does it all", r#""amqp://${AMQP_USER}:${AMQP_PASSWORD}@127.0.0.1:5672/%2f""#,
+        "RabbitMQ. Setting it and `redis` makes a cluster: `alluvium coordinator`, `alluvium worker`.";
+    "cluster.redis", Kind::Secret, None, "embedded", r#""redis://127.0.0.1:6379/0""#,
+        "Redis, for leases and heartbeats.";
+    "cluster.name", Kind::Text, Some(r#""alluvium""#), "", r#""alluvium_test""#,
+        "Begins the names of queues and Redis keys; clusters that share a broker need different ones.";
+    "cluster.listen", Kind::Text, Some(r#""127.0.0.1:8460""#), "", r#""0.0.0.0:8460""#,
+        "Where the coordinator's HTTP API listens.";
+    "cluster.api", Kind::Text, None, "`listen`", r#""http://coordinator:8460""#,
+        "Where `status`, `retry` and the other verbs find the coordinator.";
+    "cluster.token", Kind::Secret, None, "changes over HTTP from this machine only", r#""${ALLUVIUM_TOKEN}""#,
+        "Whoever changes something over HTTP must show it.";
+    "telemetry.otlp", Kind::Text, None, "OTEL_EXPORTER_OTLP_ENDPOINT, or no traces", r#""http://127.0.0.1:4317""#,
+        "Where traces go, as OTLP over gRPC.";
     "pipeline.*.source", Kind::Location, None, "required", r#""./incoming-data""#,
         "Holds the epoch folders: folders whose names are numbers.";
     "pipeline.*.raw", Kind::Location, None, "required", r#""./lake/raw""#,
@@ -123,12 +143,13 @@ impl Kind {
     /// Checks a value; Err says what was expected.
     pub(crate) fn check(self, value: &toml::Value) -> Result<(), String> {
         let found = || match value {
+            _ if self == Self::Secret => "found something else".to_owned(),
             toml::Value::String(text) => format!("found {text:?}"),
             other => format!("found {other}"),
         };
         let expected = |what: &str| Err(format!("expected {what}; {}", found()));
         match self {
-            Self::Text | Self::Location => match value.as_str() {
+            Self::Text | Self::Secret | Self::Location => match value.as_str() {
                 Some(text) if !text.is_empty() => Ok(()),
                 _ => expected("a text in quotes"),
             },

@@ -20,7 +20,7 @@ const KEPT: [&str; 5] =
     ["appendOnly", "deletionVectors", "timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"];
 
 /// Writer features that a table may list as long as it does not use them.
-const UNUSED: [&str; 8] = [
+const UNUSED: [&str; 10] = [
     "changeDataFeed",
     "checkConstraints",
     "columnMapping",
@@ -29,10 +29,13 @@ const UNUSED: [&str; 8] = [
     "inCommitTimestamp",
     "invariants",
     "rowTracking",
+    "variantType",
+    "variantType-preview",
 ];
 
-/// Marks in a column's metadata that ask for a check or a value.
-const COLUMN_RULES: [(&str, &str); 3] = [
+/// Marks in a schema of columns that ask for a check, a value, or a type that is not written here.
+const COLUMN_RULES: [(&str, &str); 4] = [
+    ("\"type\":\"variant\"", "a variant column"),
     ("\"delta.invariants\"", "invariants"),
     ("\"delta.generationExpression\"", "generated columns"),
     ("\"delta.identity.", "identity columns"),
@@ -40,7 +43,7 @@ const COLUMN_RULES: [(&str, &str); 3] = [
 
 impl Table {
     /// Refuses a table that asks more of its writers than this one does.
-    pub(crate) fn check_writable(&self, removes_rows: bool) -> Result<()> {
+    pub fn check_writable(&self, removes_rows: bool) -> Result<()> {
         let protocol = self.snapshot.protocol();
         PROTOCOL
             .can_read_from_protocol(protocol)

@@ -2,9 +2,9 @@
 //!
 //! Owns: opening and creating tables ([`Table`]), all markers in one pass ([`transactions`]),
 //! commits for exactly the snapshot that was checked ([`commit`]), live files and scans of chosen
-//! ones ([`LiveFile`], [`scan`]), data files ([`mod@write`]), the work memory ([`session`]), and the translation of
-//! foreign errors into codes ([`classify`]). The only crate that names `deltalake`; arrow, parquet
-//! and DataFusion go out from here, so that their types always fit.
+//! ones ([`LiveFile`], [`scan`]), data files ([`mod@write`]), the work memory ([`session`]), and the
+//! translation of foreign errors into codes ([`classify`]). The only crate that names `deltalake`;
+//! arrow, parquet and DataFusion go out from here, so that their types always fit.
 //! Never: knows what an epoch's content means, or decides when something is done.
 
 pub mod classify;
@@ -14,6 +14,7 @@ mod files;
 pub mod history;
 pub mod pause;
 pub mod query;
+pub mod race;
 pub mod scan;
 pub mod schema;
 pub mod session;

@@ -1,8 +1,8 @@
 //! Rows of a query as JSON objects, for people and for our own small readings.
 
-use alluvium_protocol::{Code, Error, Result};
 use std::sync::Arc;
 
+use alluvium_protocol::{Code, Error, Result};
 use deltalake::arrow::array::{RecordBatch, RecordBatchOptions};
 use deltalake::arrow::compute::cast;
 use deltalake::arrow::datatypes::{DataType, Field, Schema};

@@ -14,7 +14,7 @@ use deltalake::{DeltaTable, TableProperty};
 
 use crate::classify::{foreign, is_of_storage};
 use crate::schema;
-use crate::store::{StoreRef, local_path, log_store_at};
+use crate::store::{Place, StoreRef, log_store_at, place_of};
 use crate::transactions::Transactions;
 
 /// A table's snapshot and the store below it. Cheap to clone; a clone is a snapshot that stays.
@@ -50,15 +50,10 @@ impl Table {
     /// Opens one version, or the newest.
     pub async fn open_at(uri: &str, version: Option<u64>) -> Result<Option<Self>> {
         let log_store = log_store_at(uri)?;
-        let log = local_path(uri)?.join("_delta_log");
-        match std::fs::metadata(&log) {
-            Ok(found) if found.is_dir() => {}
-            Ok(_) => {
-                let text = format!("{} is not a folder", log.display());
-                return Err(Error::new(Code::TableUnreadable, text));
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(foreign(format!("open {uri}"), &error)),
+        if let Place::Local(path) = place_of(uri)?
+            && !is_folder(&path.join("_delta_log"), uri)?
+        {
+            return Ok(None);
         }
         let exists = log_store.is_delta_table_location().await;
         if !exists.map_err(|e| foreign(format!("open {uri}"), &e))? {
@@ -82,9 +77,10 @@ impl Table {
         if let Some(table) = Self::open(uri).await? {
             return Ok(table);
         }
-        let path = local_path(uri)?;
-        std::fs::create_dir_all(&path)
-            .map_err(|e| foreign(format!("create folder {}", path.display()), &e))?;
+        if let Place::Local(path) = place_of(uri)? {
+            std::fs::create_dir_all(&path)
+                .map_err(|e| foreign(format!("create folder {}", path.display()), &e))?;
+        }
         let columns = StructType::try_from_arrow_schema(&spec.schema)?;
         let configuration: HashMap<String, Option<String>> =
             spec.properties.iter().map(|(key, value)| (key.clone(), Some(value.clone()))).collect();
@@ -215,6 +211,19 @@ impl Table {
         let version = self.snapshot.version();
         table.load_version(version).await.map_err(|e| unreadable(&self.uri, &e))?;
         Ok(table)
+    }
+}
+
+/// The library takes a local log that it may not read for one that is not there.
+fn is_folder(path: &std::path::Path, uri: &str) -> Result<bool> {
+    match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => Ok(true),
+        Ok(_) => {
+            let text = format!("{} is not a folder", path.display());
+            Err(Error::new(Code::TableUnreadable, text))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(foreign(format!("open {uri}"), &error)),
     }
 }
 

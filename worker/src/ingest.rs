@@ -65,7 +65,7 @@ pub async fn ingest(
     let manifest = read_manifest(pipeline, wanted).await?;
     let files = SourceFile::open_all(&pipeline.source, &manifest).await?;
     check_columns(pipeline, &manifest, &files)?;
-    check_raw_has_it(workshop, pipeline, wanted, present.as_ref()).await?;
+    check_raw_has_it(workshop, pipeline, wanted).await?;
     let schema = match &present {
         Some(raw) => Some(raw.schema()),
         // Main was there before raw: its columns and their types stand.
@@ -120,16 +120,17 @@ async fn check_raw_has_it(
     workshop: &Workshop,
     pipeline: &Pipeline,
     wanted: &Wanted<'_>,
-    raw: Option<&Table>,
 ) -> Result<()> {
     if wanted.generation == 1 {
         return Ok(());
     }
+    // Main first: what it has applied is then in this snapshot of raw, too, or was lost.
     let main = workshop.tables.open(&pipeline.main).await?;
-    let of = |table: Option<&Table>| {
+    let raw = workshop.tables.open(&pipeline.raw).await?;
+    let of = |table: Option<Table>| {
         table.map(|t| Markers::of_pipeline(&pipeline.id, t.transactions())).unwrap_or_default()
     };
-    match Markers::joined(of(raw), of(main.as_ref())).is_lost(wanted.epoch) {
+    match Markers::joined(of(raw), of(main)).is_lost(wanted.epoch) {
         true => Err(raw::lost(pipeline, &[wanted.epoch])),
         false => Ok(()),
     }

@@ -7,6 +7,7 @@
 pub mod cleanup;
 pub mod incoming;
 pub mod ingest;
+mod keeper;
 pub mod merge;
 pub mod optimize;
 pub mod quarantine;

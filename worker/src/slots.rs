@@ -1,32 +1,42 @@
 //! A worker's slots: each takes a task, does it, answers, and only then acknowledges.
 //!
 //! ```text
-//!  receive ─► claim the lease ─► execute ─► publish the result ─► acknowledge ─► release
-//!                 │ taken                        (confirmed)
-//!                 └─► give back: a held lease is never a reason to acknowledge
+//!  next ─► claim the lease ─► execute ─► publish the result ─► acknowledge ─► release
+//!              │ taken           │ lease lost    (confirmed)
+//!              └─────────────────┴─► give back: a held lease is never a reason to acknowledge
 //! ```
+//! Nothing that fails here ends a slot: a task whose message, lease or result was lost comes again,
+//! and then finds its marker.
 
+use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use alluvium_protocol::heartbeat::InHand;
 use alluvium_protocol::lease::{Claim, Leases};
-use alluvium_protocol::queue::{Delivery, Lane, Queue};
+use alluvium_protocol::queue::{Delivery, Lane, Message, Queue};
+use alluvium_protocol::retry::CRASHES_MAX;
 use alluvium_protocol::task::{FORMAT_MAJOR, Task, TaskResult, Verdict, decode, encode};
+use alluvium_protocol::trace::{self, Part};
 use alluvium_protocol::{Code, Error, Result, crash};
 use chrono::{DateTime, Utc};
 use futures::FutureExt;
+use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
+use crate::keeper::Keeper;
 use crate::{Permit, Workshop};
 
 /// How long a lease lives without renewal. A dead worker's task waits at most this long.
-const LEASE_TTL: Duration = Duration::from_secs(15);
-/// Three renewals fit into a lease's life: one may be lost, one late.
-const LEASE_RENEW_EVERY: Duration = Duration::from_secs(5);
-/// A message that came too early is looked at again after this pause.
-const GIVE_BACK_PAUSE: Duration = Duration::from_millis(200);
+pub(crate) const LEASE_TTL: Duration = Duration::from_secs(15);
+/// A task that came back so often is poison even if no lease counted its dead workers.
+const RETURNS_MAX: u32 = 20;
+/// A resting worker looks again after this pause.
+const REST: Duration = Duration::from_secs(2);
 
 /// A worker: slots that share queue, leases and tables.
 #[derive(Clone)]
@@ -39,127 +49,258 @@ pub struct Worker {
     pub leases: Arc<dyn Leases>,
     /// What the steps need.
     pub workshop: Workshop,
-    /// Set when the process is to stop.
+    /// Where leases are renewed: a runtime that no work keeps busy.
+    pub keeping: Handle,
+    /// The lanes that it serves.
+    pub lanes: Vec<Lane>,
+    /// What it has in hand, and how it is to end.
+    pub duty: Arc<Duty>,
+}
+
+/// What a worker's slots share about their work.
+#[derive(Default)]
+pub struct Duty {
+    /// Take no more tasks; those in hand may end.
+    pub draining: CancellationToken,
+    /// Tasks in hand end at their next safe point and go back.
     pub stopping: CancellationToken,
+    /// Drain after so many tasks.
+    pub tasks_max: Option<usize>,
+    /// Drain after so long without a task.
+    pub idle_max: Option<Duration>,
+    begun: AtomicUsize,
+    in_hand: Mutex<HashMap<usize, InHand>>,
+    resting: Mutex<Option<String>>,
+}
+
+impl Duty {
+    /// Tasks in hand.
+    pub fn tasks(&self) -> Vec<InHand> {
+        let in_hand = self.in_hand.lock().unwrap_or_else(PoisonError::into_inner);
+        in_hand.values().cloned().collect()
+    }
+
+    /// Why no tasks are taken at the moment.
+    pub fn resting(&self) -> Option<String> {
+        self.resting.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes no tasks for this reason, or takes them again.
+    pub fn rest(&self, why: Option<String>) {
+        *self.resting.lock().unwrap_or_else(PoisonError::into_inner) = why;
+    }
+
+    fn note(&self, slot: usize, task: Option<InHand>) {
+        let mut in_hand = self.in_hand.lock().unwrap_or_else(PoisonError::into_inner);
+        match task {
+            Some(task) => in_hand.insert(slot, task),
+            None => in_hand.remove(&slot),
+        };
+    }
+
+    /// One more task may begin.
+    fn begin(&self) -> bool {
+        let begun = self.begun.fetch_add(1, Ordering::SeqCst) + 1;
+        match self.tasks_max {
+            Some(most) if begun >= most => {
+                self.draining.cancel();
+                begun == most
+            }
+            _ => true,
+        }
+    }
+}
+
+/// A task on its way through a slot.
+struct Attempt {
+    task: Task,
+    owner: String,
+    /// `None`: leases are not to be had, and work goes on without.
+    fence: Option<u64>,
+    deaths: u32,
+    received_at: DateTime<Utc>,
+    claimed_at: DateTime<Utc>,
+    redelivered: bool,
 }
 
 impl Worker {
-    /// Runs `slots` slots until the queue closes or the process stops. A task in hand at that time
-    /// ends at its next safe point and goes back.
+    /// Runs `slots` slots until the queue closes or the worker drains.
     pub async fn run(self, slots: usize) -> Result<()> {
         let mut running = JoinSet::new();
-        for _ in 0..slots {
+        for slot in 0..slots {
             let worker = self.clone();
-            running.spawn(async move { worker.run_slot().await });
+            running.spawn(async move { worker.run_slot(slot).await });
         }
         while let Some(ended) = running.join_next().await {
-            ended.map_err(|e| Error::internal(format!("a slot ended: {e}")))??;
+            ended.map_err(|e| Error::internal(format!("a slot ended: {e}")))?;
         }
         Ok(())
     }
 
-    async fn run_slot(&self) -> Result<()> {
-        loop {
-            let received = tokio::select! {
-                received = self.queue.receive(&Lane::TASKS) => received?,
-                () = self.stopping.cancelled() => return Ok(()),
-            };
-            let Some(delivery) = received else { return Ok(()) };
-            self.handle(delivery).await?;
+    async fn run_slot(&self, slot: usize) {
+        while !self.duty.draining.is_cancelled() {
+            if self.duty.resting().is_some() {
+                // Unsubscribed: tasks go to others meanwhile.
+                tokio::select! {
+                    () = tokio::time::sleep(REST) => {}
+                    () = self.duty.draining.cancelled() => {}
+                }
+                continue;
+            }
+            if self.take_tasks(slot).await.is_none() {
+                return;
+            }
         }
     }
 
-    async fn handle(&self, delivery: Delivery) -> Result<()> {
-        let task: Task = match decode(&delivery.body) {
+    /// Takes tasks until the worker rests (Some) or is to end (None).
+    async fn take_tasks(&self, slot: usize) -> Option<()> {
+        let mut subscription = self.queue.subscribe(&self.lanes, 1);
+        loop {
+            let idle = async {
+                match self.duty.idle_max {
+                    Some(most) => tokio::time::sleep(most).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let delivery = tokio::select! {
+                biased;
+                () = self.duty.draining.cancelled() => return None,
+                delivery = subscription.next() => delivery?,
+                () = idle => {
+                    // Others may be at work on what makes the next tasks.
+                    if self.duty.tasks().is_empty() {
+                        self.duty.draining.cancel();
+                    }
+                    continue;
+                }
+                () = tokio::time::sleep(REST), if self.duty.resting().is_some() => return Some(()),
+            };
+            if !self.duty.begin() {
+                drop(delivery);
+                return None;
+            }
+            if let Err(error) = self.handle(slot, delivery).await {
+                tracing::warn!(%error, "a task comes again: its message was not settled");
+            }
+            self.duty.note(slot, None);
+        }
+    }
+
+    async fn handle(&self, slot: usize, delivery: Delivery) -> Result<()> {
+        let received_at = self.workshop.clock.now();
+        let task: Task = match decode(&delivery.message.body) {
             Ok(task) => task,
             Err(error) => {
                 // Perhaps a newer worker understands it.
                 tracing::warn!(%error, "gave back a message of another format");
-                tokio::time::sleep(GIVE_BACK_PAUSE).await;
                 return delivery.give_back().await;
             }
         };
-        let claim = self.leases.claim(task.id, &self.name, LEASE_TTL, delivery.redelivered).await?;
-        let Claim::Held { fence } = claim else {
-            tokio::time::sleep(GIVE_BACK_PAUSE).await;
-            return delivery.give_back().await;
+        let owner = format!("{}/{slot}", self.name);
+        let claim = self.leases.claim(task.id, &owner, LEASE_TTL, delivery.redelivered).await;
+        let (fence, deaths) = match claim {
+            Ok(Claim::Held { fence, deaths }) => (Some(fence), deaths),
+            Ok(Claim::Taken { owner, .. }) => {
+                tracing::debug!(task = %task.id, owner, "somebody else works on a task; gave it back");
+                return delivery.give_back().await;
+            }
+            Err(error) => {
+                tracing::warn!(%error, task = %task.id, "works without a lease");
+                (None, 0)
+            }
         };
-        // An injected failure here is the task's own, like any other before the effect.
-        let started_at = self.workshop.clock.now();
-        let verdict = match crash::point("task.after_claim") {
-            Ok(()) => self.execute(&task, fence).await,
-            Err(error) => Verdict::Failed(error),
-        };
-        let outcome = self.answer(&task, started_at, verdict, delivery).await;
-        self.leases.release(task.id, &self.name, fence).await?;
+        self.duty.note(slot, Some(in_hand(&task, received_at)));
+        let claimed_at = self.workshop.clock.now();
+        let redelivered = delivery.redelivered;
+        let attempt = Attempt { task, owner, fence, deaths, received_at, claimed_at, redelivered };
+        let sent = delivery.message.trace.as_deref().and_then(trace::parse);
+        let span =
+            trace::process_span(&attempt.task, sent.as_ref(), lane_of(&attempt.task).as_str());
+        if let Some(sent) = &sent {
+            tell_waits(&attempt, sent, &span);
+        }
+        let outcome = self.attempt(&attempt, delivery).instrument(span).await;
+        if let Some(fence) = attempt.fence
+            && let Err(error) = self.leases.release(attempt.task.id, &attempt.owner, fence).await
+        {
+            tracing::debug!(%error, "a lease was not released; it runs out");
+        }
         outcome
     }
 
-    /// Executes with the lease renewed beside it.
-    async fn execute(&self, task: &Task, fence: u64) -> Verdict {
-        let lease_lost = CancellationToken::new();
-        let permit = Permit { stopping: self.stopping.clone(), lease_lost: lease_lost.clone() };
-        let work = AssertUnwindSafe(self.workshop.execute(task, &permit)).catch_unwind();
-        let renewal = self.keep_lease(task, fence, &lease_lost);
-        let ended = tokio::select! {
-            ended = work => ended,
-            never = renewal => match never {},
+    /// Executes and answers, inside the attempt's span.
+    async fn attempt(&self, attempt: &Attempt, delivery: Delivery) -> Result<()> {
+        let verdict = if let Some(error) = poison(attempt, delivery.returns) {
+            Verdict::Failed(error)
+        } else {
+            // An injected failure here is the task's own, like any other before the effect.
+            match crash::point("task.after_claim") {
+                Ok(()) => self.execute(attempt).await,
+                Err(error) => Verdict::Failed(error),
+            }
         };
-        match ended {
+        if let Verdict::Failed(error) = &verdict {
+            trace::fail(&tracing::Span::current(), error);
+            if error.code == Code::LeaseLost {
+                // Who has the lease answers. Ours comes back later, in case that one dies.
+                return delivery.give_back().await;
+            }
+        }
+        self.answer(attempt, verdict, delivery).await
+    }
+
+    /// Executes with the lease renewed beside it.
+    async fn execute(&self, attempt: &Attempt) -> Verdict {
+        let permit =
+            Permit { stopping: self.duty.stopping.clone(), lease_lost: CancellationToken::new() };
+        let keeper = Keeper {
+            leases: Arc::clone(&self.leases),
+            task: attempt.task.id,
+            owner: attempt.owner.clone(),
+            fence: attempt.fence,
+            lost: permit.lease_lost.clone(),
+            span: trace::context_of(&tracing::Span::current()),
+        };
+        let _kept = keeper.start(&self.keeping);
+        let work = AssertUnwindSafe(self.workshop.execute(&attempt.task, &permit)).catch_unwind();
+        match work.await {
             Ok(Ok(report)) => Verdict::Done(Box::new(report)),
             Ok(Err(error)) => Verdict::Failed(error),
             Err(panic) => Verdict::Failed(panicked(panic.as_ref())),
         }
     }
 
-    async fn keep_lease(
-        &self,
-        task: &Task,
-        fence: u64,
-        lease_lost: &CancellationToken,
-    ) -> std::convert::Infallible {
-        loop {
-            tokio::time::sleep(LEASE_RENEW_EVERY).await;
-            match self.leases.renew(task.id, &self.name, fence, LEASE_TTL).await {
-                Ok(true) => {}
-                Ok(false) => lease_lost.cancel(),
-                // The lease only saves work: go on without it.
-                Err(error) => tracing::warn!(%error, task = %task.id, "could not renew a lease"),
-            }
-        }
-    }
-
     /// Publishes the result and acknowledges last. A failure in between redelivers the task, which
     /// then finds its marker.
-    async fn answer(
-        &self,
-        task: &Task,
-        started_at: DateTime<Utc>,
-        verdict: Verdict,
-        delivery: Delivery,
-    ) -> Result<()> {
-        let now = self.workshop.clock.now();
+    async fn answer(&self, attempt: &Attempt, verdict: Verdict, delivery: Delivery) -> Result<()> {
+        let task = &attempt.task;
         let result = TaskResult {
             format: FORMAT_MAJOR,
             task: task.id,
             pipeline: task.pipeline.id.clone(),
             work: task.work.clone(),
             attempt: task.attempt,
-            worker: self.name.clone(),
+            worker: attempt.owner.clone(),
+            deaths: attempt.deaths,
             published_at: task.published_at,
-            started_at,
-            finished_at: now,
+            started_at: attempt.claimed_at,
+            finished_at: self.workshop.clock.now(),
             verdict,
         };
-        let body = encode(&result)?;
+        let message = Message {
+            id: format!("{}/{}", task.id, task.attempt),
+            body: encode(&result)?,
+            trace: trace::traceparent(&trace::context_of(&tracing::Span::current())),
+        };
         if let Err(error) = crash::point("result.before_publish") {
             tracing::debug!(%error, "the result was lost; the task comes again");
             drop(delivery);
             return Ok(());
         }
-        match self.queue.publish(Lane::Results, body).await {
+        match self.queue.publish(Lane::Results, message).await {
             // Nobody listens any more; the next process finds the marker.
-            Err(_) if self.stopping.is_cancelled() => return Ok(()),
+            Err(_) if self.duty.stopping.is_cancelled() => return Ok(()),
             published => published?,
         }
         if let Err(error) = crash::point("result.after_publish") {
@@ -171,6 +312,50 @@ impl Worker {
         let _ = crash::point("task.after_ack");
         Ok(())
     }
+}
+
+fn lane_of(task: &Task) -> Lane {
+    use alluvium_protocol::task::Step;
+    match task.work.step() {
+        Step::Ingest => Lane::Ingest,
+        Step::Merge => Lane::Merge,
+        Step::Optimize | Step::Cleanup => Lane::Maintenance,
+    }
+}
+
+fn in_hand(task: &Task, since: DateTime<Utc>) -> InHand {
+    InHand {
+        task: task.id,
+        pipeline: task.pipeline.id.clone(),
+        step: task.work.step(),
+        epochs: task.work.epochs(),
+        since,
+    }
+}
+
+/// Waiting in the queue and for the lease, apart from work. Clocks of two machines may differ: a
+/// wait is never shown as negative.
+fn tell_waits(attempt: &Attempt, sent: &opentelemetry::trace::SpanContext, span: &tracing::Span) {
+    trace::below(sent, Part::new("queue wait", attempt.task.published_at, attempt.received_at));
+    let process = trace::context_of(span);
+    if process.is_valid() {
+        trace::below(&process, Part::new("lease wait", attempt.received_at, attempt.claimed_at));
+    }
+    if attempt.redelivered {
+        tracing::info!(parent: span, "previous_attempt_lost");
+    }
+}
+
+/// Why a task must not be tried again: its workers die.
+fn poison(attempt: &Attempt, returns: u32) -> Option<Error> {
+    let text = if attempt.deaths >= CRASHES_MAX {
+        format!("{} workers died at this task", attempt.deaths)
+    } else if returns >= RETURNS_MAX {
+        format!("the task came back unfinished {returns} times")
+    } else {
+        return None;
+    };
+    Some(Error::new(Code::TaskPoison, text))
 }
 
 fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {

@@ -18,10 +18,20 @@ use alluvium_table::parquet::file::metadata::{ParquetMetaData, ParquetMetaDataRe
 use alluvium_table::store::{StoreRef, object_store_at};
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
-use object_store::{GetOptions, GetRange, ObjectStore, path::Path};
+use futures::{StreamExt, TryStreamExt};
+use object_store::{
+    GetOptions, GetRange, OBJECT_STORE_COALESCE_DEFAULT, ObjectStore, coalesce_ranges, path::Path,
+};
+use tokio::sync::OnceCell;
 
 /// Rows decoded at a time.
 const BATCH_ROWS: usize = 8192;
+/// Files opened at a time.
+const OPEN_AT_ONCE: usize = 8;
+/// A footer is fetched with so much of the file's end: mostly all of it, in one request.
+const FOOTER_BYTES: usize = 64 * 1024;
+/// Files of an epoch that is smaller than this are fetched whole, once.
+const WHOLE_BYTES_MAX: u64 = 16 << 20;
 
 /// One data file with its footer read.
 #[derive(Clone)]
@@ -40,14 +50,15 @@ impl SourceFile {
     /// Opens every file of the manifest and reads its footer.
     pub async fn open_all(source: &str, manifest: &Manifest) -> Result<Vec<Self>> {
         let store = object_store_at(source)?;
-        let mut files = Vec::with_capacity(manifest.objects.len());
-        for object in &manifest.objects {
-            files.push(Self::open(&store, &manifest.folder, object).await?);
-        }
-        Ok(files)
+        let bytes: u64 = manifest.objects.iter().map(|object| object.size).sum();
+        let opening = manifest
+            .objects
+            .iter()
+            .map(|object| Self::open(&store, &manifest.folder, object, bytes <= WHOLE_BYTES_MAX));
+        futures::stream::iter(opening).buffered(OPEN_AT_ONCE).try_collect().await
     }
 
-    async fn open(store: &StoreRef, folder: &str, object: &Object) -> Result<Self> {
+    async fn open(store: &StoreRef, folder: &str, object: &Object, is_small: bool) -> Result<Self> {
         let path = Path::parse(format!("{folder}/{}", object.name))
             .map_err(|e| Error::new(Code::FileUnreadable, format!("{}: {e}", object.name)))?;
         let mut reader = PinnedReader {
@@ -55,6 +66,7 @@ impl SourceFile {
             path,
             size: object.size,
             etag: object.etag.clone(),
+            whole: is_small.then(Arc::default),
         };
         let name = object.name.clone();
         let options = ArrowReaderOptions::new();
@@ -108,10 +120,22 @@ pub struct PinnedReader {
     path: Path,
     size: u64,
     etag: Option<String>,
+    /// The whole file, once fetched, where the epoch is small.
+    whole: Option<Arc<OnceCell<Bytes>>>,
 }
 
 impl PinnedReader {
     async fn get(&self, range: Range<u64>) -> ParquetResult<Bytes> {
+        let Some(whole) = &self.whole else { return self.fetch(range).await };
+        let body = whole.get_or_try_init(|| self.fetch(0..self.size)).await?;
+        let (start, end) = (usize::try_from(range.start)?, usize::try_from(range.end)?);
+        match start <= end && end <= body.len() {
+            true => Ok(body.slice(start..end)),
+            false => Err(ParquetError::EOF(format!("{start}..{end} of {} bytes", body.len()))),
+        }
+    }
+
+    async fn fetch(&self, range: Range<u64>) -> ParquetResult<Bytes> {
         let options = GetOptions {
             if_match: self.etag.clone(),
             range: Some(GetRange::Bounded(range)),
@@ -136,13 +160,28 @@ impl AsyncFileReader for PinnedReader {
         self.get(range).boxed()
     }
 
+    fn get_byte_ranges(
+        &mut self,
+        ranges: Vec<Range<u64>>,
+    ) -> BoxFuture<'_, ParquetResult<Vec<Bytes>>> {
+        // Columns lie side by side: near ranges are one request, far ones go out together.
+        async move {
+            let fetch = |range| self.get(range);
+            coalesce_ranges(&ranges, fetch, OBJECT_STORE_COALESCE_DEFAULT).await
+        }
+        .boxed()
+    }
+
     fn get_metadata<'a>(
         &'a mut self,
         _options: Option<&'a ArrowReaderOptions>,
     ) -> BoxFuture<'a, ParquetResult<Arc<ParquetMetaData>>> {
         async move {
             let size = self.size;
-            let metadata = ParquetMetaDataReader::new().load_and_finish(self, size).await?;
+            let metadata = ParquetMetaDataReader::new()
+                .with_prefetch_hint(Some(FOOTER_BYTES))
+                .load_and_finish(self, size)
+                .await?;
             Ok(Arc::new(metadata))
         }
         .boxed()

@@ -32,12 +32,15 @@ where
     an_expired_lease_is_free_and_fences_grow(fresh().await).await;
     a_renewed_lease_lives_on(fresh().await).await;
     only_the_holder_releases(fresh().await).await;
+    deaths_count_until_the_task_ends(fresh().await).await;
+    who_survived_did_not_die(fresh().await).await;
+    the_holder_is_known_while_its_lease_lives(fresh().await).await;
     tasks_do_not_touch_each_other(fresh().await).await;
 }
 
 async fn hold(fixture: &Fixture, task: Uuid, owner: &str, take_over: bool) -> u64 {
     match fixture.leases.claim(task, owner, TTL, take_over).await.unwrap() {
-        Claim::Held { fence } => fence,
+        Claim::Held { fence, .. } => fence,
         Claim::Taken { owner: holder, .. } => panic!("{owner} finds the task held by {holder}"),
     }
 }
@@ -100,6 +103,42 @@ async fn only_the_holder_releases(fixture: Fixture) {
     assert!(is_taken(&fixture, task, "c").await);
     fixture.leases.release(task, "b", new).await.unwrap();
     assert!(hold(&fixture, task, "c", false).await > new);
+}
+
+async fn deaths(fixture: &Fixture, task: Uuid, owner: &str) -> u32 {
+    match fixture.leases.claim(task, owner, TTL, true).await.unwrap() {
+        Claim::Held { deaths, .. } => deaths,
+        Claim::Taken { .. } => panic!("a redelivery takes over"),
+    }
+}
+
+async fn deaths_count_until_the_task_ends(fixture: Fixture) {
+    let task = Uuid::new_v4();
+    assert_eq!(deaths(&fixture, task, "a").await, 0);
+    assert_eq!(deaths(&fixture, task, "a").await, 0);
+    assert_eq!(deaths(&fixture, task, "b").await, 1);
+    assert_eq!(deaths(&fixture, task, "c").await, 2);
+    let fence = hold(&fixture, task, "c", false).await;
+    fixture.leases.release(task, "c", fence).await.unwrap();
+    assert_eq!(deaths(&fixture, task, "d").await, 0);
+}
+
+async fn who_survived_did_not_die(fixture: Fixture) {
+    let task = Uuid::new_v4();
+    fixture.leases.survived(task).await.unwrap();
+    assert_eq!(deaths(&fixture, task, "a").await, 0);
+    assert_eq!(deaths(&fixture, task, "b").await, 1);
+    fixture.leases.survived(task).await.unwrap();
+    assert_eq!(deaths(&fixture, task, "b").await, 0);
+}
+
+async fn the_holder_is_known_while_its_lease_lives(fixture: Fixture) {
+    let task = Uuid::new_v4();
+    assert_eq!(fixture.leases.holder(task).await.unwrap(), None);
+    hold(&fixture, task, "a", false).await;
+    assert_eq!(fixture.leases.holder(task).await.unwrap().as_deref(), Some("a"));
+    (fixture.pass)(TTL * 2);
+    assert_eq!(fixture.leases.holder(task).await.unwrap(), None);
 }
 
 async fn tasks_do_not_touch_each_other(fixture: Fixture) {

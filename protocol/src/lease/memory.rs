@@ -1,7 +1,7 @@
 //! The in-process twin of the leases.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -21,13 +21,25 @@ struct Lease {
 /// Leases in this process's memory, by the clock given.
 pub struct MemoryLeases {
     clock: ClockRef,
-    leases: Mutex<(u64, HashMap<Uuid, Lease>)>,
+    leases: Mutex<Leased>,
+}
+
+#[derive(Default)]
+struct Leased {
+    // One counter for all tasks: larger than every earlier fence, and nothing to keep per task.
+    last_fence: u64,
+    by_task: HashMap<Uuid, Lease>,
+    deaths: HashMap<Uuid, u32>,
 }
 
 impl MemoryLeases {
     /// No leases yet.
     pub fn new(clock: ClockRef) -> Self {
         Self { clock, leases: Mutex::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Leased> {
+        self.leases.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -41,32 +53,32 @@ impl Leases for MemoryLeases {
         take_over: bool,
     ) -> Result<Claim> {
         let now = self.clock.now();
-        let mut guard = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
-        let (last_fence, leases) = &mut *guard;
-        if let Some(lease) = leases.get_mut(&task)
+        let mut leased = self.lock();
+        let mut deaths = leased.deaths.get(&task).copied().unwrap_or(0);
+        if let Some(lease) = leased.by_task.get_mut(&task)
             && lease.until > now
         {
             if lease.owner == owner {
                 lease.until = now + ttl;
-                return Ok(Claim::Held { fence: lease.fence });
+                return Ok(Claim::Held { fence: lease.fence, deaths });
             }
             if !take_over {
                 let remaining = (lease.until - now).to_std().unwrap_or_default();
                 return Ok(Claim::Taken { owner: lease.owner.clone(), remaining });
             }
+            deaths += 1;
+            leased.deaths.insert(task, deaths);
         }
-        // One counter for all tasks: larger than every earlier fence, and nothing to keep per task.
-        *last_fence += 1;
-        let fence = *last_fence;
-        leases.retain(|_, lease| lease.until > now);
-        leases.insert(task, Lease { owner: owner.to_owned(), fence, until: now + ttl });
-        Ok(Claim::Held { fence })
+        leased.last_fence += 1;
+        let fence = leased.last_fence;
+        leased.by_task.retain(|_, lease| lease.until > now);
+        leased.by_task.insert(task, Lease { owner: owner.to_owned(), fence, until: now + ttl });
+        Ok(Claim::Held { fence, deaths })
     }
 
     async fn renew(&self, task: Uuid, owner: &str, fence: u64, ttl: Duration) -> Result<bool> {
         let now = self.clock.now();
-        let mut guard = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
-        match guard.1.get_mut(&task) {
+        match self.lock().by_task.get_mut(&task) {
             Some(lease) if lease.owner == owner && lease.fence == fence && lease.until > now => {
                 lease.until = now + ttl;
                 Ok(true)
@@ -75,10 +87,26 @@ impl Leases for MemoryLeases {
         }
     }
 
+    async fn survived(&self, task: Uuid) -> Result<()> {
+        if let Some(deaths) = self.lock().deaths.get_mut(&task) {
+            *deaths = deaths.saturating_sub(1);
+        }
+        Ok(())
+    }
+
+    async fn holder(&self, task: Uuid) -> Result<Option<String>> {
+        let now = self.clock.now();
+        let leased = self.lock();
+        let lease = leased.by_task.get(&task).filter(|lease| lease.until > now);
+        Ok(lease.map(|lease| lease.owner.clone()))
+    }
+
     async fn release(&self, task: Uuid, owner: &str, fence: u64) -> Result<()> {
-        let mut guard = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
-        if guard.1.get(&task).is_some_and(|lease| lease.owner == owner && lease.fence == fence) {
-            guard.1.remove(&task);
+        let mut leased = self.lock();
+        let is_ours = |lease: &Lease| lease.owner == owner && lease.fence == fence;
+        if leased.by_task.get(&task).is_some_and(is_ours) {
+            leased.by_task.remove(&task);
+            leased.deaths.remove(&task);
         }
         Ok(())
     }

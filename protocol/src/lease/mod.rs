@@ -8,8 +8,11 @@
 //!   lost can be repeated.
 //! - A redelivered task takes the lease over: the broker says that the old holder is gone. The old
 //!   holder learns it at its next renewal.
+//! - A take-over counts as a death of the task's worker, until that worker says that it lives
+//!   ([`Leases::survived`]) or the task ends ([`Leases::release`]).
 
 pub mod memory;
+pub mod redis;
 
 #[cfg(any(test, feature = "contract"))]
 pub mod contract;
@@ -28,6 +31,8 @@ pub enum Claim {
     Held {
         /// Grows with every new holder.
         fence: u64,
+        /// Workers that died at this task since it last ended, as far as is known.
+        deaths: u32,
     },
     /// Somebody else works on it.
     Taken {
@@ -49,6 +54,12 @@ pub trait Leases: Send + Sync {
     /// point.
     async fn renew(&self, task: Uuid, owner: &str, fence: u64, ttl: Duration) -> Result<bool>;
 
-    /// Gives the lease up. Not ours any more: nothing happens.
+    /// Says that the worker whose lease was taken over is alive: its connection died, not it.
+    async fn survived(&self, task: Uuid) -> Result<()>;
+
+    /// Who holds a task's lease now.
+    async fn holder(&self, task: Uuid) -> Result<Option<String>>;
+
+    /// Gives the lease up: the task ended. Not ours any more: nothing happens.
     async fn release(&self, task: Uuid, owner: &str, fence: u64) -> Result<()>;
 }

@@ -5,21 +5,24 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::Notify;
 
-use super::{Delivery, Lane, Queue, Settle};
-use crate::task::BODY_BYTES_MAX;
+use super::{Delivery, Lane, Message, Queue, Settle, Subscription, check_size};
 use crate::{Code, Error, Result};
 
 /// Messages that one lane holds at most; the coordinator's window keeps far below it.
 const LANE_MESSAGES_MAX: usize = 100_000;
 
-#[derive(Clone)]
+/// A message given back is seen again after this pause.
+const GIVE_BACK_PAUSE: Duration = Duration::from_millis(200);
+
 struct Waiting {
-    body: Vec<u8>,
+    message: Message,
     redelivered: bool,
+    returns: u32,
 }
 
 #[derive(Default)]
@@ -51,11 +54,8 @@ pub struct MemoryQueue(Arc<Shared>);
 
 #[async_trait]
 impl Queue for MemoryQueue {
-    async fn publish(&self, lane: Lane, body: Vec<u8>) -> Result<()> {
-        if body.len() > BODY_BYTES_MAX {
-            let text = format!("a body of {} bytes; the limit is {BODY_BYTES_MAX}", body.len());
-            return Err(Error::new(Code::QueueFailed, text));
-        }
+    async fn publish(&self, lane: Lane, message: Message) -> Result<()> {
+        check_size(&message)?;
         let mut lanes = self.0.lock();
         if lanes.is_closed {
             return Err(Error::new(Code::QueueFailed, "the queue is closed"));
@@ -64,28 +64,45 @@ impl Queue for MemoryQueue {
         if waiting.len() >= LANE_MESSAGES_MAX {
             return Err(Error::new(Code::QueueFailed, "the lane is full"));
         }
-        waiting.push_back(Waiting { body, redelivered: false });
+        waiting.push_back(Waiting { message, redelivered: false, returns: 0 });
         drop(lanes);
         self.0.changed.notify_waiters();
         Ok(())
     }
 
-    async fn receive(&self, lanes: &[Lane]) -> Result<Option<Delivery>> {
-        loop {
-            // Registered before the look: a message that comes in between wakes us.
-            let changed = self.0.changed.notified();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
-            if let Some(found) = self.take(lanes) {
-                return Ok(found);
-            }
-            changed.await;
-        }
+    fn subscribe(&self, lanes: &[Lane], _ahead: u16) -> Box<dyn Subscription> {
+        // Nothing is fetched ahead: a message is in hand when it is taken.
+        Box::new(MemorySubscription { queue: self.clone(), lanes: lanes.to_vec() })
+    }
+
+    async fn waiting(&self, lane: Lane) -> Result<usize> {
+        Ok(self.0.lock().waiting.get(&lane).map_or(0, VecDeque::len))
     }
 
     fn close(&self) {
         self.0.lock().is_closed = true;
         self.0.changed.notify_waiters();
+    }
+}
+
+struct MemorySubscription {
+    queue: MemoryQueue,
+    lanes: Vec<Lane>,
+}
+
+#[async_trait]
+impl Subscription for MemorySubscription {
+    async fn next(&mut self) -> Option<Delivery> {
+        loop {
+            // Registered before the look: a message that comes in between wakes us.
+            let changed = self.queue.0.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if let Some(found) = self.queue.take(&self.lanes) {
+                return found;
+            }
+            changed.await;
+        }
     }
 }
 
@@ -97,13 +114,13 @@ impl MemoryQueue {
             return Some(None);
         }
         for lane in lanes {
-            let Some(message) = all.waiting.get_mut(lane).and_then(VecDeque::pop_front) else {
+            let Some(waiting) = all.waiting.get_mut(lane).and_then(VecDeque::pop_front) else {
                 continue;
             };
-            let redelivered = message.redelivered;
-            let body = message.body.clone();
-            let held = Held { shared: Arc::clone(&self.0), lane: *lane, message: Some(message) };
-            return Some(Some(Delivery::new(body, redelivered, Box::new(held))));
+            let (redelivered, returns) = (waiting.redelivered, waiting.returns);
+            let message = waiting.message.clone();
+            let held = Held { shared: Arc::clone(&self.0), lane: *lane, message: Some(waiting) };
+            return Some(Some(Delivery::new(message, redelivered, returns, Box::new(held))));
         }
         None
     }
@@ -123,6 +140,8 @@ impl Settle for Held {
     }
 
     async fn give_back(mut self: Box<Self>) -> Result<()> {
+        // Dropped during the pause, it comes back at once.
+        tokio::time::sleep(GIVE_BACK_PAUSE).await;
         if let Some(message) = self.message.take() {
             self.shared.put_back(self.lane, Waiting { redelivered: false, ..message });
         }
@@ -133,7 +152,8 @@ impl Settle for Held {
 impl Drop for Held {
     fn drop(&mut self) {
         if let Some(message) = self.message.take() {
-            self.shared.put_back(self.lane, Waiting { redelivered: true, ..message });
+            let returns = message.returns + 1;
+            self.shared.put_back(self.lane, Waiting { redelivered: true, returns, ..message });
         }
     }
 }

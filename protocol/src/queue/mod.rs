@@ -6,9 +6,12 @@
 //!   markers and the next listing make up for it). On Err the outcome is unknown: publish again.
 //! - A delivery stays invisible until it is acknowledged, given back or dropped. Dropping it without
 //!   a word (a crash, a lost connection) makes it visible again, marked as redelivered.
+//! - A delivery may come again while its holder is still at work, when the connection between them
+//!   and the queue was lost. Acknowledging the lost one then does nothing, and is not an error.
 //! - Order is not promised. Nobody derives the order of steps from it.
 
 pub mod memory;
+pub mod rabbit;
 
 #[cfg(any(test, feature = "contract"))]
 pub mod contract;
@@ -33,6 +36,37 @@ pub enum Lane {
 impl Lane {
     /// The lanes of tasks.
     pub const TASKS: [Lane; 3] = [Lane::Ingest, Lane::Merge, Lane::Maintenance];
+
+    /// All lanes.
+    pub const ALL: [Lane; 4] = [Lane::Ingest, Lane::Merge, Lane::Maintenance, Lane::Results];
+
+    /// The word people read.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ingest => "ingest",
+            Self::Merge => "merge",
+            Self::Maintenance => "maintenance",
+            Self::Results => "results",
+        }
+    }
+}
+
+/// A message on its way.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Message {
+    /// The same for every copy of the same message.
+    pub id: String,
+    /// At most [`BODY_BYTES_MAX`](crate::task::BODY_BYTES_MAX) bytes.
+    pub body: Vec<u8>,
+    /// The W3C `traceparent` of who made it.
+    pub trace: Option<String>,
+}
+
+impl Message {
+    /// A message without a trace.
+    pub fn new(id: impl Into<String>, body: Vec<u8>) -> Self {
+        Self { id: id.into(), body, trace: None }
+    }
 }
 
 /// Where messages go in and come out.
@@ -40,22 +74,34 @@ impl Lane {
 pub trait Queue: Send + Sync {
     /// Puts a message into a lane. Ok: it will be delivered. A body above
     /// [`BODY_BYTES_MAX`](crate::task::BODY_BYTES_MAX) is refused.
-    async fn publish(&self, lane: Lane, body: Vec<u8>) -> Result<()>;
+    async fn publish(&self, lane: Lane, message: Message) -> Result<()>;
 
-    /// Waits for the next message of any of these lanes. `None`: the queue was closed, and nothing
-    /// more comes. Cancelling the wait loses nothing.
-    async fn receive(&self, lanes: &[Lane]) -> Result<Option<Delivery>>;
+    /// Takes part in these lanes, with at most `ahead` messages of a lane in hand at a time.
+    fn subscribe(&self, lanes: &[Lane], ahead: u16) -> Box<dyn Subscription>;
 
-    /// Closes the queue: waiting receivers get `None`.
+    /// Messages of a lane that nobody has in hand.
+    async fn waiting(&self, lane: Lane) -> Result<usize>;
+
+    /// Closes the queue: subscribers get `None`.
     fn close(&self);
+}
+
+/// One consumer. Dropping it gives what it had not handed out back to the others.
+#[async_trait]
+pub trait Subscription: Send {
+    /// Waits for the next message. `None`: the queue was closed, and nothing more comes. Cancelling
+    /// the wait loses nothing.
+    async fn next(&mut self) -> Option<Delivery>;
 }
 
 /// One message in hand.
 pub struct Delivery {
     /// The message.
-    pub body: Vec<u8>,
+    pub message: Message,
     /// It was delivered before: a holder may have died, or may still be at work.
     pub redelivered: bool,
+    /// How often it was delivered before, as far as the queue counts.
+    pub returns: u32,
     settle: Option<Box<dyn Settle>>,
 }
 
@@ -64,14 +110,14 @@ pub struct Delivery {
 pub trait Settle: Send {
     /// Removes the message for good.
     async fn ack(self: Box<Self>) -> Result<()>;
-    /// Delivers it again later, not marked as redelivered: nobody worked on it.
+    /// Delivers it again after a pause, not marked as redelivered: nobody worked on it.
     async fn give_back(self: Box<Self>) -> Result<()>;
 }
 
 impl Delivery {
     /// A delivery that `settle` settles.
-    pub fn new(body: Vec<u8>, redelivered: bool, settle: Box<dyn Settle>) -> Self {
-        Self { body, redelivered, settle: Some(settle) }
+    pub fn new(message: Message, redelivered: bool, returns: u32, settle: Box<dyn Settle>) -> Self {
+        Self { message, redelivered, returns, settle: Some(settle) }
     }
 
     /// Removes the message for good. Call it last: every step before it can be repeated.
@@ -82,11 +128,21 @@ impl Delivery {
         }
     }
 
-    /// Puts the message back for somebody else, later.
+    /// Puts the message back for somebody else, after a pause.
     pub async fn give_back(mut self) -> Result<()> {
         match self.settle.take() {
             Some(settle) => settle.give_back().await,
             None => Ok(()),
         }
     }
+}
+
+/// Refuses a body that is too large, for every backend.
+pub(crate) fn check_size(message: &Message) -> Result<()> {
+    use crate::task::BODY_BYTES_MAX;
+    if message.body.len() <= BODY_BYTES_MAX {
+        return Ok(());
+    }
+    let text = format!("a body of {} bytes; the limit is {BODY_BYTES_MAX}", message.body.len());
+    Err(crate::Error::new(crate::Code::QueueFailed, text))
 }

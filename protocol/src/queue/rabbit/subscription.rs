@@ -1,0 +1,431 @@
+//! Consuming: one channel a lane, as many messages ahead as were asked for, and a supervisor that
+//! makes every channel again that breaks, ends or falls silent.
+//!
+//! A subscription to several lanes may hold one message of each. While its holder works on one for
+//! longer than [`BUSY_AFTER`], the other channels are closed: what they held goes to others at once,
+//! and nothing waits behind a long merge.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use futures::StreamExt;
+use lapin::message::Delivery as AmqpDelivery;
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Acker, Channel};
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, mpsc};
+use tokio_util::sync::CancellationToken;
+
+use super::link::{Link, Pauses};
+use super::publisher::{Publisher, TRACE_HEADER};
+use super::topology::Names;
+use super::{ASK_TIMEOUT, RabbitQueue, failed};
+use crate::queue::{Delivery, Lane, Message, Settle, Subscription};
+use crate::{Code, Error, Result};
+
+/// A holder that works this long lets the other lanes go.
+const BUSY_AFTER: Duration = Duration::from_millis(200);
+/// How often that is looked at.
+const TICK: Duration = Duration::from_millis(100);
+/// Without a delivery for so long, the broker is asked whether there is one.
+const SILENCE_MAX: Duration = Duration::from_secs(15);
+
+/// What the supervisor and the holder share.
+#[derive(Default)]
+struct Buffer {
+    arrived: VecDeque<(Lane, u64, AmqpDelivery)>,
+    in_hand: HashMap<Lane, usize>,
+    busy_since: Option<Instant>,
+    is_closed: bool,
+}
+
+struct Shared {
+    buffer: Mutex<Buffer>,
+    changed: Notify,
+    settled: Notify,
+    publisher: Publisher,
+    names: Names,
+    runtime: Handle,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Buffer> {
+        self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has_in_hand(&self, lane: Lane) -> bool {
+        self.lock().in_hand.get(&lane).is_some_and(|count| *count > 0)
+    }
+
+    fn is_settled(&self) -> bool {
+        self.lock().in_hand.values().all(|count| *count == 0)
+    }
+
+    fn let_go(&self, lane: Lane) {
+        let mut buffer = self.lock();
+        if let Some(count) = buffer.in_hand.get_mut(&lane) {
+            *count = count.saturating_sub(1);
+        }
+        if buffer.in_hand.values().all(|count| *count == 0) {
+            buffer.busy_since = None;
+            drop(buffer);
+            self.settled.notify_one();
+        }
+    }
+}
+
+/// One consumer of some lanes.
+pub(super) struct RabbitSubscription {
+    shared: Arc<Shared>,
+    left: CancellationToken,
+}
+
+impl RabbitSubscription {
+    pub(super) fn start(queue: &RabbitQueue, lanes: &[Lane], ahead: u16) -> Self {
+        let shared = Arc::new(Shared {
+            buffer: Mutex::default(),
+            changed: Notify::new(),
+            settled: Notify::new(),
+            publisher: queue.publisher.clone(),
+            names: queue.names.clone(),
+            runtime: queue.runtime.clone(),
+        });
+        let left = CancellationToken::new();
+        let supervisor = Supervisor {
+            shared: Arc::clone(&shared),
+            link: Arc::clone(&queue.consuming),
+            lanes: lanes.to_vec(),
+            ahead,
+            left: left.clone(),
+            closed: queue.closed.clone(),
+        };
+        queue.runtime.spawn(supervisor.run());
+        Self { shared, left }
+    }
+}
+
+impl Drop for RabbitSubscription {
+    fn drop(&mut self) {
+        self.left.cancel();
+    }
+}
+
+#[async_trait]
+impl Subscription for RabbitSubscription {
+    async fn next(&mut self) -> Option<Delivery> {
+        loop {
+            // Registered before the look: what comes in between wakes us.
+            let changed = self.shared.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let taken = {
+                let mut buffer = self.shared.lock();
+                if buffer.is_closed {
+                    return None;
+                }
+                let taken = buffer.arrived.pop_front();
+                if let Some((lane, _, _)) = &taken {
+                    *buffer.in_hand.entry(*lane).or_default() += 1;
+                    buffer.busy_since.get_or_insert_with(Instant::now);
+                }
+                taken
+            };
+            if let Some((lane, _, delivery)) = taken {
+                return Some(delivery_of(&self.shared, lane, delivery));
+            }
+            changed.await;
+        }
+    }
+}
+
+fn delivery_of(shared: &Arc<Shared>, lane: Lane, delivery: AmqpDelivery) -> Delivery {
+    let headers = delivery.properties.headers().as_ref().map(FieldTable::inner);
+    let header = |name: &str| headers.and_then(|headers| headers.get(name));
+    let trace = match header(TRACE_HEADER) {
+        Some(AMQPValue::LongString(text)) => Some(text.to_string()),
+        _ => None,
+    };
+    let returns = match header("x-delivery-count") {
+        Some(AMQPValue::LongLongInt(count)) => u32::try_from(*count).unwrap_or(0),
+        Some(AMQPValue::LongInt(count)) => u32::try_from(*count).unwrap_or(0),
+        _ => u32::from(delivery.redelivered),
+    };
+    let id = delivery.properties.message_id().as_ref().map(ToString::to_string);
+    let message = Message { id: id.unwrap_or_default(), body: delivery.data, trace };
+    let held = Held {
+        shared: Arc::clone(shared),
+        lane,
+        copy: message.clone(),
+        acker: delivery.acker,
+        is_settled: false,
+    };
+    Delivery::new(message, delivery.redelivered, returns, Box::new(held))
+}
+
+struct Held {
+    shared: Arc<Shared>,
+    lane: Lane,
+    copy: Message,
+    acker: Acker,
+    is_settled: bool,
+}
+
+#[async_trait]
+impl Settle for Held {
+    async fn ack(mut self: Box<Self>) -> Result<()> {
+        self.is_settled = true;
+        match self.acker.ack(BasicAckOptions::default()).await {
+            Ok(true) => Ok(()),
+            // Its channel is gone: the broker has given the message to somebody else.
+            Ok(false) => Ok(()),
+            Err(error) => Err(failed("acknowledge", &error)),
+        }
+    }
+
+    async fn give_back(mut self: Box<Self>) -> Result<()> {
+        // The copy first: a crash in between makes two of them, never none.
+        let exchange = self.shared.names.delay_exchange();
+        let copy = std::mem::take(&mut self.copy);
+        self.shared.publisher.publish(exchange, self.lane.as_str(), copy).await?;
+        self.ack().await
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.shared.let_go(self.lane);
+        if !self.is_settled {
+            let acker = self.acker.clone();
+            self.shared.runtime.spawn(async move {
+                let options = BasicNackOptions { requeue: true, ..Default::default() };
+                let _ = acker.nack(options).await;
+            });
+        }
+    }
+}
+
+/// Keeps the consumers of a subscription alive.
+struct Supervisor {
+    shared: Arc<Shared>,
+    link: Arc<Link>,
+    lanes: Vec<Lane>,
+    ahead: u16,
+    left: CancellationToken,
+    closed: CancellationToken,
+}
+
+/// A consumer of one lane.
+struct Arm {
+    channel: Channel,
+    number: u64,
+    pump: tokio::task::AbortHandle,
+}
+
+/// What a consumer tells its supervisor.
+enum Told {
+    /// A message, from the arm with this number.
+    Came(Lane, u64, Box<AmqpDelivery>),
+    /// The consumer ended, and why.
+    Ended(Lane, u64, String),
+}
+
+impl Supervisor {
+    async fn run(self) {
+        let (sender, mut told) = mpsc::unbounded_channel();
+        let mut arms: HashMap<Lane, Arm> = HashMap::new();
+        let mut pauses = Pauses::default();
+        let mut next_number = 0;
+        let mut heard_at = Instant::now();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let is_leaving = || self.left.is_cancelled() || self.closed.is_cancelled();
+        while !is_leaving() {
+            let is_busy = self.is_busy();
+            for lane in self.lanes.iter().filter(|_| !is_busy) {
+                if arms.contains_key(lane) {
+                    continue;
+                }
+                next_number += 1;
+                match self.open(*lane, next_number, &sender).await {
+                    Ok(arm) => {
+                        pauses.reset();
+                        heard_at = Instant::now();
+                        arms.insert(*lane, arm);
+                    }
+                    Err(error) => {
+                        tracing::debug!(%error, lane = lane.as_str(), "cannot consume yet");
+                        pauses.wait().await;
+                        break;
+                    }
+                }
+            }
+            tokio::select! {
+                Some(event) = told.recv() => {
+                    heard_at = Instant::now();
+                    self.take(event, &mut arms);
+                }
+                _ = tick.tick() => {
+                    if is_busy {
+                        self.leave_idle_lanes(&mut arms).await;
+                    }
+                }
+                () = self.shared.settled.notified() => {}
+                () = self.left.cancelled() => {}
+                () = self.closed.cancelled() => {}
+            }
+            if heard_at.elapsed() > SILENCE_MAX && !is_busy {
+                heard_at = Instant::now();
+                if let Err(error) = self.probe(&arms).await {
+                    tracing::warn!(%error, "consumers fell silent; they are made anew");
+                    self.close_all(&mut arms).await;
+                }
+            }
+        }
+        self.finish(arms).await;
+    }
+
+    fn is_busy(&self) -> bool {
+        let since = self.shared.lock().busy_since;
+        self.lanes.len() > 1 && since.is_some_and(|since| since.elapsed() > BUSY_AFTER)
+    }
+
+    async fn open(
+        &self,
+        lane: Lane,
+        number: u64,
+        sender: &mpsc::UnboundedSender<Told>,
+    ) -> Result<Arm> {
+        let channel = self.link.channel().await?;
+        let queue = self.shared.names.queue(lane);
+        let doing = format!("consume {queue}");
+        let asked = channel.basic_qos(self.ahead, BasicQosOptions::default()).await;
+        asked.map_err(|e| failed(&doing, &e))?;
+        let consumed = channel.basic_consume(
+            queue.as_str().into(),
+            "".into(),
+            BasicConsumeOptions::default(),
+            FieldTable::default(),
+        );
+        let mut consumer = match tokio::time::timeout(ASK_TIMEOUT, consumed).await {
+            Ok(Ok(consumer)) => consumer,
+            Ok(Err(error)) => {
+                if super::topology::is_missing(&error) {
+                    self.link.declare().await?;
+                }
+                return Err(failed(&doing, &error));
+            }
+            Err(_) => return Err(Error::new(Code::QueueFailed, "the broker does not answer")),
+        };
+        let sender = sender.clone();
+        let pump = tokio::spawn(async move {
+            let why = loop {
+                match consumer.next().await {
+                    Some(Ok(delivery)) => {
+                        let _ = sender.send(Told::Came(lane, number, Box::new(delivery)));
+                    }
+                    Some(Err(error)) => break error.to_string(),
+                    // The broker cancelled the consumer: its queue was deleted, or a timeout.
+                    None => break "the broker ended the consumer".to_owned(),
+                }
+            };
+            let _ = sender.send(Told::Ended(lane, number, why));
+        });
+        Ok(Arm { channel, number, pump: pump.abort_handle() })
+    }
+
+    fn take(&self, event: Told, arms: &mut HashMap<Lane, Arm>) {
+        let is_current =
+            |lane: &Lane, number: u64| arms.get(lane).is_some_and(|arm| arm.number == number);
+        match event {
+            Told::Came(lane, number, delivery) if is_current(&lane, number) => {
+                self.shared.lock().arrived.push_back((lane, number, *delivery));
+                self.shared.changed.notify_one();
+            }
+            // From a channel that was closed since: the broker has it again.
+            Told::Came(..) => {}
+            Told::Ended(lane, number, why) if is_current(&lane, number) => {
+                tracing::debug!(lane = lane.as_str(), why, "a consumer ended; it is made anew");
+                self.forget(lane);
+                if let Some(arm) = arms.remove(&lane) {
+                    // Open or not: a message in hand was given back by the broker, or stays with us.
+                    let has_in_hand = self.shared.has_in_hand(lane);
+                    tokio::spawn(close(arm, has_in_hand.then(|| Arc::clone(&self.shared))));
+                }
+            }
+            Told::Ended(..) => {}
+        }
+    }
+
+    /// Drops what arrived on a lane and nobody took.
+    fn forget(&self, lane: Lane) {
+        self.shared.lock().arrived.retain(|(of, _, _)| *of != lane);
+    }
+
+    /// Closes the channels of lanes that nothing is in hand of.
+    async fn leave_idle_lanes(&self, arms: &mut HashMap<Lane, Arm>) {
+        for lane in &self.lanes {
+            if self.shared.has_in_hand(*lane) {
+                continue;
+            }
+            if let Some(arm) = arms.remove(lane) {
+                self.forget(*lane);
+                close(arm, None).await;
+            }
+        }
+    }
+
+    async fn close_all(&self, arms: &mut HashMap<Lane, Arm>) {
+        for (lane, arm) in arms.drain() {
+            self.forget(lane);
+            close(arm, None).await;
+        }
+    }
+
+    /// The broker answers, and holds nothing that we should have been given.
+    async fn probe(&self, arms: &HashMap<Lane, Arm>) -> Result<()> {
+        use lapin::options::QueueDeclareOptions;
+        for (lane, arm) in arms {
+            let queue = self.shared.names.queue(*lane);
+            let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+            let asked =
+                arm.channel.queue_declare(queue.as_str().into(), passive, FieldTable::default());
+            let found = tokio::time::timeout(ASK_TIMEOUT, asked).await;
+            let found = found
+                .map_err(|_| Error::new(Code::QueueFailed, "the broker does not answer"))?
+                .map_err(|e| failed("look at a queue", &e))?;
+            // The results' queue serves one consumer at a time: messages may wait for that one.
+            let is_idle = !self.shared.has_in_hand(*lane) && *lane != Lane::Results;
+            if is_idle && found.message_count() > 0 && self.shared.lock().arrived.is_empty() {
+                let text = format!("{} message(s) wait in {queue}", found.message_count());
+                return Err(Error::new(Code::QueueFailed, text));
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves: idle channels at once, the others when their messages are settled.
+    async fn finish(&self, mut arms: HashMap<Lane, Arm>) {
+        self.leave_idle_lanes(&mut arms).await;
+        self.shared.lock().is_closed = true;
+        self.shared.changed.notify_waiters();
+        self.shared.changed.notify_one();
+        for (lane, arm) in arms {
+            self.forget(lane);
+            close(arm, Some(Arc::clone(&self.shared))).await;
+        }
+    }
+}
+
+/// Closes a channel; with `until`, after everything in hand is settled.
+async fn close(arm: Arm, until: Option<Arc<Shared>>) {
+    if let Some(shared) = until {
+        while !shared.is_settled() {
+            tokio::time::sleep(TICK).await;
+        }
+    }
+    let _ = arm.channel.close(200, "left".into()).await;
+    arm.pump.abort();
+}

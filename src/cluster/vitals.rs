@@ -1,0 +1,104 @@
+//! How this process is: processor, memory, disk. Sent as a heartbeat every few seconds.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use alluvium_protocol::heartbeat::Heartbeat;
+use alluvium_protocol::lease::redis::RedisLeases;
+use alluvium_worker::slots::Duty;
+use chrono::{DateTime, Utc};
+use sysinfo::{Pid, ProcessRefreshKind, ProcessesToUpdate, System};
+use tokio::runtime::Handle;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{host, process_name};
+
+/// Pause between two heartbeats.
+const BEAT_EVERY: Duration = Duration::from_secs(2);
+/// Without a word for so long a process counts as gone.
+const BEAT_TTL: Duration = Duration::from_secs(10);
+
+/// What a worker may use up before it rests.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Free disk, bytes.
+    pub(crate) disk_free: u64,
+    /// Free memory of the machine, bytes.
+    pub(crate) memory_free: u64,
+}
+
+/// A process that tells how it is.
+pub(crate) struct Vitals {
+    pub(crate) role: &'static str,
+    pub(crate) leases: RedisLeases,
+    pub(crate) slots: usize,
+    pub(crate) duty: Arc<Duty>,
+    pub(crate) limits: Option<Limits>,
+    pub(crate) started_at: DateTime<Utc>,
+}
+
+impl Vitals {
+    /// Begins; dropping the handle ends it.
+    pub(crate) fn start(self, links: &Handle) -> AbortOnDropHandle<()> {
+        AbortOnDropHandle::new(links.spawn(self.run()))
+    }
+
+    async fn run(self) {
+        let mut system = System::new();
+        loop {
+            let heartbeat = self.look(&mut system);
+            if let Some(limits) = self.limits {
+                self.duty.rest(reason_to_rest(&heartbeat, &system, limits));
+            }
+            // Nobody hears it: nothing is lost.
+            if let Err(error) = self.leases.beat(&heartbeat, BEAT_TTL).await {
+                tracing::debug!(%error, "a heartbeat was not sent");
+            }
+            tokio::time::sleep(BEAT_EVERY).await;
+        }
+    }
+
+    fn look(&self, system: &mut System) -> Heartbeat {
+        let pid = Pid::from_u32(std::process::id());
+        let what = ProcessRefreshKind::nothing().with_cpu().with_memory();
+        system.refresh_processes_specifics(ProcessesToUpdate::Some(&[pid]), false, what);
+        system.refresh_memory();
+        let process = system.process(pid);
+        let is_draining = self.duty.draining.is_cancelled();
+        let draining = is_draining.then(|| "it drains".to_owned());
+        Heartbeat {
+            name: process_name(),
+            role: self.role.to_owned(),
+            host: host(),
+            process: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started_at: self.started_at,
+            at: Utc::now(),
+            slots: self.slots,
+            resting: draining.or_else(|| self.duty.resting()),
+            tasks: self.duty.tasks(),
+            cpu: process.map_or(0.0, |process| f64::from(process.cpu_usage()) / 100.0),
+            memory_bytes: process.map_or(0, sysinfo::Process::memory),
+            disk_free_bytes: disk_free(&std::env::temp_dir()),
+        }
+    }
+}
+
+/// Where sorts spill to; nothing can be said: plenty.
+fn disk_free(folder: &PathBuf) -> u64 {
+    rustix::fs::statvfs(folder).map_or(u64::MAX, |disk| disk.f_bavail * disk.f_frsize)
+}
+
+fn reason_to_rest(heartbeat: &Heartbeat, system: &System, limits: Limits) -> Option<String> {
+    let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
+    if heartbeat.disk_free_bytes < limits.disk_free {
+        let (free, least) = (mib(heartbeat.disk_free_bytes), mib(limits.disk_free));
+        return Some(format!("{free} of disk are free, worker.disk_free is {least}"));
+    }
+    let free = system.available_memory();
+    // Zero: the system does not say.
+    (free > 0 && free < limits.memory_free).then(|| {
+        format!("{} of memory are free, a task may use {}", mib(free), mib(limits.memory_free))
+    })
+}

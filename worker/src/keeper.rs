@@ -1,0 +1,86 @@
+//! Keeps a task's lease while the task runs, on a runtime of its own.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use alluvium_protocol::lease::{Claim, Leases};
+use alluvium_protocol::trace::{self, Part};
+use chrono::Utc;
+use opentelemetry::trace::SpanContext;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
+
+use crate::slots::LEASE_TTL;
+
+/// Three renewals fit into a lease's life: one may be lost, one late.
+const RENEW_EVERY: Duration = Duration::from_secs(5);
+/// A long task leaves a span so often: a killed worker's trace then tells how far it came.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
+
+/// Renews one lease.
+pub(crate) struct Keeper {
+    pub(crate) leases: Arc<dyn Leases>,
+    pub(crate) task: Uuid,
+    pub(crate) owner: String,
+    /// `None`: the lease could not be had so far.
+    pub(crate) fence: Option<u64>,
+    /// Cancelled when somebody else has the lease.
+    pub(crate) lost: CancellationToken,
+    pub(crate) span: SpanContext,
+}
+
+impl Keeper {
+    /// Begins; dropping the handle ends it.
+    pub(crate) fn start(self, runtime: &Handle) -> AbortOnDropHandle<()> {
+        AbortOnDropHandle::new(runtime.spawn(self.run()))
+    }
+
+    async fn run(mut self) {
+        let mut checkpoint = (Instant::now(), Utc::now());
+        loop {
+            tokio::time::sleep(RENEW_EVERY).await;
+            if !self.renew().await {
+                self.lost.cancel();
+                return;
+            }
+            if checkpoint.0.elapsed() >= CHECKPOINT_EVERY && self.span.is_valid() {
+                let now = Utc::now();
+                trace::below(&self.span, Part::new("checkpoint", checkpoint.1, now));
+                checkpoint = (Instant::now(), now);
+            }
+        }
+    }
+
+    /// False: somebody else has the lease.
+    async fn renew(&mut self) -> bool {
+        if let Some(fence) = self.fence {
+            match self.leases.renew(self.task, &self.owner, fence, LEASE_TTL).await {
+                Ok(true) => return true,
+                Ok(false) => {}
+                // The lease only saves work: go on without it.
+                Err(error) => {
+                    tracing::warn!(%error, task = %self.task, "could not renew a lease");
+                    return true;
+                }
+            }
+        }
+        // Run out, forgotten by a Redis that was emptied, taken over, or never had.
+        match self.leases.claim(self.task, &self.owner, LEASE_TTL, false).await {
+            Ok(Claim::Held { fence, .. }) => {
+                self.fence = Some(fence);
+                true
+            }
+            Ok(Claim::Taken { owner, .. }) => {
+                tracing::warn!(task = %self.task, owner, "lost a lease; stops at a safe point");
+                // It counted as a death of ours, and we live.
+                if let Err(error) = self.leases.survived(self.task).await {
+                    tracing::debug!(%error, "could not say that this worker lives");
+                }
+                false
+            }
+            Err(_) => true,
+        }
+    }
+}
