@@ -15,7 +15,7 @@ use alluvium_protocol::queue::{Lane, Queue};
 use alluvium_protocol::retry::{CRASHES_MAX, Limits};
 use alluvium_protocol::{Error, Pipeline, Result};
 use alluvium_worker::Workshop;
-use alluvium_worker::slots::{Duty, Worker};
+use alluvium_worker::slots::{Duty, Orders, Worker};
 use alluvium_worker::tables::Tables;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -61,11 +61,11 @@ pub(crate) async fn run(
         // One process: what starves renewals starves the work, too.
         keeping: tokio::runtime::Handle::current(),
         lanes: Lane::TASKS.to_vec(),
-        duty: Arc::new(Duty {
+        duty: Arc::new(Duty::under(Orders {
             draining: stopping.clone(),
             stopping: stopping.clone(),
-            ..Duty::default()
-        }),
+            ..Orders::default()
+        })),
     };
     let mut slots = tokio::spawn(worker.run(config.slots));
     let settings = Settings {

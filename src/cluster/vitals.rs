@@ -65,7 +65,7 @@ impl Vitals {
         system.refresh_processes_specifics(ProcessesToUpdate::Some(&[pid]), false, what);
         system.refresh_memory();
         let process = system.process(pid);
-        let is_draining = self.duty.draining.is_cancelled();
+        let is_draining = self.duty.orders.draining.is_cancelled();
         let draining = is_draining.then(|| "it drains".to_owned());
         Heartbeat {
             name: process_name(),

@@ -8,10 +8,9 @@ use alluvium_protocol::clock::{ClockRef, SystemClock};
 use alluvium_protocol::queue::{Lane, Queue};
 use alluvium_protocol::{Error, Result};
 use alluvium_worker::Workshop;
-use alluvium_worker::slots::{Duty, Worker};
+use alluvium_worker::slots::{Duty, Orders, Worker};
 use alluvium_worker::tables::Tables;
 use chrono::Utc;
-use tokio_util::sync::CancellationToken;
 
 use super::vitals::{Limits, Vitals};
 use super::{Services, check_storage, required};
@@ -29,14 +28,12 @@ pub(crate) async fn run(file: Option<&Path>, arguments: &WorkerArguments) -> Res
     let services = Services::of(required(&config)?, "worker")?;
     check_storage(&config).await?;
     let slots = arguments.slots.map_or(config.slots, usize::from);
-    let duty = Arc::new(Duty {
-        draining: CancellationToken::new(),
-        stopping: CancellationToken::new(),
+    let duty = Arc::new(Duty::under(Orders {
         tasks_max: arguments.max_tasks.and_then(|most| usize::try_from(most).ok()),
         idle_max: arguments.exit_when_idle.map(Duration::from_secs),
-        ..Duty::default()
-    });
-    on_signals(duty.draining.clone())?;
+        ..Orders::default()
+    }));
+    on_signals(duty.orders.draining.clone())?;
     let memory = config.pipelines.iter().map(|p| p.sizes.memory_bytes).max().unwrap_or(0);
     let limits = Limits { disk_free: config.disk_free, memory_free: memory as u64 };
     let vitals = Vitals {
@@ -80,9 +77,9 @@ pub(crate) async fn run(file: Option<&Path>, arguments: &WorkerArguments) -> Res
 
 /// Ends when a drain took too long: after the grace period tasks go back at their next safe point.
 async fn expired(duty: &Duty, grace: Duration) {
-    duty.draining.cancelled().await;
+    duty.orders.draining.cancelled().await;
     tokio::time::sleep(grace).await;
-    duty.stopping.cancel();
+    duty.orders.stopping.cancel();
     tokio::time::sleep(STOP_PATIENCE).await;
 }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
+use alluvium_protocol::queue::Queue;
 use alluvium_protocol::queue::rabbit::hello;
 use alluvium_protocol::{Error, Pipeline, Result};
 use alluvium_table::Table;

@@ -36,6 +36,13 @@ pub struct StorageOptions {
     pub options: HashMap<String, String>,
 }
 
+impl std::fmt::Debug for StorageOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The options hold secrets.
+        f.debug_struct("StorageOptions").field("prefix", &self.prefix).finish_non_exhaustive()
+    }
+}
+
 /// The name of an option that a storage here understands.
 pub fn is_option(name: &str) -> bool {
     use object_store::ClientConfigKey;

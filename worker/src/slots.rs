@@ -57,9 +57,9 @@ pub struct Worker {
     pub duty: Arc<Duty>,
 }
 
-/// What a worker's slots share about their work.
-#[derive(Default)]
-pub struct Duty {
+/// How long a worker is to work.
+#[derive(Clone, Debug, Default)]
+pub struct Orders {
     /// Take no more tasks; those in hand may end.
     pub draining: CancellationToken,
     /// Tasks in hand end at their next safe point and go back.
@@ -68,12 +68,24 @@ pub struct Duty {
     pub tasks_max: Option<usize>,
     /// Drain after so long without a task.
     pub idle_max: Option<Duration>,
+}
+
+/// What a worker's slots share about their work.
+#[derive(Default)]
+pub struct Duty {
+    /// How long to work.
+    pub orders: Orders,
     begun: AtomicUsize,
     in_hand: Mutex<HashMap<usize, InHand>>,
     resting: Mutex<Option<String>>,
 }
 
 impl Duty {
+    /// A duty under these orders.
+    pub fn under(orders: Orders) -> Self {
+        Self { orders, ..Self::default() }
+    }
+
     /// Tasks in hand.
     pub fn tasks(&self) -> Vec<InHand> {
         let in_hand = self.in_hand.lock().unwrap_or_else(PoisonError::into_inner);
@@ -101,9 +113,9 @@ impl Duty {
     /// One more task may begin.
     fn begin(&self) -> bool {
         let begun = self.begun.fetch_add(1, Ordering::SeqCst) + 1;
-        match self.tasks_max {
+        match self.orders.tasks_max {
             Some(most) if begun >= most => {
-                self.draining.cancel();
+                self.orders.draining.cancel();
                 begun == most
             }
             _ => true,
@@ -138,12 +150,12 @@ impl Worker {
     }
 
     async fn run_slot(&self, slot: usize) {
-        while !self.duty.draining.is_cancelled() {
+        while !self.duty.orders.draining.is_cancelled() {
             if self.duty.resting().is_some() {
                 // Unsubscribed: tasks go to others meanwhile.
                 tokio::select! {
                     () = tokio::time::sleep(REST) => {}
-                    () = self.duty.draining.cancelled() => {}
+                    () = self.duty.orders.draining.cancelled() => {}
                 }
                 continue;
             }
@@ -158,19 +170,19 @@ impl Worker {
         let mut subscription = self.queue.subscribe(&self.lanes, 1);
         loop {
             let idle = async {
-                match self.duty.idle_max {
+                match self.duty.orders.idle_max {
                     Some(most) => tokio::time::sleep(most).await,
                     None => std::future::pending().await,
                 }
             };
             let delivery = tokio::select! {
                 biased;
-                () = self.duty.draining.cancelled() => return None,
+                () = self.duty.orders.draining.cancelled() => return None,
                 delivery = subscription.next() => delivery?,
                 () = idle => {
                     // Others may be at work on what makes the next tasks.
                     if self.duty.tasks().is_empty() {
-                        self.duty.draining.cancel();
+                        self.duty.orders.draining.cancel();
                     }
                     continue;
                 }
@@ -253,7 +265,7 @@ impl Worker {
     /// Executes with the lease renewed beside it.
     async fn execute(&self, attempt: &Attempt) -> Verdict {
         let permit =
-            Permit { stopping: self.duty.stopping.clone(), lease_lost: CancellationToken::new() };
+            Permit { stopping: self.duty.orders.stopping.clone(), lease_lost: CancellationToken::new() };
         let keeper = Keeper {
             leases: Arc::clone(&self.leases),
             task: attempt.task.id,
@@ -300,7 +312,7 @@ impl Worker {
         }
         match self.queue.publish(Lane::Results, message).await {
             // Nobody listens any more; the next process finds the marker.
-            Err(_) if self.duty.stopping.is_cancelled() => return Ok(()),
+            Err(_) if self.duty.orders.stopping.is_cancelled() => return Ok(()),
             published => published?,
         }
         if let Err(error) = crash::point("result.after_publish") {

@@ -51,10 +51,12 @@ impl SourceFile {
     pub async fn open_all(source: &str, manifest: &Manifest) -> Result<Vec<Self>> {
         let store = object_store_at(source)?;
         let bytes: u64 = manifest.objects.iter().map(|object| object.size).sum();
-        let opening = manifest
-            .objects
-            .iter()
-            .map(|object| Self::open(&store, &manifest.folder, object, bytes <= WHOLE_BYTES_MAX));
+        let folder = &manifest.folder;
+        let is_small = bytes <= WHOLE_BYTES_MAX;
+        let mut opening = Vec::with_capacity(manifest.objects.len());
+        for object in &manifest.objects {
+            opening.push(Self::open(&store, folder, object, is_small).boxed());
+        }
         futures::stream::iter(opening).buffered(OPEN_AT_ONCE).try_collect().await
     }
 
