@@ -213,6 +213,16 @@ pub(crate) enum Verb {
         #[command(subcommand)]
         verb: AuditVerb,
     },
+    /// Measure the path of tasks through the queue, for scripts/bench
+    #[command(hide = true)]
+    BenchQueue {
+        /// Tasks in the measurement of throughput
+        #[arg(long, default_value_t = 20_000)]
+        tasks: usize,
+        /// Tasks one at a time
+        #[arg(long, default_value_t = 500)]
+        samples: usize,
+    },
     /// The names of all crash points, for tests
     #[command(hide = true)]
     CrashPoints,

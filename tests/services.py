@@ -31,10 +31,8 @@ import pika
 import redis
 from botocore.config import Config
 
-READY_SECONDS = 60
-STOP_SECONDS = 30
-DEFAULT_PORTS = {"amqp": 5672, "amqps": 5671, "redis": 6379, "rediss": 6379,
-                 "http": 80, "https": 443}
+READY_SECONDS, STOP_SECONDS = 60, 30
+DEFAULT_PORTS = {"amqp": 5672, "amqps": 5671, "redis": 6379, "http": 80, "https": 443}
 
 # A process between us and a server. Its standard input ends when we do, even by SIGKILL: then it
 # kills the server and removes its folder. PR_SET_PDEATHSIG is set here, not by us, as it strikes
@@ -42,9 +40,8 @@ DEFAULT_PORTS = {"amqp": 5672, "amqps": 5671, "redis": 6379, "rediss": 6379,
 GUARD = """
 import ctypes, os, shutil, signal, subprocess, sys, threading
 folder, *command = sys.argv[1:]
-die_with_guard = lambda: sys.platform == "linux" and ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-nothing = subprocess.DEVNULL
-child = subprocess.Popen(command, stdin=nothing, stdout=sys.stderr, preexec_fn=die_with_guard)
+die = lambda: sys.platform == "linux" and ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, preexec_fn=die)
 print(child.pid, flush=True)
 orphaned = threading.Event()
 def watch():
@@ -163,9 +160,7 @@ class Server:
 
 
 class NodeNames(Server):
-    """Erlang's name server, of one broker: a shared one would be a daemon that outlives us."""
-
-    name = "epmd"
+    name = "epmd"  # Erlang's, for one broker: a shared one would be a daemon that outlives us
     url_form = "epmd://127.0.0.1:{port}"
     question = b"\0\1n"
 
@@ -215,6 +210,15 @@ class RabbitMQ(Server):
         super().close()
         self.names.close()
 
+    def settle(self, quorum_queue: str) -> None:
+        """Waits until a kill does not break a new queue: its name is on disk only after a second,
+        and a broker that does not find it there starts an empty queue that never gets a leader."""
+        path = self.folder / "data" / self.node / "quorum" / self.node / "names.dets"
+        deadline = time.monotonic() + READY_SECONDS
+        while quorum_queue.encode() not in path.read_bytes():
+            assert time.monotonic() < deadline, f"{quorum_queue} is no quorum queue"
+            time.sleep(0.05)
+
     def ctl(self, *arguments: str) -> str:
         """rabbitmqctl; takes about a second."""
         if self.given:
@@ -238,7 +242,8 @@ class RabbitMQ(Server):
                 channel.queue_delete(name)
 
     def queue_depth(self, name: str) -> int | None:
-        """Messages ready for a consumer (not those a consumer holds); None without the queue."""
+        """Messages ready for a consumer (not those a consumer holds); None without the queue. A
+        quorum queue shows 0 for a moment after a restart, until it has elected its leader."""
         with self.connection() as connection, suppress(pika.exceptions.ChannelClosedByBroker):
             return connection.channel().queue_declare(name, passive=True).method.message_count
         return None
@@ -313,13 +318,8 @@ class Services:
     def moto(self) -> Moto:
         return self._start(Moto())
 
-    @property
-    def amqp(self) -> str:
-        return self.rabbitmq.url
-
-    @property
-    def s3(self) -> str:
-        return self.moto.url
+    amqp = property(lambda self: self.rabbitmq.url)
+    s3 = property(lambda self: self.moto.url)
 
     def heal(self) -> None:
         """Starts again what was started once and is down: one test's kill is not the next's."""

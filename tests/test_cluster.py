@@ -265,7 +265,7 @@ def test_redis_killed_and_started_again(make, tmp_path: Path):
 
 def test_s3_refusing_for_twenty_seconds(make, services: Services):
     services.moto.start()
-    proxy = S3Proxy(services.moto.url)
+    proxy = S3Proxy(services.moto.url).start()
     try:
         cluster = make("s3", endpoint=proxy.url)
 
@@ -282,10 +282,10 @@ def test_s3_refusing_for_twenty_seconds(make, services: Services):
 
 def test_a_commit_whose_reply_is_lost_lands_once(make, services: Services):
     services.moto.start()
-    proxy = S3Proxy(services.moto.url)
+    proxy = S3Proxy(services.moto.url).start()
     try:
         cluster = make("s3", endpoint=proxy.url)
-        proxy.set(drop_reply={"method": "PUT", "contains": "_delta_log/", "count": 6})
+        proxy.drop_reply("PUT", "_delta_log/", 6)
         epochs = deliver_some(cluster)
         cluster.worker()
         cluster.coordinator()

@@ -20,6 +20,21 @@ from s3_proxy import S3Proxy
 from services import Moto, Redis, Services
 
 BUCKET = "tools"
+VARIABLES = ["ALLUVIUM_TEST_AMQP", "ALLUVIUM_TEST_REDIS", "ALLUVIUM_TEST_S3"]
+
+
+@pytest.fixture(scope="module")
+def services(services: Services) -> Iterator[Services]:
+    """Private ones, even if the environment gives others: here they are killed."""
+    if not any(os.environ.get(variable) for variable in VARIABLES):
+        yield services
+        return
+    with pytest.MonkeyPatch.context() as environment:
+        for variable in VARIABLES:
+            environment.delenv(variable, raising=False)
+        private = Services()
+        yield private
+        private.stop()
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +90,7 @@ def publish(services: Services, queue: str, body: bytes) -> None:
 def test_a_killed_broker_keeps_its_messages_and_its_port(services: Services) -> None:
     broker = services.rabbitmq
     publish(services, "kept", b"still here")
+    broker.settle("kept")
     url, killed = services.amqp, broker.pid
     broker.kill()
     assert not broker.running() and not broker.ready() and not alive(killed)
@@ -130,15 +146,17 @@ def test_a_given_server_is_not_ours_to_end(
     other.stop()
     assert services.redis.running()
     monkeypatch.setenv("ALLUVIUM_TEST_REDIS", "redis://127.0.0.1:1/0")
+    absent = Services()
     with pytest.raises(RuntimeError, match="does not answer at redis://127.0.0.1:1/0"):
-        Redis().start()
+        absent.redis.client()
+    absent.stop()
 
 
 def test_a_server_that_cannot_start_says_why(services: Services) -> None:
     second = Redis()
     second.address = services.redis.address
+    second.ready = lambda: False  # else the first one answers for it
     with pytest.raises(RuntimeError, match="Address already in use"):
-        second.ready = lambda: False
         second.start()
     second.close()
 

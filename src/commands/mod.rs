@@ -1,6 +1,7 @@
 //! The verbs, one file each (small ones share).
 
 mod act;
+mod bench_queue;
 mod configuration;
 mod demo;
 mod doctor;
@@ -65,6 +66,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
         Verb::Audit { verb: AuditVerb::List { output } } => {
             history::audit(file, output.output).await
         }
+        Verb::BenchQueue { tasks, samples } => bench_queue::bench_queue(file, tasks, samples).await,
         Verb::CrashPoints => {
             printer::data(&crash::POINTS.join("\n"));
             Ok(Exit::Ok)

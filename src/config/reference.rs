@@ -3,6 +3,18 @@
 
 use super::settings::{SETTINGS, Setting};
 
+/// Options are object_store's own, too many to list: the ones that people need, as a sample.
+const STORAGE: &str = r#"
+# [storage]
+# Options of object storage, for all locations; without it the AWS_* variables and the usual places
+# of credentials count. `[[storage]]` with `prefix = "s3://other/"` sets them for some locations.
+# aws_endpoint_url = "http://127.0.0.1:9000"   # a server other than AWS
+# aws_region = "us-east-1"
+# aws_access_key_id = "${S3_KEY}"
+# aws_secret_access_key = "${S3_SECRET}"
+# retry_timeout = "60s"   # how long one request is repeated
+"#;
+
 /// The reference, as TOML with comments.
 pub(crate) fn reference() -> String {
     let mut text = String::from(
@@ -14,6 +26,9 @@ pub(crate) fn reference() -> String {
     for setting in SETTINGS {
         let (prefix, key) = split(setting);
         if prefix != section {
+            if prefix.starts_with("pipeline.") {
+                text.push_str(STORAGE);
+            }
             text.push_str(&format!("\n[{prefix}]\n"));
             section = prefix;
         }

@@ -61,17 +61,17 @@ settings! {
         "Tasks that one process works on at a time.";
     "worker.memory", Kind::Size, Some(r#""512MiB""#), "", r#""1GiB""#,
         "Working memory of one task; sorts spill to disk beyond it.";
-    "run.poll", Kind::Duration, Some(r#""10s""#), "", r#""60s""#,
-        "Pause between two listings of a source.";
-    "run.attempts", Kind::Number(1, 100), Some("3"), "", "5",
-        "Attempts of a task that fails for a passing reason, before its epoch is blocked.";
     "worker.grace", Kind::Duration, Some(r#""60s""#), "", r#""5m""#,
         "How long a stopping worker may finish the tasks in hand before it gives them back.";
     "worker.disk_free", Kind::Size, Some(r#""256MiB""#), "", r#""5GiB""#,
         "A worker with less free disk for spilling takes no new task until there is more.";
-    "cluster.amqp", Kind::Secret, None, "embedded: `alluvium run` does it all", r#""amqp://${AMQP_USER}:${AMQP_PASSWORD}@127.0.0.1:5672/%2f""#,
+    "run.poll", Kind::Duration, Some(r#""10s""#), "", r#""60s""#,
+        "Pause between two listings of a source.";
+    "run.attempts", Kind::Number(1, 100), Some("3"), "", "5",
+        "Attempts of a task that fails for a passing reason, before its epoch is blocked.";
+    "cluster.amqp", Kind::Secret, None, "no cluster: `alluvium run` does it all", r#""amqp://${AMQP_USER}:${AMQP_PASSWORD}@127.0.0.1:5672/%2f""#,
         "RabbitMQ. Setting it and `redis` makes a cluster: `alluvium coordinator`, `alluvium worker`.";
-    "cluster.redis", Kind::Secret, None, "embedded", r#""redis://127.0.0.1:6379/0""#,
+    "cluster.redis", Kind::Secret, None, "no cluster", r#""redis://127.0.0.1:6379/0""#,
         "Redis, for leases and heartbeats.";
     "cluster.name", Kind::Text, Some(r#""alluvium""#), "", r#""alluvium_test""#,
         "Begins the names of queues and Redis keys; clusters that share a broker need different ones.";
@@ -79,7 +79,7 @@ settings! {
         "Where the coordinator's HTTP API listens.";
     "cluster.api", Kind::Text, None, "`listen`", r#""http://coordinator:8460""#,
         "Where `status`, `retry` and the other verbs find the coordinator.";
-    "cluster.token", Kind::Secret, None, "changes over HTTP from this machine only", r#""${ALLUVIUM_TOKEN}""#,
+    "cluster.token", Kind::Secret, None, "whoever reaches `listen` may; that must be this machine only", r#""${ALLUVIUM_TOKEN}""#,
         "Whoever changes something over HTTP must show it.";
     "telemetry.otlp", Kind::Text, None, "OTEL_EXPORTER_OTLP_ENDPOINT, or no traces", r#""http://127.0.0.1:4317""#,
         "Where traces go, as OTLP over gRPC.";

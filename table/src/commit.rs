@@ -19,6 +19,7 @@ use deltalake::kernel::transaction::{CommitData, CommitProperties};
 use deltalake::kernel::{Action, Add, Remove, StructField, Transaction};
 use deltalake::logstore::CommitOrBytes;
 use deltalake::protocol::{DeltaOperation, MergePredicate, SaveMode};
+use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::classify::foreign;
@@ -97,7 +98,14 @@ impl Table {
         ];
         let data = CommitData::new(actions, operation, info.into(), transactions);
         let entry = data.get_bytes().map_err(|e| foreign(self.committing(), &e))?;
-        match self.put_entry(entry).await {
+        let span = tracing::info_span!(
+            target: "alluvium::task",
+            "delta.commit",
+            delta.table = self.uri,
+            delta.version = self.version() + 1,
+            bytes = entry.len(),
+        );
+        match self.put_entry(entry).instrument(span).await {
             Ok(version) => {
                 self.snapshot = self.snapshot_at(Some(version)).await?;
                 self.transactions.landed(version, &change.markers, now);

@@ -11,6 +11,7 @@ use deltalake::parquet::basic::{Compression, ZstdLevel};
 use deltalake::parquet::file::properties::WriterProperties;
 use deltalake::table::config::TablePropertiesExt;
 use futures::StreamExt;
+use tracing::Instrument;
 
 use crate::classify::foreign;
 use crate::{Table, schema};
@@ -56,7 +57,13 @@ impl FileWriter {
     }
 
     /// Writes a whole stream. On an error what was begun is taken back.
-    pub async fn write_all(mut self, mut stream: SendableRecordBatchStream) -> Result<Written> {
+    pub async fn write_all(self, stream: SendableRecordBatchStream) -> Result<Written> {
+        let span =
+            tracing::info_span!(target: "alluvium::task", "delta.write", delta.table = self.uri);
+        self.write_stream(stream).instrument(span).await
+    }
+
+    async fn write_stream(mut self, mut stream: SendableRecordBatchStream) -> Result<Written> {
         while let Some(batch) = stream.next().await {
             match batch {
                 // A writer that failed cannot be asked anything more, not even to give up.

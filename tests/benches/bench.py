@@ -2,6 +2,8 @@
 
     drain    N waiting epochs, Alluvium beside a hand-written loop of delta-rs MERGE
     growth   the time of one more epoch after 10, 100 and 1,000 earlier ones
+    queue    no-op tasks through the whole path, beside Celery on the same broker
+    scale    1, 2 and 4 workers with a slow S3, over many pipelines and over one
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 from deltalake import DeltaTable
 
 from lake_of_samples import SampleLake
+from of_clusters import queue, scale
 
 STEPS = """
     SELECT median(CASE WHEN step = 'ingest' THEN duration_ms END) AS ingest,
@@ -84,15 +87,21 @@ def main() -> None:
     """Parses the command line and runs one benchmark."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", choices=["drain", "growth"])
+    parser.add_argument("what", choices=["drain", "growth", "queue", "scale"])
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--tasks", type=int, default=20_000)
+    parser.add_argument("--celery-tasks", type=int, default=3_000)
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--latency", type=int, default=30)
+    parser.add_argument("--pipelines", type=int, default=8)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--earlier", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--binary", default=os.environ.get("ALLUVIUM_BINARY", "alluvium"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="alluvium-bench-") as folder:
-        {"drain": drain, "growth": growth}[arguments.what](arguments, Path(folder))
+        {"drain": drain, "growth": growth, "queue": queue, "scale": scale}[arguments.what](arguments, Path(folder))
 
 
 if __name__ == "__main__":

@@ -264,8 +264,10 @@ impl Worker {
 
     /// Executes with the lease renewed beside it.
     async fn execute(&self, attempt: &Attempt) -> Verdict {
-        let permit =
-            Permit { stopping: self.duty.orders.stopping.clone(), lease_lost: CancellationToken::new() };
+        let permit = Permit {
+            stopping: self.duty.orders.stopping.clone(),
+            lease_lost: CancellationToken::new(),
+        };
         let keeper = Keeper {
             leases: Arc::clone(&self.leases),
             task: attempt.task.id,

@@ -23,6 +23,7 @@ use object_store::{
     GetOptions, GetRange, OBJECT_STORE_COALESCE_DEFAULT, ObjectStore, coalesce_ranges, path::Path,
 };
 use tokio::sync::OnceCell;
+use tracing::Instrument;
 
 /// Rows decoded at a time.
 const BATCH_ROWS: usize = 8192;
@@ -57,7 +58,11 @@ impl SourceFile {
         for object in &manifest.objects {
             opening.push(Self::open(&store, folder, object, is_small).boxed());
         }
-        futures::stream::iter(opening).buffered(OPEN_AT_ONCE).try_collect().await
+        let span = tracing::info_span!(
+            target: "alluvium::task", "source.open", files = manifest.objects.len(), bytes
+        );
+        let opened = futures::stream::iter(opening).buffered(OPEN_AT_ONCE).try_collect();
+        opened.instrument(span).await
     }
 
     async fn open(store: &StoreRef, folder: &str, object: &Object, is_small: bool) -> Result<Self> {

@@ -1,0 +1,135 @@
+"""Benchmarks of the cluster: what the queue costs, and what more workers bring.
+
+Owns: the servers, the processes, the figures. Never: asserts a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("ALLUVIUM_BINARY", "alluvium")
+
+from cluster import Cluster  # noqa: E402
+from s3_proxy import S3Proxy  # noqa: E402
+from services import Services  # noqa: E402
+
+CELERY = Path(__file__).with_name("celery_side.py")
+# Enough to hide the broker's confirmations; each waits for a message, not for a processor.
+QUEUE_SLOTS = 48
+
+
+def queue(arguments: argparse.Namespace, folder: Path) -> None:
+    """Alternates both sides on one broker; medians of the rounds, and their ratio."""
+    print(
+        "workload: no-op tasks of about 1.5 KB, quorum queues, publish with confirm, claim a lease, run, "
+        "result, acknowledge\n"
+        f"alluvium: one worker of {QUEUE_SLOTS} slots, {arguments.tasks} tasks; publishes are confirmed 256 at a time\n"
+        f"Celery: 2 processes, acks late, Redis results, confirmed publishes, {arguments.celery_tasks} tasks"
+    )
+    services = Services()
+    ours, theirs = [], []
+    try:
+        for number in range(arguments.rounds):
+            root = folder / f"queue-{number}"
+            root.mkdir()
+            ours.append(alluvium_side(services, root, arguments))
+            theirs.append(celery_side(services, arguments))
+            for side in (ours[-1], theirs[-1]):
+                print(
+                    f"round {number + 1}: {side['tool']:8} {side['tasks_per_second']:7.0f} tasks/s; idle "
+                    f"{side['idle_ms_median']:.2f} ms median, {side['idle_ms_p99']:.2f} ms at 99 %"
+                )
+    finally:
+        services.stop()
+    of = lambda side, name: statistics.median(one[name] for one in side)
+    mine, hers = of(ours, "tasks_per_second"), of(theirs, "tasks_per_second")
+    print(
+        f"medians: alluvium {mine:.0f} tasks/s, Celery {hers:.0f} tasks/s: {mine / hers:.1f} times as many; idle "
+        f"{of(ours, 'idle_ms_median'):.2f} against {of(theirs, 'idle_ms_median'):.2f} ms (median), "
+        f"{of(ours, 'idle_ms_p99'):.2f} against {of(theirs, 'idle_ms_p99'):.2f} ms (99 %)"
+    )
+
+
+def alluvium_side(services: Services, root: Path, arguments: argparse.Namespace) -> dict:
+    cluster = Cluster(root, services).pipeline()
+    try:
+        worker = cluster.worker("--slots", str(QUEUE_SLOTS), "--steps", "optimize")
+        cluster.wait(lambda: "serves" in worker.text())
+        tasks, samples = str(arguments.tasks), str(arguments.samples)
+        done = cluster.alluvium("bench-queue", "--tasks", tasks, "--samples", samples)
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+    finally:
+        cluster.stop()
+
+
+def celery_side(services: Services, arguments: argparse.Namespace) -> dict:
+    command = [sys.executable, str(CELERY), "--amqp", services.rabbitmq.url, "--redis", services.redis.url]
+    command += ["--tasks", str(arguments.celery_tasks), "--samples", str(arguments.samples)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def scale(arguments: argparse.Namespace, folder: Path) -> None:
+    """The same work with more and more workers, behind an S3 that takes its time."""
+    services = Services()
+    proxy = S3Proxy(services.moto.url).start()
+    try:
+        for pipelines in (arguments.pipelines, 1):
+            epochs = max(arguments.epochs // 20, 4) if pipelines > 1 else max(arguments.epochs // 4, 10)
+            print(
+                f"workload: {pipelines} pipeline(s) of {epochs} epochs of {arguments.rows} rows on S3, "
+                f"{arguments.latency} ms for each request, 2 slots a worker"
+            )
+            first = None
+            for workers in arguments.workers:
+                root = folder / f"scale-{pipelines}-{workers}"
+                root.mkdir()
+                seconds, counted = scaled(services, proxy, root, arguments, pipelines, epochs, workers)
+                first = first or seconds
+                total = pipelines * epochs
+                requests = sum(counted["requests"].values())
+                size = (counted["bytes_in"] + counted["bytes_out"]) / total / 1024
+                print(
+                    f"{workers} worker(s): {seconds:6.1f} s = {total / seconds:5.1f} epochs/s, "
+                    f"{first / seconds:.2f} times as fast; {requests / total:.1f} requests and {size:.0f} KiB an epoch "
+                    f"({', '.join(f'{kind} {count / total:.1f}' for kind, count in counted['by_kind'].items() if count)})"
+                )
+    finally:
+        proxy.stop()
+        services.stop()
+
+
+def scaled(services, proxy, root: Path, arguments, pipelines: int, epochs: int, workers: int):
+    names = [f"p{number}" for number in range(pipelines)]
+    cluster = Cluster(root, services, "s3", endpoint=proxy.url)
+    try:
+        for name in names:
+            cluster.pipeline(name, "cleanup = { enabled = false }\nmerge = { batch_epochs = 5 }")
+            for epoch in range(1, epochs + 1):
+                rows = [(f"k{(epoch * 31 + at) % (3 * arguments.rows)}", at, "U") for at in range(arguments.rows)]
+                cluster.deliver(epoch, rows, name)
+        for _ in range(workers):
+            worker = cluster.worker()
+            cluster.wait(lambda: "serves" in worker.text())
+        proxy.reset_counters()
+        proxy.set(latency_ms=arguments.latency)
+        began = time.perf_counter()
+        done = cluster.coordinator("--once").popen.wait(1800)
+        seconds = time.perf_counter() - began
+        counted = proxy.counters()
+        proxy.set(latency_ms=0)
+        assert done == 0
+        for name in names:
+            assert cluster.main(name) == cluster.expected(name)
+        return seconds, counted
+    finally:
+        cluster.stop()
