@@ -229,6 +229,15 @@ listen = "127.0.0.1:{self.port}"
                 return set()
             return oracle.applied_epochs(markers, name)
 
+    def ingested(self, name: str = "p") -> set[int]:
+        """Epochs in raw, read from its log by other means."""
+        with self.reading():
+            try:
+                markers = oracle.read_markers(self.place(f"{name}/raw"))
+            except oracle.OracleError:
+                return set()
+            return set(oracle.step_markers(markers, name, "ingest"))
+
     def wait(self, what: Callable[[], Any], seconds: float = TIMEOUT_SECONDS) -> Any:
         """Polls until `what` is true, or fails with the processes' last words."""
         deadline = time.monotonic() + seconds

@@ -5,7 +5,7 @@ them, however this process ends. Never: knows what the product does with them, a
 server that the environment gave (ALLUVIUM_TEST_AMQP, ALLUVIUM_TEST_REDIS, ALLUVIUM_TEST_S3).
 
 As a command, `python tests/services.py`: starts all three, prints these variables, and ends with
-its standard input, SIGTERM or SIGINT.
+its standard input (with `--stay` it does not look at that), SIGTERM or SIGINT.
 """
 
 from __future__ import annotations
@@ -342,6 +342,8 @@ def main() -> None:
     services = Services()
     for server in (services.rabbitmq, services.redis, services.moto):
         print(f"{server.variable}={server.url}", flush=True)
+    if "--stay" in sys.argv:
+        signal.pause()
     sys.stdin.read()
 
 

@@ -42,6 +42,9 @@ def runs_of(receiver: OtlpReceiver, epochs: set[int]):
     runs = defaultdict(list)
     for trace_id, spans in receiver.traces().items():
         roots = [span for span in spans if not span.parent_id]
+        if {root.name for root in roots} == {"process maintenance"}:
+            # Cleanup belongs to no epoch.
+            continue
         assert {root.name for root in roots} <= {"run p"}, spans
         for root in roots:
             runs[root.attributes["alluvium.epoch"]].append(trace_id)

@@ -6,19 +6,22 @@ Never: knows what an action does (`worlds_drive`), or what must hold (`worlds_ch
 
     python tests/worlds.py --binary PATH --count 100 --seed-base 1 --jobs 2
     python tests/worlds.py --binary PATH --only 17 --keep DIR      one world, its folder kept
+    python tests/worlds.py --binary PATH --cluster --count 30      each run is a coordinator and two workers
     python tests/worlds.py --count 3 --list                        the plans, nothing is run
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from worlds_cluster import ClusterPlayer, services_of_environment
 from worlds_drive import Outcome, WorldFailed, crash_points, play_world
 from worlds_plan import Plan, describe, make_plan
 
@@ -43,13 +46,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _play_all(args: argparse.Namespace, binary: Path, points: list[str], seeds: range) -> int:
+    services = services_of_environment() if args.cluster else None
+    make = functools.partial(ClusterPlayer, services=services) if services else None
     passed = failed = invocations = 0
     killed: set[str] = set()
     lost: dict[int, int] = {}
     home = Path(args.keep or tempfile.mkdtemp(prefix="worlds-")).resolve()
     home.mkdir(parents=True, exist_ok=True)
     try:
-        for outcome in _outcomes(binary, points, home, seeds, args.jobs):
+        for outcome in _outcomes(binary, points, home, seeds, args.jobs, make):
             invocations += outcome.invocations
             killed |= outcome.points_killed
             for code, count in outcome.replies_lost.items():
@@ -62,6 +67,8 @@ def _play_all(args: argparse.Namespace, binary: Path, points: list[str], seeds: 
             if not outcome.failure and args.only is None:
                 shutil.rmtree(_home_of(home, outcome.plan.seed), ignore_errors=True)
     finally:
+        if services:
+            services.stop()
         if not args.keep:
             shutil.rmtree(home, ignore_errors=True)
     print(f"{invocations} processes; {len(killed)} of {len(points)} crash points killed one")
@@ -74,7 +81,7 @@ def _play_all(args: argparse.Namespace, binary: Path, points: list[str], seeds: 
 
 
 def _outcomes(
-    binary: Path, points: list[str], home: Path, seeds: range, jobs: int
+    binary: Path, points: list[str], home: Path, seeds: range, jobs: int, make: Callable | None
 ) -> Iterator[Outcome]:
     """Outcomes as they come. At most a few worlds wait, however many are asked for."""
     with ThreadPoolExecutor(jobs) as pool:
@@ -84,7 +91,7 @@ def _outcomes(
             while len(running) < 2 * jobs and (seed := next(todo, None)) is not None:
                 place = _home_of(home, seed)
                 shutil.rmtree(place, ignore_errors=True)
-                running.add(pool.submit(play_world, make_plan(seed), binary, points, place))
+                running.add(pool.submit(play_world, make_plan(seed), binary, points, place, make))
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -126,6 +133,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="worlds at the same time")
     parser.add_argument("--keep", help="play in this folder and keep the failed worlds")
     parser.add_argument("--only", type=int, metavar="SEED", help="one world, kept with --keep")
+    parser.add_argument("--cluster", action="store_true", help="play on RabbitMQ and Redis")
     parser.add_argument("--list", action="store_true", help="print the plans and run nothing")
     args = parser.parse_args(argv)
     if not args.list and not args.binary:

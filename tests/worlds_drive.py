@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,11 +66,14 @@ def crash_points(binary: Path) -> list[str]:
     return points
 
 
-def play_world(plan: Plan, binary: Path, points: list[str], home: Path) -> Outcome:
-    """Plays the plan in the folder `home`, which must not exist."""
+def play_world(
+    plan: Plan, binary: Path, points: list[str], home: Path, make: Callable | None = None
+) -> Outcome:
+    """Plays the plan in the folder `home`, which must not exist. `make` makes another player."""
+    make = make or Player
     outcome = Outcome(plan)
     try:
-        player = _Player(plan.shape, binary, points, home, outcome)
+        player = make(plan.shape, binary, points, home, outcome)
         for action in plan.actions:
             outcome.history.append(describe(action, points))
             player.play(action)
@@ -82,7 +85,7 @@ def play_world(plan: Plan, binary: Path, points: list[str], home: Path) -> Outco
 
 
 @dataclass
-class _Player:
+class Player:
     shape: Shape
     binary: Path
     points: list[str]
@@ -180,8 +183,8 @@ class _Player:
             log = self.home / "logs" / f"{self.outcome.invocations:02}-{args[0]}"
             logs.append(log.with_suffix(".stderr"))
             processes.append(self._start(args, log, {**env, **self._fault_env(fault)}))
-        codes = [_code_by(deadline, process) for process in processes]
-        self.outcome.stderr = _tails(logs)
+        codes = [code_by(deadline, process) for process in processes]
+        self.outcome.stderr = tails(logs)
         told = ["hung" if code is None else f"exit {code}" for code in codes]
         self.outcome.history[-1] += f" -> {' and '.join(told)}"
         wrong = []
@@ -232,7 +235,7 @@ class _Player:
         return {name: table_version(self.home / name) for name in ("raw", "main")}
 
 
-def _code_by(deadline: float, process: subprocess.Popen) -> int | None:
+def code_by(deadline: float, process: subprocess.Popen) -> int | None:
     """The exit code, or None for a process that had to be ended."""
     try:
         return process.wait(timeout=max(0.0, deadline - time.monotonic()))
@@ -242,7 +245,7 @@ def _code_by(deadline: float, process: subprocess.Popen) -> int | None:
         return None
 
 
-def _tails(logs: Iterable[Path]) -> list[str]:
+def tails(logs: Iterable[Path]) -> list[str]:
     lines = []
     for log in logs:
         lines.append(f"{log.name}:")

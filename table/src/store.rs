@@ -24,8 +24,10 @@ use crate::classify::foreign;
 /// A shared object store.
 pub type StoreRef = Arc<dyn ObjectStore>;
 
-/// How long one request may be repeated before its step fails and the coordinator takes over.
-const RETRY_TIMEOUT: &str = "60s";
+/// How long one request is repeated before its step fails and the coordinator takes over: an outage of
+/// a minute costs no attempt, and is over soon after it is over.
+const RETRIES: [(&str, &str); 3] =
+    [("retry_timeout", "60s"), ("max_retries", "100"), ("backoff_config.max_backoff", "5s")];
 
 /// Options of all locations that begin with a prefix.
 #[derive(Clone, Default)]
@@ -184,7 +186,9 @@ fn bucket(url: &Url) -> Result<(StoreRef, StorageConfig)> {
         return Ok(found.clone());
     }
     let mut options = chosen.map(|(_, chosen)| chosen.options.clone()).unwrap_or_default();
-    options.entry("retry_timeout".to_owned()).or_insert_with(|| RETRY_TIMEOUT.to_owned());
+    for (name, value) in RETRIES {
+        options.entry(name.to_owned()).or_insert_with(|| value.to_owned());
+    }
     let failed = |e: &deltalake::DeltaTableError| {
         foreign(format!("open the bucket {}", key.0), e).with_help(
             "set [storage] in the configuration, or the AWS_* variables; `alluvium doctor`",

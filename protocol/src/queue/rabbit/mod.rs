@@ -85,7 +85,7 @@ pub fn start_runtime() -> Result<Handle> {
 #[derive(Clone)]
 pub struct RabbitQueue {
     names: Names,
-    publisher: Publisher,
+    publisher: Arc<Publisher>,
     publishing: Arc<Link>,
     consuming: Arc<Link>,
     runtime: Handle,
@@ -99,7 +99,8 @@ impl RabbitQueue {
         let closed = CancellationToken::new();
         let publishing = Link::new(settings, "publish", names.clone());
         let consuming = Link::new(settings, "consume", names.clone());
-        let publisher = Publisher::start(Arc::clone(&publishing), closed.clone(), &runtime);
+        let publisher = Publisher::new(Arc::clone(&publishing), closed.clone(), runtime.clone());
+        let publisher = Arc::new(publisher);
         Self { names, publisher, publishing, consuming, runtime, closed }
     }
 
@@ -151,7 +152,7 @@ impl RabbitQueue {
 impl Queue for RabbitQueue {
     async fn publish(&self, lane: Lane, message: Message) -> Result<()> {
         check_size(&message)?;
-        self.publisher.publish(self.names.tasks_exchange(), lane.as_str(), message).await
+        self.publisher.publish(&self.names.tasks_exchange(), lane.as_str(), &message).await
     }
 
     fn subscribe(&self, lanes: &[Lane], ahead: u16) -> Box<dyn Subscription> {

@@ -36,7 +36,10 @@ const SILENCE_MAX: Duration = Duration::from_secs(15);
 /// What the supervisor and the holder share.
 #[derive(Default)]
 struct Buffer {
-    arrived: VecDeque<(Lane, u64, AmqpDelivery)>,
+    arrived: VecDeque<(Lane, AmqpDelivery)>,
+    /// The living consumer of each lane; what others still bring, the broker has again.
+    current: HashMap<Lane, u64>,
+    heard_at: Option<Instant>,
     in_hand: HashMap<Lane, usize>,
     busy_since: Option<Instant>,
     is_closed: bool,
@@ -46,7 +49,7 @@ struct Shared {
     buffer: Mutex<Buffer>,
     changed: Notify,
     settled: Notify,
-    publisher: Publisher,
+    publisher: Arc<Publisher>,
     names: Names,
     runtime: Handle,
 }
@@ -54,6 +57,18 @@ struct Shared {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Buffer> {
         self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A consumer brings a message.
+    fn arrive(&self, lane: Lane, number: u64, delivery: AmqpDelivery) {
+        let mut buffer = self.lock();
+        if buffer.current.get(&lane) != Some(&number) {
+            return;
+        }
+        buffer.heard_at = Some(Instant::now());
+        buffer.arrived.push_back((lane, delivery));
+        drop(buffer);
+        self.changed.notify_one();
     }
 
     fn has_in_hand(&self, lane: Lane) -> bool {
@@ -127,13 +142,13 @@ impl Subscription for RabbitSubscription {
                     return None;
                 }
                 let taken = buffer.arrived.pop_front();
-                if let Some((lane, _, _)) = &taken {
+                if let Some((lane, _)) = &taken {
                     *buffer.in_hand.entry(*lane).or_default() += 1;
                     buffer.busy_since.get_or_insert_with(Instant::now);
                 }
                 taken
             };
-            if let Some((lane, _, delivery)) = taken {
+            if let Some((lane, delivery)) = taken {
                 return Some(delivery_of(&self.shared, lane, delivery));
             }
             changed.await;
@@ -185,11 +200,10 @@ impl Settle for Held {
         }
     }
 
-    async fn give_back(mut self: Box<Self>) -> Result<()> {
+    async fn give_back(self: Box<Self>) -> Result<()> {
         // The copy first: a crash in between makes two of them, never none.
         let exchange = self.shared.names.delay_exchange();
-        let copy = std::mem::take(&mut self.copy);
-        self.shared.publisher.publish(exchange, self.lane.as_str(), copy).await?;
+        self.shared.publisher.publish(&exchange, self.lane.as_str(), &self.copy).await?;
         self.ack().await
     }
 }
@@ -224,21 +238,15 @@ struct Arm {
     pump: tokio::task::AbortHandle,
 }
 
-/// What a consumer tells its supervisor.
-enum Told {
-    /// A message, from the arm with this number.
-    Came(Lane, u64, Box<AmqpDelivery>),
-    /// The consumer ended, and why.
-    Ended(Lane, u64, String),
-}
+/// A consumer ended: its lane, its number, and why.
+type Ended = (Lane, u64, String);
 
 impl Supervisor {
     async fn run(self) {
-        let (sender, mut told) = mpsc::unbounded_channel();
+        let (sender, mut ended) = mpsc::unbounded_channel();
         let mut arms: HashMap<Lane, Arm> = HashMap::new();
         let mut pauses = Pauses::default();
         let mut next_number = 0;
-        let mut heard_at = Instant::now();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let is_leaving = || self.left.is_cancelled() || self.closed.is_cancelled();
@@ -252,7 +260,6 @@ impl Supervisor {
                 match self.open(*lane, next_number, &sender).await {
                     Ok(arm) => {
                         pauses.reset();
-                        heard_at = Instant::now();
                         arms.insert(*lane, arm);
                     }
                     Err(error) => {
@@ -263,10 +270,7 @@ impl Supervisor {
                 }
             }
             tokio::select! {
-                Some(event) = told.recv() => {
-                    heard_at = Instant::now();
-                    self.take(event, &mut arms);
-                }
+                Some(end) = ended.recv() => self.bury(end, &mut arms),
                 _ = tick.tick() => {
                     if is_busy {
                         self.leave_idle_lanes(&mut arms).await;
@@ -276,8 +280,7 @@ impl Supervisor {
                 () = self.left.cancelled() => {}
                 () = self.closed.cancelled() => {}
             }
-            if heard_at.elapsed() > SILENCE_MAX && !is_busy {
-                heard_at = Instant::now();
+            if self.is_silent() && !is_busy {
                 if let Err(error) = self.probe(&arms).await {
                     tracing::warn!(%error, "consumers fell silent; they are made anew");
                     self.close_all(&mut arms).await;
@@ -285,6 +288,16 @@ impl Supervisor {
             }
         }
         self.finish(arms).await;
+    }
+
+    /// Nothing came for a while; asked once for each such while.
+    fn is_silent(&self) -> bool {
+        let mut buffer = self.shared.lock();
+        let is_silent = buffer.heard_at.get_or_insert_with(Instant::now).elapsed() > SILENCE_MAX;
+        if is_silent {
+            buffer.heard_at = Some(Instant::now());
+        }
+        is_silent
     }
 
     fn is_busy(&self) -> bool {
@@ -296,7 +309,7 @@ impl Supervisor {
         &self,
         lane: Lane,
         number: u64,
-        sender: &mpsc::UnboundedSender<Told>,
+        sender: &mpsc::UnboundedSender<Ended>,
     ) -> Result<Arm> {
         let channel = self.link.channel().await?;
         let queue = self.shared.names.queue(lane);
@@ -319,49 +332,42 @@ impl Supervisor {
             }
             Err(_) => return Err(Error::new(Code::QueueFailed, "the broker does not answer")),
         };
+        self.shared.lock().current.insert(lane, number);
         let sender = sender.clone();
+        let shared = Arc::clone(&self.shared);
         let pump = tokio::spawn(async move {
             let why = loop {
                 match consumer.next().await {
-                    Some(Ok(delivery)) => {
-                        let _ = sender.send(Told::Came(lane, number, Box::new(delivery)));
-                    }
+                    Some(Ok(delivery)) => shared.arrive(lane, number, delivery),
                     Some(Err(error)) => break error.to_string(),
                     // The broker cancelled the consumer: its queue was deleted, or a timeout.
                     None => break "the broker ended the consumer".to_owned(),
                 }
             };
-            let _ = sender.send(Told::Ended(lane, number, why));
+            let _ = sender.send((lane, number, why));
         });
         Ok(Arm { channel, number, pump: pump.abort_handle() })
     }
 
-    fn take(&self, event: Told, arms: &mut HashMap<Lane, Arm>) {
-        let is_current =
-            |lane: &Lane, number: u64| arms.get(lane).is_some_and(|arm| arm.number == number);
-        match event {
-            Told::Came(lane, number, delivery) if is_current(&lane, number) => {
-                self.shared.lock().arrived.push_back((lane, number, *delivery));
-                self.shared.changed.notify_one();
-            }
-            // From a channel that was closed since: the broker has it again.
-            Told::Came(..) => {}
-            Told::Ended(lane, number, why) if is_current(&lane, number) => {
-                tracing::debug!(lane = lane.as_str(), why, "a consumer ended; it is made anew");
-                self.forget(lane);
-                if let Some(arm) = arms.remove(&lane) {
-                    // Open or not: a message in hand was given back by the broker, or stays with us.
-                    let has_in_hand = self.shared.has_in_hand(lane);
-                    tokio::spawn(close(arm, has_in_hand.then(|| Arc::clone(&self.shared))));
-                }
-            }
-            Told::Ended(..) => {}
+    /// A consumer ended: it is made anew at the next turn.
+    fn bury(&self, (lane, number, why): Ended, arms: &mut HashMap<Lane, Arm>) {
+        if arms.get(&lane).is_none_or(|arm| arm.number != number) {
+            return;
+        }
+        tracing::debug!(lane = lane.as_str(), why, "a consumer ended; it is made anew");
+        self.forget(lane);
+        if let Some(arm) = arms.remove(&lane) {
+            // Open or not: a message in hand was given back by the broker, or stays with us.
+            let has_in_hand = self.shared.has_in_hand(lane);
+            tokio::spawn(close(arm, has_in_hand.then(|| Arc::clone(&self.shared))));
         }
     }
 
     /// Drops what arrived on a lane and nobody took.
     fn forget(&self, lane: Lane) {
-        self.shared.lock().arrived.retain(|(of, _, _)| *of != lane);
+        let mut buffer = self.shared.lock();
+        buffer.current.remove(&lane);
+        buffer.arrived.retain(|(of, _)| *of != lane);
     }
 
     /// Closes the channels of lanes that nothing is in hand of.
