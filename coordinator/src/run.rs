@@ -17,7 +17,7 @@ use alluvium_protocol::lease::Leases;
 use alluvium_protocol::queue::{Delivery, Lane, Message, Queue, Subscription};
 use alluvium_protocol::retry::{Judgement, Limits, delay, judge};
 use alluvium_protocol::state::{Event, State};
-use alluvium_protocol::task::{FORMAT_MAJOR, Step, Task, TaskResult, Work, decode, encode};
+use alluvium_protocol::task::{FORMAT_MAJOR, Step, Task, TaskResults, Work, decode, encode};
 use alluvium_protocol::{Code, Epoch, Error, Result, crash};
 use chrono::{DateTime, Utc};
 use tokio::sync::mpsc;
@@ -154,7 +154,7 @@ impl Coordinator {
             let wake_at = self.next_timer(next_discovery);
             match self.wait(wake_at).await {
                 Woken::Result(delivery) => {
-                    self.take_result(delivery).await?;
+                    self.take_results(delivery).await?;
                     is_fresh = false;
                 }
                 Woken::Asked(Ask::Look) => next_discovery = self.clock.now(),
@@ -303,19 +303,22 @@ impl Coordinator {
         Ok(())
     }
 
-    async fn take_result(&mut self, delivery: Delivery) -> Result<()> {
-        let result: TaskResult = match decode(&delivery.message.body) {
-            Ok(result) => result,
+    async fn take_results(&mut self, delivery: Delivery) -> Result<()> {
+        let found: TaskResults = match decode(&delivery.message.body) {
+            Ok(found) => found,
             Err(error) => {
-                tracing::error!(%error, "a result that cannot be understood was set aside");
+                tracing::error!(%error, "results that cannot be understood were set aside");
                 return delivery.ack().await;
             }
         };
         let now = self.clock.now();
-        if let Some(processed) = delivery.message.trace.as_deref() {
-            traces::result(&result, processed, now);
+        let mut rows = Rows::default();
+        for result in found.results {
+            traces::result(&result, now);
+            let of_one = self.settle(&result, now).await?;
+            rows.processed.extend(of_one.processed);
+            rows.events.extend(of_one.events);
         }
-        let rows = self.settle(&result, now).await?;
         // Acknowledged by the scribe, after the batch with these rows.
         self.scribe.write(rows, Some(delivery)).await;
         Ok(())

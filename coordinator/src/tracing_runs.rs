@@ -64,8 +64,8 @@ pub(crate) fn note_sent(book: &mut Book, epochs: &[Epoch], context: Option<&str>
 }
 
 /// A result arrived; it belongs below the attempt that made it.
-pub(crate) fn result(result: &TaskResult, processed: &str, now: DateTime<Utc>) {
-    let Some(processed) = trace::parse(processed) else { return };
+pub(crate) fn result(result: &TaskResult, now: DateTime<Utc>) {
+    let Some(processed) = result.trace.as_deref().and_then(trace::parse) else { return };
     let mut part = Part::new("result", result.finished_at, now);
     if let Verdict::Failed(error) = &result.verdict {
         part.error = Some(error);

@@ -182,8 +182,6 @@ pub struct Report {
 /// A worker's answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskResult {
-    /// Message format, major.
-    pub format: u32,
     /// The task's id.
     pub task: Uuid,
     /// The pipeline's id.
@@ -203,8 +201,20 @@ pub struct TaskResult {
     pub started_at: DateTime<Utc>,
     /// When it ended.
     pub finished_at: DateTime<Utc>,
+    /// The trace context of the attempt.
+    #[serde(default)]
+    pub trace: Option<String>,
     /// How it ended.
     pub verdict: Verdict,
+}
+
+/// A message with results: all that ended while the message before was on its way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskResults {
+    /// Message format, major.
+    pub format: u32,
+    /// At least one.
+    pub results: Vec<TaskResult>,
 }
 
 /// Writes a message body.

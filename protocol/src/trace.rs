@@ -215,6 +215,18 @@ pub fn process_span(task: &Task, sent: Option<&SpanContext>, queue: &str) -> tra
     span
 }
 
+/// A span for a part of a task's work. Outside of a task (the ledger, a query) there is none: it would
+/// be a trace of its own that nobody asked for.
+#[macro_export]
+macro_rules! part_of_task {
+    ($($fields:tt)*) => {
+        match tracing::Span::current().is_none() {
+            true => tracing::Span::none(),
+            false => tracing::info_span!(target: "alluvium::task", $($fields)*),
+        }
+    };
+}
+
 /// The context of a span of ours; not valid without a tracer.
 pub fn context_of(span: &tracing::Span) -> SpanContext {
     span.context().span().span_context().clone()

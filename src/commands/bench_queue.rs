@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use alluvium_protocol::queue::{Lane, Message, Queue, Subscription};
-use alluvium_protocol::task::{FORMAT_MAJOR, Task, Work, encode};
+use alluvium_protocol::task::{FORMAT_MAJOR, Task, TaskResults, Work, decode, encode};
 use alluvium_protocol::{Error, Pipeline, Result};
 use chrono::Utc;
 use futures::StreamExt;
@@ -83,15 +83,21 @@ async fn through(
         }
         Ok::<(), Error>(())
     });
-    for _ in 0..tasks {
-        take(results).await?;
+    let mut taken = 0;
+    while taken < tasks {
+        taken += take(results).await?;
     }
     publishing.await.map_err(Error::internal)?
 }
 
-async fn take(results: &mut dyn Subscription) -> Result<()> {
+/// Takes a message; how many results it held.
+async fn take(results: &mut dyn Subscription) -> Result<usize> {
     match tokio::time::timeout(PATIENCE, results.next()).await {
-        Ok(Some(delivery)) => delivery.ack().await,
+        Ok(Some(delivery)) => {
+            let found: TaskResults = decode(&delivery.message.body)?;
+            delivery.ack().await?;
+            Ok(found.results.len())
+        }
         Ok(None) => Err(Error::internal("the queue was closed")),
         Err(_) => Err(Error::internal("no result came; does a worker run?")),
     }

@@ -12,7 +12,7 @@
 //! lists them anew after it, so that a commit costs what the table holds. What it does beside that
 //! is done here: `CommitData` writes the actions, the log store puts the entry if it is absent.
 
-use alluvium_protocol::{Code, Error, Result};
+use alluvium_protocol::{Code, Error, Result, part_of_task};
 use chrono::Utc;
 use deltalake::checkpoints::{cleanup_metadata, create_checkpoint};
 use deltalake::kernel::transaction::{CommitData, CommitProperties};
@@ -98,8 +98,7 @@ impl Table {
         ];
         let data = CommitData::new(actions, operation, info.into(), transactions);
         let entry = data.get_bytes().map_err(|e| foreign(self.committing(), &e))?;
-        let span = tracing::info_span!(
-            target: "alluvium::task",
+        let span = part_of_task!(
             "delta.commit",
             delta.table = self.uri,
             delta.version = self.version() + 1,

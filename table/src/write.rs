@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU64;
 
-use alluvium_protocol::{Code, Error, Result};
+use alluvium_protocol::{Code, Error, Result, part_of_task};
 use deltalake::arrow::array::RecordBatch;
 use deltalake::datafile::writer::{DeltaWriter, WriterConfig};
 use deltalake::datafusion::execution::SendableRecordBatchStream;
@@ -58,8 +58,7 @@ impl FileWriter {
 
     /// Writes a whole stream. On an error what was begun is taken back.
     pub async fn write_all(self, stream: SendableRecordBatchStream) -> Result<Written> {
-        let span =
-            tracing::info_span!(target: "alluvium::task", "delta.write", delta.table = self.uri);
+        let span = part_of_task!("delta.write", delta.table = self.uri);
         self.write_stream(stream).instrument(span).await
     }
 

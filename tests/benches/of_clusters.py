@@ -23,7 +23,7 @@ from services import Services  # noqa: E402
 
 CELERY = Path(__file__).with_name("celery_side.py")
 # Enough to hide the broker's confirmations; each waits for a message, not for a processor.
-QUEUE_SLOTS = 48
+QUEUE_SLOTS = 128
 
 
 def queue(arguments: argparse.Namespace, folder: Path) -> None:

@@ -4,6 +4,7 @@
 //! [`ingest`], [`merge`], [`optimize`], [`cleanup`].
 //! Never: lists a source, decides order, retries a task, writes the ledger, or knows a coordinator.
 
+mod answers;
 pub mod cleanup;
 pub mod incoming;
 pub mod ingest;

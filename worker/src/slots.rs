@@ -16,9 +16,9 @@ use std::time::Duration;
 
 use alluvium_protocol::heartbeat::InHand;
 use alluvium_protocol::lease::{Claim, Leases};
-use alluvium_protocol::queue::{Delivery, Lane, Message, Queue};
+use alluvium_protocol::queue::{Delivery, Lane, Queue};
 use alluvium_protocol::retry::CRASHES_MAX;
-use alluvium_protocol::task::{FORMAT_MAJOR, Task, TaskResult, Verdict, decode, encode};
+use alluvium_protocol::task::{Task, TaskResult, Verdict, decode};
 use alluvium_protocol::trace::{self, Part};
 use alluvium_protocol::{Code, Error, Result, crash};
 use chrono::{DateTime, Utc};
@@ -28,6 +28,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
+use crate::answers::Answers;
 use crate::keeper::Keeper;
 use crate::{Permit, Workshop};
 
@@ -139,9 +140,10 @@ impl Worker {
     /// Runs `slots` slots until the queue closes or the worker drains.
     pub async fn run(self, slots: usize) -> Result<()> {
         let mut running = JoinSet::new();
+        let answers = Answers::start(Arc::clone(&self.queue));
         for slot in 0..slots {
-            let worker = self.clone();
-            running.spawn(async move { worker.run_slot(slot).await });
+            let (worker, answers) = (self.clone(), answers.clone());
+            running.spawn(async move { worker.run_slot(slot, &answers).await });
         }
         while let Some(ended) = running.join_next().await {
             ended.map_err(|e| Error::internal(format!("a slot ended: {e}")))?;
@@ -149,7 +151,7 @@ impl Worker {
         Ok(())
     }
 
-    async fn run_slot(&self, slot: usize) {
+    async fn run_slot(&self, slot: usize, answers: &Answers) {
         while !self.duty.orders.draining.is_cancelled() {
             if self.duty.resting().is_some() {
                 // Unsubscribed: tasks go to others meanwhile.
@@ -159,14 +161,14 @@ impl Worker {
                 }
                 continue;
             }
-            if self.take_tasks(slot).await.is_none() {
+            if self.take_tasks(slot, answers).await.is_none() {
                 return;
             }
         }
     }
 
     /// Takes tasks until the worker rests (Some) or is to end (None).
-    async fn take_tasks(&self, slot: usize) -> Option<()> {
+    async fn take_tasks(&self, slot: usize, answers: &Answers) -> Option<()> {
         let mut subscription = self.queue.subscribe(&self.lanes, 1);
         loop {
             let idle = async {
@@ -192,14 +194,14 @@ impl Worker {
                 drop(delivery);
                 return None;
             }
-            if let Err(error) = self.handle(slot, delivery).await {
+            if let Err(error) = self.handle(slot, delivery, answers).await {
                 tracing::warn!(%error, "a task comes again: its message was not settled");
             }
             self.duty.note(slot, None);
         }
     }
 
-    async fn handle(&self, slot: usize, delivery: Delivery) -> Result<()> {
+    async fn handle(&self, slot: usize, delivery: Delivery, answers: &Answers) -> Result<()> {
         let received_at = self.workshop.clock.now();
         let task: Task = match decode(&delivery.message.body) {
             Ok(task) => task,
@@ -232,7 +234,7 @@ impl Worker {
         if let Some(sent) = &sent {
             tell_waits(&attempt, sent, &span);
         }
-        let outcome = self.attempt(&attempt, delivery).instrument(span).await;
+        let outcome = self.attempt(&attempt, delivery, answers).instrument(span).await;
         if let Some(fence) = attempt.fence
             && let Err(error) = self.leases.release(attempt.task.id, &attempt.owner, fence).await
         {
@@ -242,7 +244,12 @@ impl Worker {
     }
 
     /// Executes and answers, inside the attempt's span.
-    async fn attempt(&self, attempt: &Attempt, delivery: Delivery) -> Result<()> {
+    async fn attempt(
+        &self,
+        attempt: &Attempt,
+        delivery: Delivery,
+        answers: &Answers,
+    ) -> Result<()> {
         let verdict = if let Some(error) = poison(attempt, delivery.returns) {
             Verdict::Failed(error)
         } else {
@@ -259,7 +266,7 @@ impl Worker {
                 return delivery.give_back().await;
             }
         }
-        self.answer(attempt, verdict, delivery).await
+        self.answer(attempt, verdict, delivery, answers).await
     }
 
     /// Executes with the lease renewed beside it.
@@ -287,10 +294,15 @@ impl Worker {
 
     /// Publishes the result and acknowledges last. A failure in between redelivers the task, which
     /// then finds its marker.
-    async fn answer(&self, attempt: &Attempt, verdict: Verdict, delivery: Delivery) -> Result<()> {
+    async fn answer(
+        &self,
+        attempt: &Attempt,
+        verdict: Verdict,
+        delivery: Delivery,
+        answers: &Answers,
+    ) -> Result<()> {
         let task = &attempt.task;
         let result = TaskResult {
-            format: FORMAT_MAJOR,
             task: task.id,
             pipeline: task.pipeline.id.clone(),
             work: task.work.clone(),
@@ -300,19 +312,15 @@ impl Worker {
             published_at: task.published_at,
             started_at: attempt.claimed_at,
             finished_at: self.workshop.clock.now(),
-            verdict,
-        };
-        let message = Message {
-            id: format!("{}/{}", task.id, task.attempt),
-            body: encode(&result)?,
             trace: trace::traceparent(&trace::context_of(&tracing::Span::current())),
+            verdict,
         };
         if let Err(error) = crash::point("result.before_publish") {
             tracing::debug!(%error, "the result was lost; the task comes again");
             drop(delivery);
             return Ok(());
         }
-        match self.queue.publish(Lane::Results, message).await {
+        match answers.publish(result).await {
             // Nobody listens any more; the next process finds the marker.
             Err(_) if self.duty.orders.stopping.is_cancelled() => return Ok(()),
             published => published?,

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use alluvium_protocol::manifest::{Manifest, Object};
-use alluvium_protocol::{Code, Error, Result};
+use alluvium_protocol::{Code, Error, Result, part_of_task};
 use alluvium_table::arrow::datatypes::SchemaRef;
 use alluvium_table::classify::foreign;
 use alluvium_table::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
@@ -58,9 +58,7 @@ impl SourceFile {
         for object in &manifest.objects {
             opening.push(Self::open(&store, folder, object, is_small).boxed());
         }
-        let span = tracing::info_span!(
-            target: "alluvium::task", "source.open", files = manifest.objects.len(), bytes
-        );
+        let span = part_of_task!("source.open", files = manifest.objects.len(), bytes);
         let opened = futures::stream::iter(opening).buffered(OPEN_AT_ONCE).try_collect();
         opened.instrument(span).await
     }

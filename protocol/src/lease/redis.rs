@@ -3,6 +3,8 @@
 //! Each change is one script: atomic, and cheap to repeat when its reply was lost. All keys of a
 //! cluster carry one hash tag, so that a clustered Redis keeps them together.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -121,7 +123,7 @@ impl RedisLeases {
     ) -> Result<T> {
         let mut connection = self.connection.clone();
         let ran = self.runtime.spawn(async move {
-            let script = Script::new(script);
+            let script = prepared(script);
             let mut call = script.prepare_invoke();
             for key in keys {
                 call.key(key);
@@ -245,6 +247,14 @@ impl Leases for RedisLeases {
         let arguments = vec![owner.to_owned(), fence.to_string()];
         self.run::<i64>("release a lease", RELEASE, keys, arguments).await.map(drop)
     }
+}
+
+/// A script with its hash, computed once.
+fn prepared(text: &'static str) -> Arc<Script> {
+    static SCRIPTS: OnceLock<Mutex<HashMap<&'static str, Arc<Script>>>> = OnceLock::new();
+    let scripts = SCRIPTS.get_or_init(Mutex::default);
+    let mut scripts = scripts.lock().unwrap_or_else(PoisonError::into_inner);
+    Arc::clone(scripts.entry(text).or_insert_with(|| Arc::new(Script::new(text))))
 }
 
 fn milliseconds(time: Duration) -> String {
