@@ -319,6 +319,28 @@ def test_a_commit_whose_reply_is_lost_lands_once(make, services: Services):
         proxy.stop()
 
 
+def test_no_parts_of_an_upload_stay_behind(make, services: Services):
+    """A data file goes up in parts of 5 MiB; the second part is refused for good."""
+    services.moto.start()
+    proxy = S3Proxy(services.moto.url).start()
+    try:
+        cluster = make("s3", endpoint=proxy.url)
+        rows = [(f"{at:08d}" + "x" * 60 + str(hash(str(at))), at, "U") for at in range(250_000)]
+        cluster.deliver(1, rows)
+        proxy.fail_once(400, "PUT", "partNumber=2", count=1000)
+        cluster.worker()
+        cluster.coordinator()
+        cluster.wait(lambda: cluster.states().get(1) == "blocked")
+        uploads = services.moto.client().list_multipart_uploads(Bucket=cluster.bucket)
+        assert not uploads.get("Uploads")
+        proxy.clear()
+        assert cluster.alluvium("retry", "p", "1").code == 0
+        cluster.wait_applied({1})
+        cluster.check()
+    finally:
+        proxy.stop()
+
+
 def test_a_rolling_restart_loses_nothing_and_counts_no_attempt(make):
     cluster = make()
     cluster.coordinator()
@@ -367,7 +389,7 @@ def test_verbs_ask_the_coordinator(make):
     cluster.wait_applied(epochs)
     cluster.wait(lambda: set(cluster.states().values()) == {"processed"})
     status = cluster.alluvium("status")
-    assert status.code == 0 and "fresh" in status.out and "WORKER" in status.out
+    assert status.code == 0 and "fresh" in status.out and "IN HAND" in status.out
     [worker] = [w for w in cluster.alluvium("workers", "-o", "json").json() if w["role"] == "worker"]
     assert worker["slots"] == 2 and worker["memory_bytes"] > 0
     assert cluster.alluvium("undo", "p", "3", "--yes").code == 0

@@ -55,6 +55,8 @@ pub struct Entry {
     pub is_empty: bool,
     /// It came after a higher epoch was in main.
     pub late: bool,
+    /// SHA-256 of its manifest, once known.
+    pub manifest_hash: Option<String>,
     /// When its present content was found; the run's beginning.
     pub found_at: Option<DateTime<Utc>>,
     /// The trace context of the last attempt.
@@ -79,6 +81,7 @@ impl Entry {
             bytes: 0,
             is_empty: false,
             late: false,
+            manifest_hash: None,
             found_at: None,
             last_sent: None,
         }
@@ -146,6 +149,8 @@ pub struct Book {
     pub small_files_left: u64,
     /// Maintenance rests until then.
     pub maintenance_not_before: Option<DateTime<Utc>>,
+    /// When processed folders were last compared with their manifests.
+    pub compared_at: Option<DateTime<Utc>>,
     /// When cleanup last ended.
     pub cleaned_at: Option<DateTime<Utc>>,
     /// Names in the source that are no epochs: the first few, and how many.
@@ -180,6 +185,7 @@ impl Book {
             main_files: (0, 0),
             small_files_left: 0,
             maintenance_not_before: None,
+            compared_at: None,
             cleaned_at: None,
             junk: (BTreeSet::new(), 0),
             settled_folders: 0,
@@ -264,6 +270,9 @@ impl Book {
             return Ok(());
         }
         entry.state = state;
+        if entry.generation != generation {
+            entry.manifest_hash = None;
+        }
         entry.generation = generation;
         entry.bytes = content.bytes;
         entry.is_empty = is_empty;

@@ -9,8 +9,8 @@ use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
 use alluvium_table::pause::Pauses;
 
 use crate::book::Book;
-use crate::discovering::{pin, pin_folder};
 use crate::notice::Notice;
+use crate::pinning::{pin, pin_folder};
 use crate::requests::{Request, Requests, Verb};
 use crate::run::Coordinator;
 

@@ -3,23 +3,38 @@
 //! Owns: the order of these effects, and what a listing does to the book. A folder that cannot be
 //! used blocks its own epoch; a source that cannot be listed stops only its pipeline.
 
+use std::collections::HashMap;
+
 use alluvium_protocol::manifest::{Manifest, Object, Reason};
 use alluvium_protocol::marker::Generation;
 use alluvium_protocol::pipeline::Ready;
 use alluvium_protocol::state::{Event, State};
-use alluvium_protocol::task::{Step, Work};
+use alluvium_protocol::task::Step;
 use alluvium_protocol::{Code, Epoch, Error, Result};
 use chrono::{DateTime, Utc};
+use futures::{FutureExt, StreamExt};
 use tokio::sync::mpsc;
 
 use crate::book::Book;
 use crate::discovery::{Contents, Listing};
 use crate::notice::Notice;
+use crate::pinning::{Gathered, gather, note_gathered};
 use crate::readiness::{self, Judgement};
 
 /// Processed folders compared with their manifests at each discovery, newest first: a bound on
 /// the listings that watching for changes costs.
 const CHANGE_CHECKS_MAX: usize = 50;
+/// Pause between two such comparisons: each folder costs a listing.
+const CHANGE_CHECK_EVERY: chrono::Duration = chrono::Duration::seconds(30);
+/// Listings, or pinned manifests, under way at a time.
+const AT_ONCE: usize = 16;
+
+/// A folder that is complete: its content is to be pinned.
+struct Complete {
+    epoch: Epoch,
+    folder: String,
+    reason: Reason,
+}
 
 /// Discovers one pipeline.
 pub async fn discover(
@@ -65,24 +80,91 @@ async fn try_discover(
             block(book, *epoch, error, now, notices);
         }
     }
+    let mut seen = contents_of_folders(book, &listing).await;
+    let mut complete = Vec::new();
     for (epoch, names) in &listing.folders {
-        if let Err(error) = look_at(book, *epoch, names, now, notices).await {
-            if error.class() == alluvium_protocol::Class::Permanent {
-                block(book, *epoch, error, now, notices);
-            } else {
-                return Err(error);
-            }
+        match look_at(book, *epoch, names, seen.remove(epoch), now, notices).await {
+            Ok(found) => complete.extend(found),
+            Err(error) => block_or_fail(book, *epoch, error, now, notices)?,
         }
     }
+    let mut noted = Ok(());
+    for (epoch, gathered) in gather_all(book, complete, now).await {
+        let one = gathered.and_then(|gathered| note_gathered(book, epoch, gathered, now));
+        if let Err(error) = one {
+            // The others are pinned: they are noted before this discovery may fail.
+            noted = noted.and(block_or_fail(book, epoch, error, now, notices));
+        }
+    }
+    noted?;
     forget_vanished(book, &listing);
-    // Work goes on; a person decides on a replay.
-    for text in mark_changes(book, &listing).await {
-        let _ = notices.send(Notice::Warning { pipeline: book.pipeline.id.clone(), text });
+    if book.compared_at.is_none_or(|at| now - at >= CHANGE_CHECK_EVERY) {
+        book.compared_at = Some(now);
+        // Work goes on; a person decides on a replay.
+        for text in mark_changes(book, &listing).await {
+            let _ = notices.send(Notice::Warning { pipeline: book.pipeline.id.clone(), text });
+        }
     }
     let (waiting, known) = (book.waiting(), book.entries.len());
     let pipeline = book.pipeline.id.clone();
     let _ = notices.send(Notice::Discovered { pipeline, waiting, known });
     Ok(())
+}
+
+/// What concerns one folder blocks its epoch; what may pass stops this discovery.
+fn block_or_fail(
+    book: &mut Book,
+    epoch: Epoch,
+    error: Error,
+    now: DateTime<Utc>,
+    notices: &mpsc::UnboundedSender<Notice>,
+) -> Result<()> {
+    if error.class() != alluvium_protocol::Class::Permanent {
+        return Err(error);
+    }
+    block(book, epoch, error, now, notices);
+    Ok(())
+}
+
+/// Lists the folders that are to be looked at, side by side: far storage takes its time for each.
+async fn contents_of_folders(book: &Book, listing: &Listing) -> HashMap<Epoch, Result<Contents>> {
+    let is_wanted = |epoch: &Epoch| match book.entries.get(epoch) {
+        Some(entry) => wants_listing(entry.state),
+        None => !book.is_settled(*epoch),
+    };
+    let mut listings = Vec::new();
+    for (epoch, names) in &listing.folders {
+        if let [name] = names.as_slice()
+            && is_wanted(epoch)
+        {
+            let (epoch, source) = (*epoch, &book.source);
+            listings.push(async move { (epoch, source.contents(name).await) }.boxed());
+        }
+    }
+    futures::stream::iter(listings).buffer_unordered(AT_ONCE).collect().await
+}
+
+fn wants_listing(state: State) -> bool {
+    match state {
+        State::Empty | State::Incomplete => true,
+        // A folder that changed since it blocked the epoch is tried again by itself.
+        State::Blocked(Step::Ingest) => true,
+        _ => false,
+    }
+}
+
+/// Gathers and pins the content of complete folders, side by side.
+async fn gather_all(
+    book: &Book,
+    complete: Vec<Complete>,
+    now: DateTime<Utc>,
+) -> Vec<(Epoch, Result<Gathered>)> {
+    let mut gathering = Vec::with_capacity(complete.len());
+    for Complete { epoch, folder, reason } in complete {
+        let one = async move { (epoch, gather(book, epoch, &folder, reason, None, now).await) };
+        gathering.push(one.boxed());
+    }
+    futures::stream::iter(gathering).buffered(AT_ONCE).collect().await
 }
 
 fn note_junk(book: &mut Book, listing: &Listing, notices: &mpsc::UnboundedSender<Notice>) {
@@ -118,12 +200,13 @@ async fn look_at(
     book: &mut Book,
     epoch: Epoch,
     names: &[String],
+    contents: Option<Result<Contents>>,
     now: DateTime<Utc>,
     notices: &mpsc::UnboundedSender<Notice>,
-) -> Result<()> {
+) -> Result<Option<Complete>> {
     if book.is_settled(epoch) && !book.entries.contains_key(&epoch) {
         book.settled_folders += 1;
-        return Ok(());
+        return Ok(None);
     }
     let is_known = book.entries.contains_key(&epoch);
     let entry = book.entry(epoch, State::Incomplete);
@@ -134,13 +217,13 @@ async fn look_at(
         return Err(ambiguous(epoch, names));
     }
     entry.folder = Some(names[0].clone());
-    let wants_listing = match entry.state {
-        State::Empty | State::Incomplete => true,
-        // A folder that changed since it blocked the epoch is tried again by itself.
-        State::Blocked(Step::Ingest) => true,
-        _ => false,
-    };
-    if wants_listing { examine(book, epoch, &names[0], now, notices).await } else { Ok(()) }
+    match contents.filter(|_| wants_listing(entry.state)) {
+        // The source was listed a moment ago: what fails now is this folder's affair.
+        Some(contents) => {
+            examine(book, epoch, &names[0], &contents.map_err(unlistable)?, now, notices).await
+        }
+        None => Ok(None),
+    }
 }
 
 pub(crate) fn unlistable(error: Error) -> Error {
@@ -158,17 +241,16 @@ async fn examine(
     book: &mut Book,
     epoch: Epoch,
     folder: &str,
+    contents: &Contents,
     now: DateTime<Utc>,
     notices: &mpsc::UnboundedSender<Notice>,
-) -> Result<()> {
-    // The source was listed a moment ago: what fails now is this folder's affair.
-    let contents = book.source.contents(folder).await.map_err(unlistable)?;
+) -> Result<Option<Complete>> {
     let state = book.entries[&epoch].state;
     if state.is_stopped() {
-        return examine_blocked(book, epoch, &contents, now).await;
+        return examine_blocked(book, epoch, contents, now).await;
     }
     let earlier = book.entries[&epoch].quiet.clone();
-    let judgement = readiness::judge(&book.pipeline.ready, &contents, earlier.as_ref(), now);
+    let judgement = readiness::judge(&book.pipeline.ready, contents, earlier.as_ref(), now);
     let pipeline = book.pipeline.id.clone();
     let entry = book.entry(epoch, State::Incomplete);
     entry.settles_at = None;
@@ -188,7 +270,8 @@ async fn examine(
         }
         Judgement::Open => {
             entry.quiet = None;
-            return pin_folder(book, epoch, folder, Reason::Arrival, None, now).await;
+            let folder = folder.to_owned();
+            return Ok(Some(Complete { epoch, folder, reason: Reason::Arrival }));
         }
     };
     entry.apply(event)?;
@@ -196,7 +279,7 @@ async fn examine(
         entry.why = Some(why.clone());
         let _ = notices.send(Notice::EpochWaits { pipeline, epoch, why });
     }
-    Ok(())
+    Ok(None)
 }
 
 /// A blocked epoch whose folder is no longer what was pinned goes on with new content.
@@ -205,7 +288,7 @@ async fn examine_blocked(
     epoch: Epoch,
     contents: &Contents,
     now: DateTime<Utc>,
-) -> Result<()> {
+) -> Result<Option<Complete>> {
     let generation = book.entries[&epoch].generation;
     let pinned = match generation {
         0 => None,
@@ -213,14 +296,14 @@ async fn examine_blocked(
     };
     // A person asked for empty content: the folder's files have no say.
     if pinned.as_ref().is_some_and(|pinned| pinned.manifest.reason.is_empty_content()) {
-        return Ok(());
+        return Ok(None);
     }
     let is_same =
         pinned.is_some_and(|pinned| is_as_read(&book.pipeline.ready, &pinned.manifest, contents));
     let is_changed = generation > 0 && !is_same;
     // Blocked before anything was pinned (two folders, a file): the cause may be gone.
     if !is_changed && generation > 0 {
-        return Ok(());
+        return Ok(None);
     }
     let entry = &book.entries[&epoch];
     match readiness::judge(&book.pipeline.ready, contents, entry.quiet.as_ref(), now) {
@@ -230,13 +313,13 @@ async fn examine_blocked(
             let is_news = entry.quiet.as_ref() != Some(&quiet);
             entry.settles_at = (entry.quiet.is_none() || !is_news).then_some(until);
             entry.quiet = Some(quiet);
-            return Ok(());
+            return Ok(None);
         }
-        Judgement::Empty | Judgement::Incomplete { .. } => return Ok(()),
+        Judgement::Empty | Judgement::Incomplete { .. } => return Ok(None),
     }
     let reason = if generation == 0 { Reason::Arrival } else { Reason::Changed };
     let folder = book.entries[&epoch].folder.clone().unwrap_or_default();
-    pin_folder(book, epoch, &folder, reason, None, now).await
+    Ok(Some(Complete { epoch, folder, reason }))
 }
 
 /// The folder still holds what was pinned. A producer's manifest may name only some of its files.
@@ -245,112 +328,6 @@ fn is_as_read(ready: &Ready, pinned: &Manifest, contents: &Contents) -> bool {
     let is_there = |a: &Object| contents.objects.iter().any(|b| is_same(a, b));
     let has_more = contents.objects.len() > pinned.objects.len();
     pinned.objects.iter().all(is_there) && (matches!(ready, Ready::Manifest(_)) || !has_more)
-}
-
-/// Makes the second listing and pins it as the epoch's content at the next generation.
-pub async fn pin_folder(
-    book: &mut Book,
-    epoch: Epoch,
-    folder: &str,
-    reason: Reason,
-    request: Option<&str>,
-    now: DateTime<Utc>,
-) -> Result<()> {
-    let produced = match &book.pipeline.ready {
-        Ready::Manifest(name) => match book.source.read(folder, name).await {
-            Ok(body) => Some((name.clone(), body)),
-            Err(error) if request.is_some() => {
-                return Err(Error::new(Code::NotPossibleNow, error.message));
-            }
-            Err(error) => return Err(error),
-        },
-        Ready::Marker(_) | Ready::Quiet(_) => None,
-    };
-    // Begun after the sign of completeness was seen: it sees every file that was there before it.
-    let contents = book.source.contents(folder).await?;
-    let objects = match produced {
-        None => contents.objects,
-        Some((name, body)) => {
-            let place = format!("{}/{folder}/{name}", book.pipeline.source);
-            match readiness::select(&body, &contents, &place)? {
-                Some(objects) => objects,
-                None if request.is_some() => {
-                    let text = format!("files that {place} names are not there");
-                    return Err(Error::new(Code::NotPossibleNow, text));
-                }
-                None => {
-                    let entry = book.entry(epoch, State::Incomplete);
-                    entry.why = Some(readiness::not_there_yet(&name));
-                    return Ok(());
-                }
-            }
-        }
-    };
-    if objects.is_empty() {
-        let text = format!("{folder} has no data files");
-        return Err(Error::new(Code::NotPossibleNow, text));
-    }
-    pin(book, epoch, folder, reason, request, objects, now).await
-}
-
-/// Pins content and moves the epoch to `Ready`.
-pub async fn pin(
-    book: &mut Book,
-    epoch: Epoch,
-    folder: &str,
-    reason: Reason,
-    request: Option<&str>,
-    objects: Vec<Object>,
-    now: DateTime<Utc>,
-) -> Result<()> {
-    let known = book.entries.get(&epoch).map_or(0, |entry| entry.generation);
-    let mut manifest = Manifest {
-        pipeline: book.pipeline.id.clone(),
-        epoch,
-        generation: known.max(book.markers.generation(epoch)) + 1,
-        folder: folder.to_owned(),
-        reason,
-        request: request.map(str::to_owned),
-        pinned_at: now,
-        objects,
-    };
-    let pinned = loop {
-        let pinned = book.manifests.store(manifest.clone()).await?;
-        // The generation went to somebody else's content. An arrival can do with that; what a
-        // person asked for comes after it.
-        if request.is_none() || pinned.manifest.request == manifest.request {
-            break pinned;
-        }
-        manifest.generation += 1;
-    };
-    let entry = book.entry(epoch, State::Incomplete);
-    entry.apply(Event::ContentPinned)?;
-    entry.generation = pinned.manifest.generation;
-    entry.folder = Some(pinned.manifest.folder);
-    entry.is_empty = pinned.manifest.reason.is_empty_content();
-    entry.waiting_since = None;
-    entry.why = None;
-    entry.settles_at = None;
-    entry.changed = None;
-    entry.found_at = Some(now);
-    entry.last_sent = None;
-    crate::tracing_runs::found(book, epoch, now);
-    Ok(())
-}
-
-/// The ingest task of a pinned epoch.
-pub async fn ingest_work(book: &Book, epoch: Epoch) -> Result<Work> {
-    let generation = book.entries.get(&epoch).map_or(0, |entry| entry.generation);
-    let pinned = book.manifests.load(epoch, generation).await?.ok_or_else(|| {
-        let text = format!("the manifest of epoch {epoch}, generation {generation}, is gone");
-        Error::new(Code::StorageUnavailable, text)
-    })?;
-    Ok(Work::Ingest {
-        epoch,
-        generation,
-        manifest: Manifest::path(&book.pipeline.id, epoch, generation),
-        manifest_hash: pinned.hash,
-    })
 }
 
 /// Blocks an epoch whose folder cannot be used; told once.
@@ -447,9 +424,17 @@ pub(crate) async fn mark_changes(book: &mut Book, listing: &Listing) -> Vec<Stri
         })
         .take(CHANGE_CHECKS_MAX)
         .collect();
-    let mut found = Vec::new();
+    let mut comparing = Vec::with_capacity(candidates.len());
     for (epoch, folder, generation) in candidates {
-        let Some(text) = change_of(book, epoch, &folder, generation).await else { continue };
+        let book = &*book;
+        let one = async move { (epoch, change_of(book, epoch, &folder, generation).await) };
+        comparing.push(one.boxed());
+    }
+    let compared: Vec<(Epoch, Option<String>)> =
+        futures::stream::iter(comparing).buffered(AT_ONCE).collect().await;
+    let mut found = Vec::new();
+    for (epoch, text) in compared {
+        let Some(text) = text else { continue };
         book.entry(epoch, State::Processed).changed = Some(text.clone());
         found.push(text);
     }

@@ -15,6 +15,7 @@ pub mod ledger;
 mod lost;
 pub mod manifests;
 pub mod notice;
+pub mod pinning;
 pub mod readiness;
 pub mod rebuild;
 pub mod requests;

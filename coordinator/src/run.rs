@@ -28,6 +28,7 @@ use crate::asking::Ask;
 use crate::book::{Book, Outstanding};
 use crate::discovering;
 use crate::notice::Notice;
+use crate::pinning;
 use crate::requests::Requests;
 use crate::scribe::{Rows, Scribe, ScribeHandle};
 use crate::sequencing::{Plan, plan, share};
@@ -430,7 +431,7 @@ async fn works_of(
         works.push(Work::Merge { epochs: epochs.clone() });
     }
     for epoch in plan.ingests.iter().take(most) {
-        match discovering::ingest_work(book, *epoch).await {
+        match pinning::ingest_work(book, *epoch).await {
             Ok(work) => works.push(work),
             Err(error) => put_off(book, *epoch, error, limits, now, notices),
         }

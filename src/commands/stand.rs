@@ -96,7 +96,7 @@ async fn show(config: &Config, pipelines: &[PipelineStanding]) -> Result<()> {
     Ok(())
 }
 
-const WORKER_HEAD: [&str; 6] = ["worker", "version", "in hand", "cpu", "memory", "disk free"];
+const WORKER_HEAD: [&str; 7] = ["name", "role", "version", "in hand", "cpu", "memory", "disk free"];
 
 fn worker_row(worker: &Heartbeat) -> Vec<String> {
     let now = Utc::now();
@@ -115,12 +115,14 @@ fn worker_row(worker: &Heartbeat) -> Vec<String> {
         .collect();
     let in_hand = match (&worker.resting, tasks.is_empty()) {
         (Some(why), true) => format!("rests: {why}"),
-        (None, true) => format!("idle, {} slots", worker.slots),
+        (None, true) if worker.slots == 0 => String::new(),
+        (None, true) => format!("idle, {} slot(s)", worker.slots),
         (_, false) => tasks.join("\n"),
     };
     let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
     vec![
         worker.name.clone(),
+        worker.role.clone(),
         worker.version.clone(),
         in_hand,
         format!("{:.0} %", worker.cpu * 100.0),

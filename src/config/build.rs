@@ -122,7 +122,7 @@ pub(super) fn build(
     }
     check_collisions(&pipelines, &state, &mut problems);
     let is_remote = |uri: &String| matches!(place_of(uri), Ok(Place::Remote(_)));
-    if source.leaves.get("state.uri").is_none()
+    if !source.leaves.contains_key("state.uri")
         && pipelines.iter().any(|p| is_remote(&p.main) || is_remote(&p.raw))
     {
         let text = "required, as tables are not on this machine; for example \

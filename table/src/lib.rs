@@ -22,6 +22,7 @@ pub mod spool;
 pub mod store;
 mod table;
 pub mod transactions;
+mod uploads;
 pub mod write;
 
 pub use deltalake::kernel::Add;

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
@@ -22,6 +22,8 @@ use crate::{Code, Error, Result};
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest pause between tries to connect.
 const RECONNECT_DELAY_MAX: Duration = Duration::from_secs(2);
+/// After a failure Redis is left alone so long.
+const REST: Duration = Duration::from_secs(2);
 /// Deaths of a task nobody finished are forgotten after a day.
 const DEATHS_TTL: Duration = Duration::from_secs(24 * 3600);
 
@@ -87,6 +89,8 @@ pub struct RedisLeases {
     name: String,
     connection: ConnectionManager,
     runtime: Handle,
+    /// After a failure nobody waits for Redis until then.
+    resting_until: Arc<Mutex<Option<Instant>>>,
 }
 
 impl RedisLeases {
@@ -106,7 +110,7 @@ impl RedisLeases {
         let connection =
             ConnectionManager::new_lazy_with_config(client, config).map_err(invalid)?;
         drop(entered);
-        Ok(Self { name: name.to_owned(), connection, runtime })
+        Ok(Self { name: name.to_owned(), connection, runtime, resting_until: Arc::default() })
     }
 
     fn key(&self, kind: &str, of: impl std::fmt::Display) -> String {
@@ -121,6 +125,9 @@ impl RedisLeases {
         keys: Vec<String>,
         arguments: Vec<String>,
     ) -> Result<T> {
+        if self.rests() {
+            return Err(unavailable(doing, &"it did not answer a moment ago"));
+        }
         let mut connection = self.connection.clone();
         let ran = self.runtime.spawn(async move {
             let script = prepared(script);
@@ -134,11 +141,20 @@ impl RedisLeases {
             // While it connects anew the manager would make us wait longer.
             tokio::time::timeout(RESPONSE_TIMEOUT * 2, call.invoke_async(&mut connection)).await
         });
-        match ran.await.map_err(Error::internal)? {
-            Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) => Err(unavailable(doing, &error)),
-            Err(_) => Err(unavailable(doing, &"no answer in time")),
-        }
+        let failed = match ran.await.map_err(Error::internal)? {
+            Ok(Ok(value)) => return Ok(value),
+            Ok(Err(error)) => unavailable(doing, &error),
+            Err(_) => unavailable(doing, &"no answer in time"),
+        };
+        *self.resting_until.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(Instant::now() + REST);
+        Err(failed)
+    }
+
+    /// It failed a moment ago: work goes on without it instead of waiting again and again.
+    fn rests(&self) -> bool {
+        let until = *self.resting_until.lock().unwrap_or_else(PoisonError::into_inner);
+        until.is_some_and(|until| until > Instant::now())
     }
 
     /// Redis answers.

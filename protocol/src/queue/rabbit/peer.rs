@@ -4,8 +4,6 @@
 //! consumers. Frames are written by hand from the AMQP 0-9-1 specification (type, channel, length,
 //! payload, 0xCE): the library under test encodes nothing here.
 
-#![expect(clippy::unwrap_used, reason = "a test peer fails by panicking")]
-
 use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

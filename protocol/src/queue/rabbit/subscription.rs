@@ -280,11 +280,12 @@ impl Supervisor {
                 () = self.left.cancelled() => {}
                 () = self.closed.cancelled() => {}
             }
-            if self.is_silent() && !is_busy {
-                if let Err(error) = self.probe(&arms).await {
-                    tracing::warn!(%error, "consumers fell silent; they are made anew");
-                    self.close_all(&mut arms).await;
-                }
+            if !is_busy
+                && self.is_silent()
+                && let Err(error) = self.probe(&arms).await
+            {
+                tracing::warn!(%error, "consumers fell silent; they are made anew");
+                self.close_all(&mut arms).await;
             }
         }
         self.finish(arms).await;
