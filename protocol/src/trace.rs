@@ -196,9 +196,10 @@ pub fn process_span(task: &Task, sent: Option<&SpanContext>, queue: &str) -> tra
         trace_id = trace_id,
         alluvium.pipeline = task.pipeline.id,
         alluvium.epoch = epoch,
-        alluvium.epochs = epochs.len(),
+        // As i64: other widths would arrive as texts.
+        alluvium.epochs = epochs.len() as i64,
         alluvium.step = step,
-        alluvium.attempt = task.attempt,
+        alluvium.attempt = i64::from(task.attempt),
         messaging.system = "rabbitmq",
         messaging.operation.name = "process",
         messaging.operation.type = "process",

@@ -102,7 +102,7 @@ impl Table {
             "delta.commit",
             delta.table = self.uri,
             delta.version = self.version() + 1,
-            bytes = entry.len(),
+            bytes = entry.len() as i64,
         );
         match self.put_entry(entry).instrument(span).await {
             Ok(version) => {

@@ -12,6 +12,7 @@ pub mod commit;
 mod features;
 mod files;
 pub mod history;
+mod log_cache;
 pub mod pause;
 pub mod query;
 pub mod race;

@@ -20,6 +20,7 @@ use object_store::{ObjectStore, path::Path};
 use url::Url;
 
 use crate::classify::foreign;
+use crate::log_cache::LogCache;
 use crate::uploads::CleanUploads;
 
 /// A shared object store.
@@ -199,7 +200,8 @@ fn bucket(url: &Url) -> Result<(StoreRef, StorageConfig)> {
     // Two that come here at once make two clients; the second one stays. Harmless.
     let (root, _) =
         S3ObjectStoreFactory::default().parse_url_opts(url, &config).map_err(|e| failed(&e))?;
-    let made: (StoreRef, StorageConfig) = (Arc::new(CleanUploads(root)), config);
+    let made: (StoreRef, StorageConfig) =
+        (Arc::new(LogCache::new(Arc::new(CleanUploads(root)))), config);
     buckets.lock().unwrap_or_else(PoisonError::into_inner).insert(key, made.clone());
     Ok(made)
 }

@@ -58,7 +58,11 @@ impl SourceFile {
         for object in &manifest.objects {
             opening.push(Self::open(&store, folder, object, is_small).boxed());
         }
-        let span = part_of_task!("source.open", files = manifest.objects.len(), bytes);
+        let span = part_of_task!(
+            "source.open",
+            files = manifest.objects.len() as i64,
+            bytes = bytes as i64
+        );
         let opened = futures::stream::iter(opening).buffered(OPEN_AT_ONCE).try_collect();
         opened.instrument(span).await
     }
