@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use alluvium_coordinator::api::Asked;
+use alluvium_coordinator::api::{Asked, IDENTITY_HEADER, identity};
 use alluvium_protocol::{Code, Error, Result};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -32,7 +32,7 @@ pub(crate) async fn items(
             url.query_pairs_mut().append_pair(name, value);
         }
     }
-    match answer(cluster, http()?.get(url)).await {
+    match answer(config, cluster, http()?.get(url)).await {
         Ok(mut found) => match found["items"].take() {
             Value::Array(items) => Ok(Some(items)),
             _ => Err(Error::internal(format!("{list}: the coordinator gave no items"))),
@@ -62,12 +62,12 @@ pub(crate) async fn typed<T: DeserializeOwned>(
 }
 
 /// Asks the coordinator to do something. Returns what became of it.
-pub(crate) async fn ask(cluster: &Cluster, asked: &Asked) -> Result<String> {
+pub(crate) async fn ask(config: &Config, cluster: &Cluster, asked: &Asked) -> Result<String> {
     let mut request = http()?.post(url_of(cluster, "requests")?).json(asked);
     if let Some(token) = &cluster.token {
         request = request.bearer_auth(token);
     }
-    let found = answer(cluster, request).await?;
+    let found = answer(config, cluster, request).await?;
     Ok(found["outcome"].as_str().unwrap_or("asked").to_owned())
 }
 
@@ -85,7 +85,12 @@ fn http() -> Result<reqwest::Client> {
     client.map_err(Error::internal)
 }
 
-async fn answer(cluster: &Cluster, request: reqwest::RequestBuilder) -> Result<Value> {
+async fn answer(
+    config: &Config,
+    cluster: &Cluster,
+    request: reqwest::RequestBuilder,
+) -> Result<Value> {
+    let request = request.header(IDENTITY_HEADER, identity(&cluster.name, &config.state));
     let unreachable = |why: String| {
         let text = format!("no coordinator answers at {}: {why}", cluster.api);
         Error::new(Code::CoordinatorUnreachable, text)

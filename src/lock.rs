@@ -12,6 +12,7 @@ use alluvium_table::classify::foreign;
 use alluvium_table::store::{Place, StoreRef, object_store_at, place_of};
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersion};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::printer;
@@ -46,14 +47,14 @@ impl StateLock {
     }
 }
 
-/// Takes the lock of a state folder.
-pub(crate) async fn take(state: &str) -> Result<StateLock> {
+/// Takes the lock; `lost` is cancelled when somebody else takes it over.
+pub(crate) async fn take(state: &str, lost: CancellationToken) -> Result<StateLock> {
     if std::env::var_os(NO_LOCK).is_some() {
         return Ok(StateLock { _file: None, remote: None });
     }
     match place_of(state)? {
         Place::Local(folder) => take_local(&folder),
-        Place::Remote(_) => take_remote(state).await,
+        Place::Remote(_) => take_remote(state, lost).await,
     }
 }
 
@@ -75,7 +76,7 @@ fn holder() -> String {
 }
 
 /// An object that is renewed; each renewal demands that it is still ours.
-async fn take_remote(state: &str) -> Result<StateLock> {
+async fn take_remote(state: &str, lost: CancellationToken) -> Result<StateLock> {
     let store = object_store_at(state)?;
     let key = Key::from(NAME);
     let doing = || format!("lock the state folder {state}");
@@ -94,9 +95,10 @@ async fn take_remote(state: &str) -> Result<StateLock> {
             Ok(put) => break put.e_tag,
             Err(
                 object_store::Error::AlreadyExists { .. }
-                | object_store::Error::Precondition { .. }
-                | object_store::Error::NotFound { .. },
+                | object_store::Error::Precondition { .. },
             ) => {}
+            // It was released meanwhile: from the start. Else the bucket is missing.
+            Err(object_store::Error::NotFound { .. }) if seen.is_some() => seen = None,
             Err(error) => return Err(foreign(doing(), &error)),
         }
         let found = match store.get(&key).await {
@@ -118,11 +120,17 @@ async fn take_remote(state: &str) -> Result<StateLock> {
         }
         tokio::time::sleep(LOOK_EVERY).await;
     };
-    let renewing = tokio::spawn(renew(store.clone(), key, body, version));
+    let renewing = tokio::spawn(renew(store.clone(), key, body, version, lost));
     Ok(StateLock { _file: None, remote: Some((store, AbortOnDropHandle::new(renewing))) })
 }
 
-async fn renew(store: StoreRef, key: Key, body: String, mut etag: Option<String>) {
+async fn renew(
+    store: StoreRef,
+    key: Key,
+    body: String,
+    mut etag: Option<String>,
+    lost: CancellationToken,
+) {
     for beat in 0_u64.. {
         tokio::time::sleep(RENEW_EVERY).await;
         let version = UpdateVersion { e_tag: etag.clone(), version: None };
@@ -131,6 +139,13 @@ async fn renew(store: StoreRef, key: Key, body: String, mut etag: Option<String>
         let text = format!("{body}{beat}\n");
         match store.put_opts(&key, text.into(), options).await {
             Ok(put) => etag = put.e_tag,
+            Err(
+                object_store::Error::Precondition { .. } | object_store::Error::NotFound { .. },
+            ) => {
+                printer::warn("another process took the state over; this one stops");
+                lost.cancel();
+                return;
+            }
             // Safety does not rest on it.
             Err(error) => tracing::warn!(%error, "the lock was not renewed"),
         }

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from services import Services, free_port
 
 SCHEMA = pa.schema([("id", pa.string()), ("value", pa.int64()), ("op", pa.string())])
 TIMEOUT_SECONDS = 120
+EPOCHS = range(1, 9)
 # Readers of the tests and the product take the same variables.
 S3_KEYS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -215,6 +217,18 @@ listen = "127.0.0.1:{self.port}"
             return None
         return json.loads(body) if body.startswith("{") else body
 
+    def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, str]:
+        """Status and text of the coordinator's answer to a POST."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(),
+            {"Content-Type": "application/json", **(headers or {})},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=40) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
     def states(self, name: str = "p") -> dict[int, str]:
         """Epoch → state, by the coordinator's word."""
         found = self.api(f"/api/v1/epochs?pipeline={name}")
@@ -291,3 +305,14 @@ class _Environment:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def deliver_some(cluster: Cluster, epochs=EPOCHS, rows: int = 50, name: str = "p") -> set[int]:
+    """Epochs whose keys overlap, with deletes among them."""
+    for epoch in epochs:
+        deliveries = []
+        for at in range(rows):
+            op = "D" if (epoch + at) % 7 == 0 else "U"
+            deliveries.append((f"k{(epoch * 13 + at) % (rows * 2)}", epoch * 1000 + at, op))
+        cluster.deliver(epoch, deliveries, name)
+    return set(epochs)

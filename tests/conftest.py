@@ -9,6 +9,7 @@ from typing import Iterator
 
 import pytest
 
+from cluster import Cluster
 from lake import BINARY, Lake
 from services import Services
 
@@ -38,3 +39,17 @@ def healed(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "services" in request.fixturenames:
         request.getfixturevalue("services").heal()
+
+
+@pytest.fixture
+def make(tmp_path: Path, services: Services):
+    """Makes clusters, and ends their processes."""
+    made: list[Cluster] = []
+
+    def make_cluster(store: str = "disk", **more) -> Cluster:
+        made.append(Cluster(tmp_path, services, store, **more).pipeline())
+        return made[-1]
+
+    yield make_cluster
+    for cluster in made:
+        cluster.stop()

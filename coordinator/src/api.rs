@@ -14,7 +14,7 @@ use axum::extract::{Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Json, Router, middleware};
 use chrono::Utc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -23,7 +23,7 @@ use uuid::Uuid;
 
 use crate::asking::{Ask, Stand};
 use crate::ledger::{Ledger, LedgerTable};
-use crate::requests::{Request, Requests, Verb};
+use crate::requests::{Request, Requests, Verb, check_act};
 
 /// How long the loop may take to answer; it may be listing a slow source.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -82,6 +82,8 @@ pub struct Api {
     pub state: String,
     /// The configured pipelines.
     pub pipelines: Arc<Vec<Pipeline>>,
+    /// Tells clusters apart: who asks may say whom it means.
+    pub identity: String,
     /// What changes must show.
     pub token: Option<String>,
     /// Other processes and queues.
@@ -101,7 +103,32 @@ pub fn router(api: Api) -> Router {
         .route("/api/v1/workers", get(workers))
         .route("/api/v1/queues", get(queues))
         .route("/api/v1/requests", post(ask_for))
+        .layer(middleware::from_fn_with_state(api.clone(), check_identity))
         .with_state(api)
+}
+
+/// Names the cluster that is meant.
+pub const IDENTITY_HEADER: &str = "x-alluvium-cluster";
+
+/// Tells a cluster from others that could answer at the same address.
+pub fn identity(cluster: &str, state: &str) -> String {
+    alluvium_protocol::pipeline::short_hash(format!("{cluster}\n{state}").as_bytes())
+}
+
+async fn check_identity(
+    State(api): State<Api>,
+    request: axum::extract::Request,
+    next: middleware::Next,
+) -> Response {
+    let meant = request.headers().get(IDENTITY_HEADER);
+    if meant.is_some_and(|meant| meant.as_bytes() != api.identity.as_bytes()) {
+        let text =
+            format!("the coordinator that answers here serves another cluster ({})", api.state);
+        let error = Error::new(Code::CoordinatorUnreachable, text)
+            .with_help("set another `listen` (or `api`) in [cluster]");
+        return Failure(StatusCode::MISDIRECTED_REQUEST, error).into_response();
+    }
+    next.run(request).await
 }
 
 /// An error with its HTTP status.
@@ -172,7 +199,7 @@ impl Api {
     }
 
     fn check_token(&self, headers: &HeaderMap) -> Result<(), Failure> {
-        let Some(token) = &self.token else { return Ok(()) };
+        let Some(token) = &self.token else { return check_local(headers) };
         let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         let shown = shown.and_then(|text| text.strip_prefix("Bearer ")).unwrap_or_default();
         // Hashes are compared: how long that takes says nothing about the token.
@@ -184,6 +211,25 @@ impl Api {
             .with_help("set `token` in [cluster] as the coordinator has it");
         Err(Failure(StatusCode::UNAUTHORIZED, error))
     }
+}
+
+/// Without a token only this machine may change something: a page of another host, shown by a browser
+/// here, may not.
+fn check_local(headers: &HeaderMap) -> Result<(), Failure> {
+    let is_local = |text: &str| {
+        let host = text.split_once("://").map_or(text, |(_, rest)| rest);
+        let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
+        ["127.0.0.1", "[::1]", "localhost"].contains(&name)
+    };
+    for name in [header::HOST, header::ORIGIN] {
+        let text = headers.get(&name).and_then(|value| value.to_str().ok());
+        if text.is_some_and(|text| !is_local(text)) {
+            let error = Error::new(Code::NotPossibleNow, format!("{name} is not this machine"))
+                .with_help("set `token` in [cluster] to allow changes from elsewhere");
+            return Err(Failure(StatusCode::FORBIDDEN, error));
+        }
+    }
+    Ok(())
 }
 
 #[derive(Deserialize)]
@@ -262,6 +308,14 @@ async fn ask_for(State(api): State<Api>, headers: HeaderMap, Json(asked): Json<A
     if !api.pipelines.iter().any(|pipeline| pipeline.id == asked.pipeline) {
         let text = format!("no pipeline has the name {:?}", asked.pipeline);
         return Err(Error::new(Code::UnknownPipeline, text).into());
+    }
+    if let Some(epoch) = asked.epoch {
+        let mut epochs = api.stand().await?.epochs;
+        epochs.retain(|found| found.pipeline == asked.pipeline);
+        check_act(&asked.pipeline, &epochs, asked.verb, epoch)?;
+    } else if !matches!(asked.verb, Verb::Pause | Verb::Resume) {
+        let text = format!("{} needs an epoch", asked.verb.as_str());
+        return Err(Error::new(Code::UnknownEpoch, text).into());
     }
     let request = Request {
         id: Uuid::new_v4().to_string(),

@@ -107,7 +107,15 @@ async fn new_content(
     }
     let folder = match known.and_then(|entry| entry.folder.clone()) {
         Some(folder) => folder,
-        None => folder_of(book, epoch).await?.unwrap_or_else(|| epoch.to_string()),
+        None => match folder_of(book, epoch).await? {
+            Some(folder) => folder,
+            // A folder that went away, of an epoch that is known from the tables.
+            None if known.is_some() => epoch.to_string(),
+            None => {
+                let text = format!("{} knows no epoch {epoch}", book.pipeline.id);
+                return Err(Error::new(Code::UnknownEpoch, text));
+            }
+        },
     };
     let reason = match request.verb {
         Verb::Replay => Reason::Replay,

@@ -11,6 +11,8 @@ use futures::TryStreamExt;
 use object_store::{ObjectStore, ObjectStoreExt, path::Path};
 use serde::{Deserialize, Serialize};
 
+use crate::standing::EpochStanding;
+
 /// A thing that a person can ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -136,5 +138,26 @@ impl FromStr for Verb {
         all.into_iter()
             .find(|verb| verb.as_str() == text)
             .ok_or_else(|| Error::new(Code::MessageUnknown, format!("no verb {text:?}")))
+    }
+}
+
+/// The epoch exists and the act makes sense, by a list of the pipeline's epochs. Returns its state.
+pub fn check_act(id: &str, epochs: &[EpochStanding], verb: Verb, epoch: Epoch) -> Result<String> {
+    let Some(found) = epochs.iter().find(|found| found.epoch == epoch) else {
+        return Err(Error::new(Code::UnknownEpoch, format!("{id} knows no epoch {epoch}"))
+            .with_help(format!("`alluvium epochs {id}` lists them")));
+    };
+    let refuse = |why: &str, help: String| {
+        Err(Error::new(Code::NotPossibleNow, format!("epoch {epoch} {why}")).with_help(help))
+    };
+    match (verb, found.state.as_str()) {
+        (Verb::Replay, "empty" | "incomplete") => {
+            refuse("is not complete: it is read when it is", format!("`alluvium plan {id}`"))
+        }
+        (Verb::Undo, "empty" | "incomplete") => refuse(
+            "was never read: there is nothing to undo",
+            format!("`alluvium skip {id} {epoch}` leaves it out"),
+        ),
+        _ => Ok(found.state.clone()),
     }
 }

@@ -27,6 +27,11 @@ impl Coordinator {
             return Ok(Rows::default());
         };
         let is_ours = book.outstanding.remove(&result.task).is_some();
+        let is_known = |epoch: &Epoch| book.entries.contains_key(epoch);
+        if !is_ours && !result.work.epochs().iter().all(is_known) {
+            tracing::warn!(task = %result.task, "a result of epochs that nobody knows was ignored");
+            return Ok(Rows::default());
+        }
         let mut rows = Rows::default();
         match &result.verdict {
             Verdict::Done(report) => {

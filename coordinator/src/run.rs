@@ -244,7 +244,17 @@ impl Coordinator {
                 Ok((ready, sent))
             }
         });
-        for sent in futures::future::join_all(sending).await {
+        let sending = futures::future::join_all(sending);
+        tokio::pin!(sending);
+        // A broker in an alarm may keep us waiting: questions and a stop do not wait with us.
+        let sent = loop {
+            tokio::select! {
+                sent = &mut sending => break sent,
+                Some(ask) = self.asks.recv() => self.answer(ask),
+                () = self.stopping.cancelled() => return Ok(()),
+            }
+        };
+        for sent in sent {
             let (ready, sent): (Ready, Result<()>) = sent?;
             match sent {
                 Ok(()) => self.note_sent(ready)?,
@@ -309,7 +319,7 @@ impl Coordinator {
             Ok(found) => found,
             Err(error) => {
                 tracing::error!(%error, "results that cannot be understood were set aside");
-                return delivery.ack().await;
+                return delivery.set_aside().await;
             }
         };
         let now = self.clock.now();

@@ -6,8 +6,22 @@ use serde::{Deserialize, Serialize};
 
 /// One delivery, ordered as a number. It must fit a Delta `long`, the type of raw's `_epoch`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(try_from = "i64", into = "i64")]
 pub struct Epoch(i64);
+
+impl TryFrom<i64> for Epoch {
+    type Error = String;
+
+    fn try_from(value: i64) -> Result<Self, String> {
+        Self::new(value).ok_or_else(|| format!("{value} is not an epoch: it is negative"))
+    }
+}
+
+impl From<Epoch> for i64 {
+    fn from(epoch: Epoch) -> Self {
+        epoch.0
+    }
+}
 
 impl Epoch {
     /// An epoch from a number; `None` when it is negative.

@@ -227,6 +227,13 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>> {
     Ok(body)
 }
 
+/// Another version wrote the body, and will understand it. Else it is garbage.
+pub fn is_of_another_version(body: &[u8]) -> bool {
+    let found = serde_json::from_slice::<serde_json::Value>(body).ok();
+    let format = found.and_then(|found| found["format"].as_u64());
+    format.is_some_and(|format| format != u64::from(FORMAT_MAJOR))
+}
+
 /// Reads a message body of a known format.
 pub fn decode<T: for<'a> Deserialize<'a>>(body: &[u8]) -> Result<T> {
     #[derive(Deserialize)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use alluvium_coordinator::api::{Api, Lead, Surroundings, router};
+use alluvium_coordinator::api::{Api, Lead, Surroundings, identity, router};
 use alluvium_coordinator::run::{Coordinator, Outcome, Settings};
 use alluvium_coordinator::standing::recall_processed;
 use alluvium_protocol::clock::{ClockRef, SystemClock};
@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::vitals::Vitals;
-use super::{Services, check_storage, leading, required};
+use super::{Services, leading, prepare, required};
 use crate::commands::run::{exit, summarize};
 use crate::commands::signals::on_signals;
 use crate::config::cluster::Cluster;
@@ -43,9 +43,16 @@ pub(crate) async fn run(file: Option<&Path>, pipeline: Option<&str>, once: bool)
     let cluster = required(&config)?.clone();
     let pipelines = config.select(pipeline)?;
     let services = Services::of(&cluster, "coordinator")?;
-    check_storage(&config).await?;
     let stopping = CancellationToken::new();
     on_signals(stopping.clone())?;
+    tokio::select! {
+        ready = prepare(&config, &services) => ready?,
+        () = stopping.cancelled() => return Ok(Exit::Ok),
+    }
+    if once {
+        // Who waits for the end wants to know at once.
+        services.queue.check().await?;
+    }
     let vitals = Vitals {
         role: "coordinator",
         leases: services.leases.clone(),
@@ -53,6 +60,7 @@ pub(crate) async fn run(file: Option<&Path>, pipeline: Option<&str>, once: bool)
         duty: Arc::new(Duty::default()),
         limits: None,
         started_at: Utc::now(),
+        state: config.state.clone(),
     };
     let _beating = vitals.start(&services.links);
     let lead = Lead::default();
@@ -60,6 +68,7 @@ pub(crate) async fn run(file: Option<&Path>, pipeline: Option<&str>, once: bool)
         lead: lead.clone(),
         state: config.state.clone(),
         pipelines: Arc::new(config.pipelines.clone()),
+        identity: identity(&cluster.name, &config.state),
         token: cluster.token.clone(),
         surroundings: Arc::new(services.clone()),
     };
@@ -71,7 +80,9 @@ pub(crate) async fn run(file: Option<&Path>, pipeline: Option<&str>, once: bool)
         cluster.api
     ));
     let role = Role { config: &config, cluster: &cluster, services: &services, lead, once };
-    let ended = role.run(pipelines, &stopping).await?;
+    let ended = role.run(pipelines, &stopping).await;
+    services.leases.gone(&services.name).await;
+    let ended = ended?;
     services.queue.close();
     Ok(match ended {
         Some((outcome, totals)) if once => {

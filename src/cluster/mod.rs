@@ -99,8 +99,22 @@ pub(crate) fn storage_roots(config: &Config) -> Vec<String> {
     roots
 }
 
+/// What a role needs before it begins: storage that commits can rest on, and a name that is ours.
+pub(crate) async fn prepare(config: &Config, services: &Services) -> Result<()> {
+    check_storage(config).await?;
+    // Redis does not answer: whoever comes later finds out.
+    let Ok(owner) = services.leases.belongs_to(&config.state).await else { return Ok(()) };
+    if owner == config.state {
+        return Ok(());
+    }
+    let text =
+        format!("processes of another configuration use this cluster.name: their state is {owner}");
+    Err(Error::new(Code::NotPossibleNow, text)
+        .with_help("set another `name` in [cluster]; if state moved, stop them and wait a minute"))
+}
+
 /// Refuses storage on which two workers could overwrite each other's commits.
-pub(crate) async fn check_storage(config: &Config) -> Result<()> {
+async fn check_storage(config: &Config) -> Result<()> {
     for uri in storage_roots(config) {
         race(&uri).await?;
     }

@@ -36,6 +36,8 @@ pub(crate) struct Vitals {
     pub(crate) duty: Arc<Duty>,
     pub(crate) limits: Option<Limits>,
     pub(crate) started_at: DateTime<Utc>,
+    /// Keeps the cluster's name ours.
+    pub(crate) state: String,
 }
 
 impl Vitals {
@@ -55,6 +57,7 @@ impl Vitals {
             if let Err(error) = self.leases.beat(&heartbeat, BEAT_TTL).await {
                 tracing::debug!(%error, "a heartbeat was not sent");
             }
+            let _ = self.leases.belongs_to(&self.state).await;
             tokio::time::sleep(BEAT_EVERY).await;
         }
     }

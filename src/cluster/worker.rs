@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use alluvium_protocol::clock::{ClockRef, SystemClock};
 use alluvium_protocol::queue::{Lane, Queue};
-use alluvium_protocol::{Error, Result};
+use alluvium_protocol::{Code, Error, Result};
 use alluvium_worker::Workshop;
 use alluvium_worker::slots::{Duty, Orders, Worker};
 use alluvium_worker::tables::Tables;
 use chrono::Utc;
 
 use super::vitals::{Limits, Vitals};
-use super::{Services, check_storage, required};
+use super::{Services, prepare, required};
 use crate::cli::WorkerArguments;
 use crate::commands::signals::on_signals;
 use crate::config;
@@ -26,7 +26,6 @@ const STOP_PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) async fn run(file: Option<&Path>, arguments: &WorkerArguments) -> Result<Exit> {
     let config = config::load(file)?;
     let services = Services::of(required(&config)?, "worker")?;
-    check_storage(&config).await?;
     let slots = arguments.slots.map_or(config.slots, usize::from);
     let duty = Arc::new(Duty::under(Orders {
         tasks_max: arguments.max_tasks.and_then(|most| usize::try_from(most).ok()),
@@ -34,6 +33,10 @@ pub(crate) async fn run(file: Option<&Path>, arguments: &WorkerArguments) -> Res
         ..Orders::default()
     }));
     on_signals(duty.orders.draining.clone())?;
+    tokio::select! {
+        ready = prepare(&config, &services) => ready?,
+        () = duty.orders.draining.cancelled() => return Ok(Exit::Ok),
+    }
     let memory = config.pipelines.iter().map(|p| p.sizes.memory_bytes).max().unwrap_or(0);
     let limits = Limits { disk_free: config.disk_free, memory_free: memory as u64 };
     let vitals = Vitals {
@@ -43,6 +46,7 @@ pub(crate) async fn run(file: Option<&Path>, arguments: &WorkerArguments) -> Res
         duty: Arc::clone(&duty),
         limits: Some(limits),
         started_at: Utc::now(),
+        state: config.state.clone(),
     };
     let _beating = vitals.start(&services.links);
     let lanes = lanes_of(&arguments.steps);
@@ -70,7 +74,13 @@ pub(crate) async fn run(file: Option<&Path>, arguments: &WorkerArguments) -> Res
             printer::warn(&format!("gave up waiting for task(s) {}", names.join(", ")));
         }
     }
+    let consuming = services.queue.health().consuming;
     services.queue.close();
+    services.leases.gone(&services.name).await;
+    if let Some(error) = consuming.error.filter(|_| consuming.connections == 0) {
+        return Err(Error::new(Code::QueueFailed, error)
+            .with_help("check `amqp` in [cluster], then `alluvium doctor`"));
+    }
     printer::say("drained: every task in hand was finished or given back");
     Ok(Exit::Ok)
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use alluvium_coordinator::api::{Asked, record};
-use alluvium_coordinator::requests::{Request, Requests, Verb};
+use alluvium_coordinator::requests::{Request, Requests, Verb, check_act};
 use alluvium_coordinator::standing::{EpochStanding, Standing};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
 use chrono::Utc;
@@ -22,7 +22,7 @@ pub(crate) async fn on_epoch(file: Option<&Path>, verb: Verb, of: &OfEpoch) -> R
     let pipeline = config.select(Some(&of.pipeline))?.remove(0);
     let filter = [("pipeline", Some(of.pipeline.clone()))];
     let state = match client::typed::<EpochStanding>(&config, "epochs", &filter).await? {
-        Some(epochs) => check_listed(&pipeline.id, &epochs, verb, of.epoch)?,
+        Some(epochs) => check_act(&pipeline.id, &epochs, verb, of.epoch)?,
         None => check(&Standing::read(pipeline.clone(), Utc::now()).await?, verb, of.epoch)?,
     };
     if verb != Verb::Retry {
@@ -61,28 +61,7 @@ fn check(standing: &Standing, verb: Verb, epoch: Epoch) -> Result<String> {
         let text = format!("epoch {epoch} lies below `start_from` or the floor: it is settled");
         return Err(Error::new(Code::EpochSettled, text));
     }
-    check_listed(id, &standing.epochs(), verb, epoch)
-}
-
-/// The same, from a list of the pipeline's epochs.
-fn check_listed(id: &str, epochs: &[EpochStanding], verb: Verb, epoch: Epoch) -> Result<String> {
-    let Some(found) = epochs.iter().find(|found| found.epoch == epoch) else {
-        return Err(Error::new(Code::UnknownEpoch, format!("{id} knows no epoch {epoch}"))
-            .with_help(format!("`alluvium epochs {id}` lists them")));
-    };
-    let refuse = |why: &str, help: String| {
-        Err(Error::new(Code::NotPossibleNow, format!("epoch {epoch} {why}")).with_help(help))
-    };
-    match (verb, found.state.as_str()) {
-        (Verb::Replay, "empty" | "incomplete") => {
-            refuse("is not complete: it is read when it is", format!("`alluvium plan {id}`"))
-        }
-        (Verb::Undo, "empty" | "incomplete") => refuse(
-            "was never read: there is nothing to undo",
-            format!("`alluvium skip {id} {epoch}` leaves it out"),
-        ),
-        _ => Ok(found.state.clone()),
-    }
+    check_act(id, &standing.epochs(), verb, epoch)
 }
 
 fn question(verb: Verb, pipeline: &str, epoch: Epoch, state: &str) -> String {
@@ -107,7 +86,7 @@ async fn carry_out(
     let by = std::env::var("USER").unwrap_or_else(|_| "unknown".to_owned());
     if let Some(cluster) = &config.cluster {
         let asked = Asked { verb, pipeline: pipeline.id.clone(), epoch, by: by.clone() };
-        match client::ask(cluster, &asked).await {
+        match client::ask(config, cluster, &asked).await {
             Ok(outcome) => {
                 let of = epoch.map(|epoch| format!(" {epoch}")).unwrap_or_default();
                 let (verb, id) = (verb.as_str(), &pipeline.id);
@@ -136,7 +115,7 @@ async fn carry_out(
         printer::say("asked; the next coordinator that runs carries it out");
         return Ok(Exit::Ok);
     }
-    let taken = match lock::take(&config.state).await {
+    let taken = match lock::take(&config.state, CancellationToken::new()).await {
         Ok(taken) => taken,
         Err(error) if error.code == Code::StateLocked => {
             printer::say(&format!("asked; {}: it carries it out at its next poll", error.message));

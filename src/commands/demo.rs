@@ -101,7 +101,7 @@ fn prepare(
 
 async fn process(file: &Path) -> Result<()> {
     let config = config::load(Some(file))?;
-    let _lock = lock::take(&config.state).await?;
+    let _lock = lock::take(&config.state, CancellationToken::new()).await?;
     let pipelines = config.select(None)?;
     let (outcome, totals) = drive(&config, pipelines, true, CancellationToken::new()).await?;
     if totals.merged == 0 && totals.ingested == 0 {

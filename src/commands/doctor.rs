@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use alluvium_protocol::queue::Queue;
 use alluvium_protocol::queue::rabbit::hello;
-use alluvium_protocol::{Error, Pipeline, Result};
+use alluvium_protocol::{Code, Error, Pipeline, Result};
 use alluvium_table::Table;
 use alluvium_table::race::race;
 use chrono::Utc;
@@ -20,6 +20,8 @@ use crate::printer::{self, Exit};
 
 /// Clocks that differ by more make waits and retention hard to read.
 const SKEW_MAX_SECONDS: f64 = 5.0;
+/// How long an alarm may take to be told.
+const ALARM_PATIENCE: std::time::Duration = std::time::Duration::from_millis(300);
 /// Commits of a table that are looked at.
 const COMMITS_MAX: i64 = 100;
 /// The first RabbitMQ on which a queue can say how long a task may take.
@@ -89,7 +91,20 @@ async fn check_cluster(config: &Config, cluster: &Cluster, findings: &mut Findin
         Err(error) => return findings.bad("cluster", error),
     };
     match services.queue.check().await {
-        Ok(()) => findings.good("queues", format!("{}.v1.*, declared", cluster.name)),
+        Ok(()) => {
+            // An alarm is told right after a connection is made.
+            tokio::time::sleep(ALARM_PATIENCE).await;
+            match services.queue.health().publishing.blocked {
+                Some(reason) => findings.bad(
+                    "queues",
+                    Error::new(Code::QueueFailed, format!("RabbitMQ takes no messages: {reason}"))
+                        .with_help(
+                            "free memory or disk of the broker: `rabbitmq-diagnostics alarms`",
+                        ),
+                ),
+                None => findings.good("queues", format!("{}.v1.*, declared", cluster.name)),
+            }
+        }
         Err(error) => findings.bad("queues", error),
     }
     match services.queue.dead().await {

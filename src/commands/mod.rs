@@ -14,14 +14,33 @@ mod stand;
 
 use alluvium_coordinator::requests::Verb as Asked;
 use alluvium_protocol::{Result, crash};
+use alluvium_table::store::be_brief;
 
 use crate::cli::{Arguments, AuditVerb, ConfigVerb, LedgerVerb, Verb};
 use crate::cluster;
 use crate::printer::{self, Exit};
 
+/// A person waits for the answer, and nothing is written but by somebody else.
+fn is_a_look(verb: &Verb) -> bool {
+    matches!(
+        verb,
+        Verb::Status { .. }
+            | Verb::Epochs { .. }
+            | Verb::Plan { .. }
+            | Verb::Runs { .. }
+            | Verb::Query { .. }
+            | Verb::Doctor { .. }
+            | Verb::Workers { .. }
+            | Verb::Audit { .. }
+    )
+}
+
 /// Carries out the command line.
 pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
     let file = arguments.config.as_deref();
+    if is_a_look(&arguments.verb) {
+        be_brief();
+    }
     match arguments.verb {
         Verb::Demo(demo) => demo::demo(&demo).await,
         Verb::Run { once, pipeline } => run::run(file, pipeline.as_deref(), once).await,

@@ -24,8 +24,9 @@ pub(crate) async fn run(file: Option<&Path>, pipeline: Option<&str>, once: bool)
             "start `alluvium coordinator` and `alluvium worker`; or take [cluster] out to run in one process",
         ));
     }
-    let lock = lock::take(&config.state).await?;
     let stopping = CancellationToken::new();
+    let lost = stopping.child_token();
+    let lock = lock::take(&config.state, lost.clone()).await?;
     let was_interrupted = on_signals(stopping.clone())?;
     if !once {
         printer::say(&format!(
@@ -34,7 +35,11 @@ pub(crate) async fn run(file: Option<&Path>, pipeline: Option<&str>, once: bool)
             config.poll
         ));
     }
-    let driven = drive(&config, pipelines, once, stopping).await;
+    let driven = drive(&config, pipelines, once, lost.clone()).await;
+    if lost.is_cancelled() && !stopping.is_cancelled() {
+        let text = format!("{} was taken over by another process", config.state);
+        return Err(Error::new(Code::StateLocked, text));
+    }
     lock.release().await;
     let (outcome, totals) = driven?;
     if was_interrupted.load(Ordering::SeqCst) {

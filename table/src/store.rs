@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use alluvium_protocol::{Code, Error, Result};
@@ -30,6 +31,16 @@ pub type StoreRef = Arc<dyn ObjectStore>;
 /// a minute costs no attempt, and is over soon after it is over.
 const RETRIES: [(&str, &str); 3] =
     [("retry_timeout", "60s"), ("max_retries", "100"), ("backoff_config.max_backoff", "5s")];
+
+/// For verbs that a person waits for.
+const BRIEF_RETRIES: [(&str, &str); 3] =
+    [("retry_timeout", "5s"), ("max_retries", "4"), ("backoff_config.max_backoff", "1s")];
+static IS_BRIEF: AtomicBool = AtomicBool::new(false);
+
+/// From here on this process gives up on storage after seconds instead of a minute.
+pub fn be_brief() {
+    IS_BRIEF.store(true, Ordering::Relaxed);
+}
 
 /// Options of all locations that begin with a prefix.
 #[derive(Clone, Default)]
@@ -188,7 +199,8 @@ fn bucket(url: &Url) -> Result<(StoreRef, StorageConfig)> {
         return Ok(found.clone());
     }
     let mut options = chosen.map(|(_, chosen)| chosen.options.clone()).unwrap_or_default();
-    for (name, value) in RETRIES {
+    let retries = if IS_BRIEF.load(Ordering::Relaxed) { BRIEF_RETRIES } else { RETRIES };
+    for (name, value) in retries {
         options.entry(name.to_owned()).or_insert_with(|| value.to_owned());
     }
     let failed = |e: &deltalake::DeltaTableError| {

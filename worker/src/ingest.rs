@@ -143,7 +143,10 @@ async fn read_manifest(pipeline: &Pipeline, wanted: &Wanted<'_>) -> Result<Manif
     let body = match store.get(&path).await {
         Ok(found) => found.bytes().await.map_err(|e| foreign(doing(), &e))?,
         Err(object_store::Error::NotFound { .. }) => {
-            return Err(Error::new(Code::FolderChanged, format!("{}: it is gone", doing())));
+            // Deleted; or this worker looks at another storage than the coordinator.
+            let text = format!("{}: it is not there", doing());
+            return Err(Error::new(Code::StorageUnavailable, text)
+                .with_help("does [storage] of every worker lead where the coordinator's does?"));
         }
         Err(error) => return Err(foreign(doing(), &error)),
     };
@@ -151,8 +154,22 @@ async fn read_manifest(pipeline: &Pipeline, wanted: &Wanted<'_>) -> Result<Manif
         let text = format!("{}: its content is not what was published", doing());
         return Err(Error::new(Code::FolderChanged, text));
     }
-    serde_json::from_slice(&body)
-        .map_err(|e| Error::new(Code::ManifestInvalid, format!("{}: {e}", doing())))
+    let manifest: Manifest = serde_json::from_slice(&body)
+        .map_err(|e| Error::new(Code::ManifestInvalid, format!("{}: {e}", doing())))?;
+    let is_asked_for = manifest.pipeline == pipeline.id
+        && manifest.epoch == wanted.epoch
+        && manifest.generation == wanted.generation;
+    if !is_asked_for {
+        let text = format!(
+            "{}: it is of {} {}, generation {}",
+            doing(),
+            manifest.pipeline,
+            manifest.epoch,
+            manifest.generation
+        );
+        return Err(Error::new(Code::ManifestInvalid, text));
+    }
+    Ok(manifest)
 }
 
 /// Key columns must be in every file; the sequence column in at least one.

@@ -18,7 +18,7 @@ use alluvium_protocol::heartbeat::InHand;
 use alluvium_protocol::lease::{Claim, Leases};
 use alluvium_protocol::queue::{Delivery, Lane, Queue};
 use alluvium_protocol::retry::CRASHES_MAX;
-use alluvium_protocol::task::{Task, TaskResult, Verdict, decode};
+use alluvium_protocol::task::{Task, TaskResult, Verdict, decode, is_of_another_version};
 use alluvium_protocol::trace::{self, Part};
 use alluvium_protocol::{Code, Error, Result, crash};
 use chrono::{DateTime, Utc};
@@ -206,9 +206,12 @@ impl Worker {
         let task: Task = match decode(&delivery.message.body) {
             Ok(task) => task,
             Err(error) => {
-                // Perhaps a newer worker understands it.
-                tracing::warn!(%error, "gave back a message of another format");
-                return delivery.give_back().await;
+                if is_of_another_version(&delivery.message.body) {
+                    tracing::warn!(%error, "gave back a message of another version");
+                    return delivery.give_back().await;
+                }
+                tracing::error!(%error, "set a message aside that nobody can understand");
+                return delivery.set_aside().await;
             }
         };
         let owner = format!("{}/{slot}", self.name);

@@ -24,6 +24,8 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 const RECONNECT_DELAY_MAX: Duration = Duration::from_secs(2);
 /// After a failure Redis is left alone so long.
 const REST: Duration = Duration::from_secs(2);
+/// A name nobody uses is free after so long.
+const NAME_TTL: Duration = Duration::from_secs(60);
 /// Deaths of a task nobody finished are forgotten after a day.
 const DEATHS_TTL: Duration = Duration::from_secs(24 * 3600);
 
@@ -81,6 +83,16 @@ const BEAT: &str = r"
 redis.call('SADD', KEYS[1], ARGV[1])
 redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
 return 1
+";
+
+/// KEYS state · ARGV state, ttl. Returns whose state it is.
+const BELONGS: &str = r"
+local owner = redis.call('GET', KEYS[1])
+if owner and owner ~= ARGV[1] then
+  return owner
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return ARGV[1]
 ";
 
 /// Leases and heartbeats of one cluster.
@@ -177,6 +189,22 @@ impl RedisLeases {
         let keys = vec![self.key("workers", "names"), self.key("worker", &heartbeat.name)];
         let arguments = vec![heartbeat.name.clone(), body, milliseconds(ttl)];
         self.run::<i64>("send a heartbeat", BEAT, keys, arguments).await.map(drop)
+    }
+
+    /// Takes its name off the list of the living.
+    pub async fn gone(&self, name: &str) {
+        let script = "return redis.call('DEL', KEYS[1])";
+        let deleted = self.run::<i64>("leave", script, vec![self.key("worker", name)], Vec::new());
+        if let Err(error) = deleted.await {
+            tracing::debug!(%error, "a heartbeat was not taken back; it runs out");
+        }
+    }
+
+    /// Whose this cluster's name is: of the state that its processes named last, for a minute.
+    pub async fn belongs_to(&self, state: &str) -> Result<String> {
+        let keys = vec![self.key("state", "uri")];
+        let arguments = vec![state.to_owned(), milliseconds(NAME_TTL)];
+        self.run("look whose the name is", BELONGS, keys, arguments).await
     }
 
     /// The last words of all processes that count as living.

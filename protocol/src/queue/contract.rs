@@ -21,6 +21,7 @@ where
 {
     delivers_what_was_published(fresh().await).await;
     keeps_lanes_apart(fresh().await).await;
+    a_message_set_aside_never_comes_back(fresh().await).await;
     carries_the_id_and_the_trace(fresh().await).await;
     hides_a_message_in_hand(fresh().await).await;
     an_acknowledged_message_never_comes_back(fresh().await).await;
@@ -101,6 +102,15 @@ async fn a_message_given_back_comes_back_unmarked(queue: Arc<dyn Queue>) {
     assert_eq!(again.message.body, b"later");
     assert!(!again.redelivered);
     again.ack().await.unwrap();
+}
+
+async fn a_message_set_aside_never_comes_back(queue: Arc<dyn Queue>) {
+    publish(&queue, Lane::Ingest, "garbage").await;
+    next(&queue, &[Lane::Ingest]).await.set_aside().await.unwrap();
+    publish(&queue, Lane::Ingest, "sentinel").await;
+    let delivery = next(&queue, &[Lane::Ingest]).await;
+    assert_eq!(delivery.message.body, b"sentinel");
+    delivery.ack().await.unwrap();
 }
 
 async fn carries_the_id_and_the_trace(queue: Arc<dyn Queue>) {

@@ -139,6 +139,12 @@ impl Settle for Held {
         Ok(())
     }
 
+    async fn set_aside(mut self: Box<Self>) -> Result<()> {
+        // Where one process writes and reads there is nobody to look at it.
+        self.message = None;
+        Ok(())
+    }
+
     async fn give_back(mut self: Box<Self>) -> Result<()> {
         // Dropped during the pause, it comes back at once.
         tokio::time::sleep(GIVE_BACK_PAUSE).await;

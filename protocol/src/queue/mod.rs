@@ -110,6 +110,8 @@ pub struct Delivery {
 pub trait Settle: Send {
     /// Removes the message for good.
     async fn ack(self: Box<Self>) -> Result<()>;
+    /// Removes it from its lane for a person to look at: nobody will ever understand it.
+    async fn set_aside(self: Box<Self>) -> Result<()>;
     /// Delivers it again after a pause, not marked as redelivered: nobody worked on it.
     async fn give_back(self: Box<Self>) -> Result<()>;
 }
@@ -124,6 +126,14 @@ impl Delivery {
     pub async fn ack(mut self) -> Result<()> {
         match self.settle.take() {
             Some(settle) => settle.ack().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Sets the message aside for a person: no version will understand it.
+    pub async fn set_aside(mut self) -> Result<()> {
+        match self.settle.take() {
+            Some(settle) => settle.set_aside().await,
             None => Ok(()),
         }
     }

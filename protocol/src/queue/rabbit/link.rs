@@ -86,6 +86,14 @@ impl Link {
                 Ok(channel)
             }
             Err(error) => {
+                let is_news = self.state().error.as_ref() != Some(&error.message);
+                if is_news {
+                    tracing::warn!(
+                        label = self.label,
+                        error = error.message,
+                        "cannot reach RabbitMQ; tries on"
+                    );
+                }
                 self.change(|state| state.error = Some(error.message.clone()));
                 Err(error)
             }

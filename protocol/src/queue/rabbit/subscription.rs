@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use futures::StreamExt;
 use lapin::message::Delivery as AmqpDelivery;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions};
+use lapin::options::{
+    BasicAckOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions, BasicRejectOptions,
+};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Acker, Channel};
 use tokio::runtime::Handle;
@@ -198,6 +200,13 @@ impl Settle for Held {
             Ok(false) => Ok(()),
             Err(error) => Err(failed("acknowledge", &error)),
         }
+    }
+
+    async fn set_aside(mut self: Box<Self>) -> Result<()> {
+        self.is_settled = true;
+        // Without requeue: to the dead letters.
+        let refused = self.acker.reject(BasicRejectOptions { requeue: false }).await;
+        refused.map(drop).map_err(|e| failed("set a message aside", &e))
     }
 
     async fn give_back(self: Box<Self>) -> Result<()> {
