@@ -248,3 +248,18 @@ def test_a_missing_bucket_is_an_error_and_no_wait(make):
     refused = cluster.alluvium("run", "--once", config="embedded.toml")
     assert refused.code == 4 and "no-such-bucket" in refused.err
     assert time.monotonic() - began < 30
+
+
+def test_storage_options_can_be_set_for_some_locations_only(make):
+    cluster = make("s3")
+    epochs = deliver_some(cluster, [1, 2])
+    path = cluster.root / "embedded.toml"
+    by_prefix = f'[[storage]]\nprefix = "s3://{cluster.bucket}/"'
+    elsewhere = '[[storage]]\nprefix = "s3://other/"\naws_endpoint_url = "http://127.0.0.1:9"\n'
+    path.write_text(path.read_text().replace("[storage]", elsewhere + by_prefix))
+    done = cluster.alluvium("run", "--once", config="embedded.toml")
+    assert done.code == 0, done.err
+    assert epochs == cluster.applied()
+    cluster.check()
+    shown = cluster.alluvium("config", "show", config="embedded.toml")
+    assert "aws_region" in shown.out and '"test"' not in shown.out

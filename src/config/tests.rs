@@ -98,7 +98,7 @@ fn the_reference_is_a_valid_configuration_and_names_every_setting() {
     let text = reference::reference();
     parsed(&text).unwrap();
     // Uncommented, every line is still a known setting with a value of the right kind, except
-    // that only one sign of completeness may be set and adopting needs `start_from`.
+    // that only one sign of completeness may be set, and samples of secrets name variables.
     let all: String = text
         .lines()
         .map(|line| {
@@ -106,11 +106,15 @@ fn the_reference_is_a_valid_configuration_and_names_every_setting() {
             let is_setting = bare.split_once(" = ").is_some_and(|(key, _)| {
                 key.chars().all(|c| c.is_ascii_lowercase() || c == '_' || c == '.')
             });
-            if is_setting { format!("{bare}\n") } else { format!("{line}\n") }
+            let is_section = bare.starts_with('[') && bare.ends_with(']');
+            if is_setting || is_section { format!("{bare}\n") } else { format!("{line}\n") }
         })
         .collect();
     let found = problems(&all);
-    assert!(found.iter().all(|(path, _)| path.ends_with(".ready")), "{found:?}");
+    let is_expected = |(path, text): &(String, String)| {
+        path.ends_with(".ready") || text.contains("environment variable")
+    };
+    assert!(found.iter().all(is_expected), "{found:?}");
     for setting in settings::SETTINGS {
         let key = setting.path.trim_start_matches("pipeline.*.");
         let key = key.split_once('.').filter(|_| !setting.path.contains('*')).map_or(key, |k| k.1);
@@ -121,9 +125,27 @@ fn the_reference_is_a_valid_configuration_and_names_every_setting() {
 #[test]
 fn sections_of_the_cluster_and_foreign_storage_are_named_plainly() {
     let found = problems(&format!("[cluster]\namqp = \"x\"\n{SMALL}"));
-    assert!(found[0].1.contains("embedded"), "{found:?}");
-    let found = problems(&SMALL.replace("\"in\"", "\"s3://bucket/in\""));
-    assert!(found[0].1.contains("s3"), "{found:?}");
+    assert_eq!(found[0].0, "cluster.amqp", "{found:?}");
+    assert_eq!(found[1].0, "cluster.redis", "{found:?}");
+    let found = problems(&SMALL.replace("\"in\"", "\"gs://bucket/in\""));
+    assert!(found[0].1.contains("gs://"), "{found:?}");
+    let found = problems(&SMALL.replace("main = \"main\"", "main = \"s3://bucket/main\""));
+    assert_eq!(found[0].0, "state.uri", "{found:?}");
+}
+
+#[test]
+fn storage_is_for_all_locations_or_for_some_and_hides_its_secrets() {
+    let all = parsed(&format!("[storage]\naws_endpoint_url = \"http://h:9\"\n{SMALL}")).unwrap();
+    assert_eq!(all.storage[0].options["aws_allow_http"], "true");
+    let text = "[[storage]]\nprefix = \"s3://a/\"\naws_secret_access_key = \"hidden\"\n";
+    let some = parsed(&format!("{text}{SMALL}")).unwrap();
+    assert_eq!(some.storage[0].prefix, "s3://a/");
+    assert!(!format!("{:?}", some).contains("hidden"));
+    assert!(some.effective.values().all(|(value, _)| !value.contains("hidden")));
+    let found = problems(&format!("[storage]\naws_regoin = \"x\"\n{SMALL}"));
+    assert_eq!(found[0].0, "storage.aws_regoin");
+    let unsafe_rename = format!("[storage]\naws_s3_allow_unsafe_rename = true\n{SMALL}");
+    assert!(problems(&unsafe_rename)[0].1.contains("not possible"));
 }
 
 #[test]

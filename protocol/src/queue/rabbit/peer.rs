@@ -16,8 +16,6 @@ pub(super) struct Script {
     pub(super) publish: fn(usize) -> OnPublish,
     /// For the n-th consumer.
     pub(super) consume: fn(usize) -> OnConsume,
-    /// Sent when the n-th connection is open.
-    pub(super) open: fn(usize) -> OnOpen,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -26,6 +24,8 @@ pub(super) enum OnPublish {
     Nack,
     /// The message found no queue: it is returned, then acknowledged.
     Return,
+    /// An alarm: the connection is blocked, the message is acknowledged.
+    Block,
     /// Not a word from now on, heartbeats included.
     FallSilent,
 }
@@ -39,13 +39,6 @@ pub(super) enum OnConsume {
     Cancel,
     /// Closes the channel, as RabbitMQ before 4.3 does after a timeout.
     CloseChannel,
-}
-
-#[derive(Clone, Copy, PartialEq)]
-pub(super) enum OnOpen {
-    Nothing,
-    /// An alarm: publishing is blocked.
-    Block,
 }
 
 /// What the peer saw.
@@ -67,11 +60,7 @@ pub(super) struct Peer {
 
 impl Script {
     pub(super) fn quiet() -> Self {
-        Self {
-            publish: |_| OnPublish::Ack,
-            consume: |_| OnConsume::Nothing,
-            open: |_| OnOpen::Nothing,
-        }
+        Self { publish: |_| OnPublish::Ack, consume: |_| OnConsume::Nothing }
     }
 }
 
@@ -82,12 +71,8 @@ pub(super) async fn start(script: Script, heartbeat_seconds: u16) -> Peer {
     let all = Arc::clone(&seen);
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            let number = {
-                let mut seen = all.lock().unwrap();
-                seen.connections += 1;
-                seen.connections - 1
-            };
-            let talk = Talk { stream, script: script.clone(), seen: Arc::clone(&all), number };
+            all.lock().unwrap().connections += 1;
+            let talk = Talk { stream, script: script.clone(), seen: Arc::clone(&all) };
             tokio::spawn(talk.run());
         }
     });
@@ -99,7 +84,6 @@ struct Talk {
     stream: TcpStream,
     script: Script,
     seen: Arc<Mutex<Seen>>,
-    number: usize,
 }
 
 fn short_text(text: &str) -> Vec<u8> {
@@ -156,9 +140,6 @@ impl Talk {
             (10, 11) => self.method(0, 10, 30, &[0, 100, 0, 2, 0, 0, 0, 60]).await,
             (10, 40) => {
                 self.method(0, 10, 41, &short_text("")).await;
-                if (self.script.open)(self.number) == OnOpen::Block {
-                    self.method(0, 10, 60, &short_text("low on memory")).await;
-                }
             }
             (10, 50) => self.method(0, 10, 51, &[]).await,
             (20, 10) => self.method(channel, 20, 11, &long_text(b"")).await,
@@ -200,6 +181,10 @@ impl Talk {
                 returned.extend(short_text("key"));
                 self.method(channel, 60, 50, &returned).await;
                 self.content(channel, b"x").await;
+                self.method(channel, 60, 80, &[&tag[..], &[0]].concat()).await;
+            }
+            OnPublish::Block => {
+                self.method(0, 10, 60, &short_text("low on memory")).await;
                 self.method(channel, 60, 80, &[&tag[..], &[0]].concat()).await;
             }
             OnPublish::FallSilent => return false,

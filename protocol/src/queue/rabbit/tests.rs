@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
-use super::peer::{self, OnConsume, OnOpen, OnPublish, Script};
+use super::peer::{self, OnConsume, OnPublish, Script};
 use super::{RabbitQueue, RabbitSettings};
 use crate::queue::{Lane, Message, Queue, contract};
 
@@ -115,10 +115,11 @@ async fn a_broker_that_falls_silent_is_left_and_the_message_is_sent_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_alarm_of_the_broker_is_told() {
-    let script = Script { open: |_| OnOpen::Block, ..Script::quiet() };
+    // Brokers tell it to those who publish. From then on the library sends nothing on this connection.
+    let script = Script { publish: |_| OnPublish::Block, ..Script::quiet() };
     let peer = peer::start(script, 10).await;
     let queue = queue_at(&peer.url);
-    queue.check().await.unwrap();
+    soon(queue.publish(Lane::Ingest, hello())).await.unwrap();
     soon(async {
         while queue.health().publishing.blocked.is_none() {
             tokio::time::sleep(Duration::from_millis(20)).await;
