@@ -6,11 +6,11 @@
 //!                  └──────────► exchange `delay` ─────┘ after 10 s         └─► exchange `dead`
 //! ```
 //! One connection publishes, another consumes: an alarm of the broker stops the first one only, and
-//! acknowledgements go on. The library's own recovery is off (`facts`: it replays half of what was
-//! there); whoever meets an error drops its channel and makes another. All of it lives on a runtime
+//! acknowledgements go on. The library's own recovery is off: it tells nobody which deliveries it lost, and
+//! leaves some consumers without a word. Whoever meets an error drops its channel and makes another. All of it lives on a runtime
 //! of its own ([`start_runtime`]), so that a merge at full CPU costs no heartbeat.
 //!
-//! Works on RabbitMQ 3.10 and is written for 4.x; see [`topology`] for what differs.
+//! Works on RabbitMQ 3.10 and is written for 4.x; `topology.rs` says what differs.
 
 pub mod hello;
 mod link;
