@@ -40,8 +40,8 @@ pub(crate) async fn bench_queue(file: Option<&Path>, tasks: usize, samples: usiz
     for _ in 0..samples {
         let began = Instant::now();
         queue.publish(Lane::Maintenance, message(&pipeline)?).await?;
-        take(results.as_mut()).await?;
-        waits.push(began.elapsed().as_secs_f64() * 1000.0);
+        let (_, came_at) = take(results.as_mut()).await?;
+        waits.push((came_at - began).as_secs_f64() * 1000.0);
     }
     waits.sort_by(f64::total_cmp);
     let at = |share: f64| {
@@ -85,18 +85,19 @@ async fn through(
     });
     let mut taken = 0;
     while taken < tasks {
-        taken += take(results).await?;
+        taken += take(results).await?.0;
     }
     publishing.await.map_err(Error::internal)?
 }
 
-/// Takes a message; how many results it held.
-async fn take(results: &mut dyn Subscription) -> Result<usize> {
+/// Takes a message; how many results it held, and when it came: acknowledging it is not part of the wait.
+async fn take(results: &mut dyn Subscription) -> Result<(usize, Instant)> {
     match tokio::time::timeout(PATIENCE, results.next()).await {
         Ok(Some(delivery)) => {
+            let came_at = Instant::now();
             let found: TaskResults = decode(&delivery.message.body)?;
             delivery.ack().await?;
-            Ok(found.results.len())
+            Ok((found.results.len(), came_at))
         }
         Ok(None) => Err(Error::internal("the queue was closed")),
         Err(_) => Err(Error::internal("no result came; does a worker run?")),
