@@ -67,6 +67,8 @@ pub struct Coordinator {
     results: Box<dyn Subscription>,
     asks: mpsc::Receiver<Ask>,
     publish_not_before: Option<DateTime<Utc>>,
+    /// Somebody asked for a discovery while tasks were being published.
+    is_asked_to_look: bool,
     pub(crate) looked_for_lost: DateTime<Utc>,
     pub(crate) books: Vec<Book>,
     pub(crate) scribe: ScribeHandle,
@@ -107,6 +109,7 @@ impl Coordinator {
             results: queue.subscribe(&[Lane::Results], RESULTS_AHEAD),
             asks,
             publish_not_before: None,
+            is_asked_to_look: false,
             settings,
             clock,
             queue,
@@ -145,6 +148,9 @@ impl Coordinator {
                 is_fresh = true;
             }
             self.publish().await?;
+            if std::mem::take(&mut self.is_asked_to_look) {
+                next_discovery = self.clock.now();
+            }
             if self.settings.once && self.is_drained() {
                 if is_fresh {
                     return Ok(());
@@ -250,7 +256,10 @@ impl Coordinator {
         let sent = loop {
             tokio::select! {
                 sent = &mut sending => break sent,
-                Some(ask) = self.asks.recv() => self.answer(ask),
+                Some(ask) = self.asks.recv() => match ask {
+                    Ask::Look => self.is_asked_to_look = true,
+                    ask => self.answer(ask),
+                },
                 () = self.stopping.cancelled() => return Ok(()),
             }
         };
