@@ -66,6 +66,15 @@ pub(crate) enum LogFormat {
     Json,
 }
 
+/// A process that serves HTTP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Role {
+    /// At `cluster.listen`.
+    Coordinator,
+    /// At `worker.listen`.
+    Worker,
+}
+
 /// How results look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
@@ -154,6 +163,12 @@ pub(crate) enum Verb {
         #[command(flatten)]
         output: OutputArgument,
     },
+    /// Ask the process on this machine whether it is ready: exit 0 or 3 (for containers)
+    Health {
+        /// Which process
+        #[arg(value_enum)]
+        role: Role,
+    },
     /// Living workers and coordinators, and what they have in hand
     Workers {
         #[command(flatten)]
@@ -176,6 +191,24 @@ pub(crate) enum Verb {
     Resume {
         /// The pipeline
         pipeline: String,
+    },
+    /// Take main back to an earlier point, in one commit, and pause the pipeline
+    #[command(after_help = ROLLBACK_EXAMPLES)]
+    Rollback(Rollback),
+    /// Versions of main that cleanup must keep
+    RollbackPoint {
+        #[command(subcommand)]
+        verb: PointVerb,
+    },
+    /// The tables of a pipeline
+    Tables {
+        #[command(subcommand)]
+        verb: TablesVerb,
+    },
+    /// What people are told: open incidents, and a test of each sink
+    Alerts {
+        #[command(subcommand)]
+        verb: AlertsVerb,
     },
     /// Run SQL over main, raw, quarantine and the ledger
     #[command(after_help = QUERY_EXAMPLES)]
@@ -264,6 +297,97 @@ pub(crate) struct WorkerArguments {
     pub(crate) max_tasks: Option<u64>,
 }
 
+const ROLLBACK_EXAMPLES: &str = "\
+Examples:
+  alluvium rollback researchers --to-epoch 1700172800 --dry-run   what would happen
+  alluvium rollback researchers --to-epoch 1700172800             only epochs up to it stay in main
+  alluvium rollback researchers --to-version 41                   the files of that version
+  alluvium resume researchers                                     epochs that went merge again
+
+`undo PIPELINE EPOCH` takes out one epoch and leaves later ones in.";
+
+#[derive(Args)]
+#[command(group = clap::ArgGroup::new("point").required(true).args(["to_epoch", "to_version"]))]
+pub(crate) struct Rollback {
+    /// The pipeline
+    pub(crate) pipeline: String,
+    /// Only epochs up to this one stay in main
+    #[arg(long, value_name = "EPOCH")]
+    pub(crate) to_epoch: Option<Epoch>,
+    /// Main becomes what it was at this version
+    #[arg(long, value_name = "V", value_parser = clap::value_parser!(i64).range(0..))]
+    pub(crate) to_version: Option<i64>,
+    /// Show what would happen, and change nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Do not ask
+    #[arg(long)]
+    pub(crate) yes: bool,
+    #[command(flatten)]
+    pub(crate) output: OutputArgument,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum PointVerb {
+    /// Keep a version: the newest, unless another is named
+    Add {
+        /// The pipeline
+        pipeline: String,
+        /// The point's name
+        name: String,
+        /// The version of main
+        #[arg(long, value_name = "V", value_parser = clap::value_parser!(i64).range(0..))]
+        version: Option<i64>,
+    },
+    /// All points, and whether their files are there
+    List {
+        /// The pipeline
+        pipeline: String,
+        #[command(flatten)]
+        output: OutputArgument,
+    },
+    /// Forget a point: cleanup may take its files
+    Remove {
+        /// The pipeline
+        pipeline: String,
+        /// The point's name
+        name: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum AlertsVerb {
+    /// Open incidents, and what was not sent so far
+    List {
+        #[command(flatten)]
+        output: OutputArgument,
+    },
+    /// The kinds of trouble that alerts are about
+    Kinds {
+        #[command(flatten)]
+        output: OutputArgument,
+    },
+    /// Send a test to a sink, and show its answer
+    Test {
+        /// The NAME of [alert.NAME]
+        sink: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum TablesVerb {
+    /// Versions of main, newest first: what made each, and which epochs it brought
+    History {
+        /// The pipeline
+        pipeline: String,
+        /// At most so many
+        #[arg(long, default_value_t = 50)]
+        limit: usize,
+        #[command(flatten)]
+        output: OutputArgument,
+    },
+}
+
 const QUERY_EXAMPLES: &str = "\
 Examples:
   alluvium query researchers \"SELECT count(*) FROM main\"
@@ -283,7 +407,7 @@ pub(crate) struct Demo {
     /// The same seed makes the same data
     #[arg(long, default_value_t = 7)]
     pub(crate) seed: u64,
-    /// Where it all goes
+    /// Where it all goes; with --data-only also s3://BUCKET/PREFIX of a configured storage
     #[arg(long, value_name = "DIR", default_value = DEMO_FOLDER)]
     pub(crate) out: PathBuf,
     /// Write the folders and the configuration only; process nothing

@@ -1,8 +1,11 @@
 //! Embedded mode: coordinator and worker in one process, over the in-process queue and leases.
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+use alluvium_coordinator::alerts::conditions::Around;
+use alluvium_coordinator::alerts::keeper::Keeper;
 use alluvium_coordinator::book::Book;
 use alluvium_coordinator::ledger::Ledger;
 use alluvium_coordinator::notice::Notice;
@@ -19,19 +22,25 @@ use alluvium_worker::slots::{Duty, Orders, Worker};
 use alluvium_worker::tables::Tables;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
+use crate::cluster::vitals;
 use crate::config::Config;
+
+/// Pause between two looks at the disk.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// Opens the books of these pipelines.
 pub(crate) async fn open_books(
-    state: &str,
+    config: &Config,
     pipelines: Vec<Pipeline>,
     once: bool,
 ) -> Result<Vec<Book>> {
     let mut books = Vec::with_capacity(pipelines.len());
     for pipeline in pipelines {
-        let mut book = Book::open(pipeline).await?;
-        let ledger = Ledger::open(state);
+        let policy = config.policies.get(&pipeline.id).cloned().unwrap_or_default();
+        let mut book = Book::open(pipeline).await?.with_policy(policy);
+        let ledger = Ledger::open(&config.state);
         recall_cleanup(&mut book, &ledger).await;
         if !once {
             // A watching process does not try again what waits for a person.
@@ -40,6 +49,27 @@ pub(crate) async fn open_books(
         books.push(book);
     }
     Ok(books)
+}
+
+/// Who tells people what is wrong; `None`: no `[alert.*]` is configured.
+pub(crate) fn keeper(config: &Config) -> Result<Option<Keeper>> {
+    if config.sinks.is_empty() {
+        return Ok(None);
+    }
+    let source = config.source();
+    Keeper::open(&config.state, source, config.sinks.clone()).map(Some)
+}
+
+/// One process: only its disk can be looked at.
+fn look_around(disk_free: u64, around: Arc<Mutex<Around>>) -> AbortOnDropHandle<()> {
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        loop {
+            let full = vitals::full_disk(disk_free).map(|why| ("this process".to_owned(), why));
+            let found = Around { full_disks: Some(full.into_iter().collect()), ..Around::default() };
+            *around.lock().unwrap_or_else(PoisonError::into_inner) = found;
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }))
 }
 
 /// Runs these pipelines until `stopping`, or with `once` until nothing more can be done.
@@ -51,7 +81,7 @@ pub(crate) async fn run(
     stopping: CancellationToken,
 ) -> Result<Outcome> {
     let clock: ClockRef = Arc::new(SystemClock);
-    let books = open_books(&config.state, pipelines, once).await?;
+    let books = open_books(config, pipelines, once).await?;
     let queue: Arc<dyn Queue> = Arc::new(MemoryQueue::default());
     let worker = Worker {
         name: format!("embedded-{}", std::process::id()),
@@ -68,7 +98,13 @@ pub(crate) async fn run(
         })),
     };
     let mut slots = tokio::spawn(worker.run(config.slots));
+    let around = Arc::new(Mutex::new(Around::default()));
+    let _looking = look_around(config.disk_free, Arc::clone(&around));
+    let alerts = keeper(config)?;
+    let _telling = alerts.as_ref().map(Keeper::start);
     let settings = Settings {
+        around,
+        alerts,
         slots: Arc::new(AtomicUsize::new(config.slots)),
         poll: config.poll,
         once,

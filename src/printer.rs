@@ -42,6 +42,7 @@ pub(crate) fn exit_of(code: Code) -> Exit {
         | Code::StorageUnavailable
         | Code::StorageUnsafe
         | Code::QueueFailed
+        | Code::AlertNotSent
         | Code::LeasesUnavailable
         | Code::CoordinatorUnreachable => Exit::Unreachable,
         _ => Exit::Failed,
@@ -130,6 +131,26 @@ pub(crate) fn data(text: &str) {
 pub(crate) fn json_items(schema: &str, items: &[Value]) -> Result<()> {
     let document = json!({"schema": format!("alluvium.{schema}/v1"), "items": items});
     data(&serde_json::to_string_pretty(&document).map_err(Error::internal)?);
+    Ok(())
+}
+
+/// Data: items as a document, or as a table of these of their fields.
+pub(crate) fn items(
+    output: crate::cli::Output,
+    schema: &str,
+    items: &[Value],
+    fields: &[&str],
+) -> Result<()> {
+    if output == crate::cli::Output::Json {
+        return json_items(schema, items);
+    }
+    let cell = |value: &Value| match value {
+        Value::Null => String::new(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    let rows = items.iter().map(|item| fields.iter().map(|name| cell(&item[*name])).collect());
+    table(fields, rows.collect());
     Ok(())
 }
 

@@ -95,6 +95,14 @@ fn line_of(notice: &Notice) -> Option<(bool, String)> {
             };
             Some((false, line))
         }
+        Notice::RolledBack { pipeline, epochs } => Some((
+            true,
+            format!(
+                "{pipeline}  rolled back: {} epoch(s) left main; they merge again after `alluvium resume \
+                 {pipeline}`",
+                epochs.len()
+            ),
+        )),
         Notice::Retrying { pipeline, step, epochs, error } => {
             let of = list(epochs);
             Some((true, format!("{pipeline} {of} {} is tried again: {error}", step.as_str())))

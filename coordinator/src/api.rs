@@ -8,9 +8,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use alluvium_protocol::heartbeat::Heartbeat;
+use alluvium_protocol::metrics::{CONTENT_TYPE, text};
+use alluvium_protocol::task::RestoreTo;
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
 use async_trait::async_trait;
-use axum::extract::{Query, State};
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -23,6 +26,7 @@ use uuid::Uuid;
 
 use crate::asking::{Ask, Stand};
 use crate::ledger::{Ledger, LedgerTable};
+use crate::notify::{self, BODY_BYTES_MAX, Said};
 use crate::requests::{Request, Requests, Verb, check_act};
 
 /// How long the loop may take to answer; it may be listing a slow source.
@@ -86,14 +90,27 @@ pub struct Api {
     pub identity: String,
     /// What changes must show.
     pub token: Option<String>,
+    /// Who may notify of new objects.
+    pub notify: NotifyAccess,
     /// Other processes and queues.
     pub surroundings: Arc<dyn Surroundings>,
+}
+
+/// Who may notify of new objects.
+#[derive(Clone, Default)]
+pub struct NotifyAccess {
+    /// What a webhook shows; `None`: it comes from this machine.
+    pub token: Option<String>,
+    /// Topics of SNS, whose messages are signed.
+    pub topics: Arc<Vec<String>>,
 }
 
 /// The API's routes.
 pub fn router(api: Api) -> Router {
     Router::new()
         .route("/livez", get(|| async { "ok\n" }))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/metrics", get(|| async { ([(header::CONTENT_TYPE, CONTENT_TYPE)], text()) }))
         .route("/readyz", get(readyz))
         .route("/api/v1/status", get(status))
         .route("/api/v1/epochs", get(epochs))
@@ -103,6 +120,7 @@ pub fn router(api: Api) -> Router {
         .route("/api/v1/workers", get(workers))
         .route("/api/v1/queues", get(queues))
         .route("/api/v1/requests", post(ask_for))
+        .route("/api/v1/notify", post(notified).layer(DefaultBodyLimit::max(BODY_BYTES_MAX)))
         .layer(middleware::from_fn_with_state(api.clone(), check_identity))
         .with_state(api)
 }
@@ -200,17 +218,75 @@ impl Api {
 
     fn check_token(&self, headers: &HeaderMap) -> Result<(), Failure> {
         let Some(token) = &self.token else { return check_local(headers) };
-        let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let shown = shown.and_then(|text| text.strip_prefix("Bearer ")).unwrap_or_default();
-        // Hashes are compared: how long that takes says nothing about the token.
-        let hash = |text: &str| alluvium_protocol::pipeline::full_hash(text.as_bytes());
-        if hash(shown) == hash(token) {
+        if is_shown(token, bearer(headers)) {
             return Ok(());
         }
         let error = Error::new(Code::NotPossibleNow, "changes need the token")
             .with_help("set `token` in [cluster] as the coordinator has it");
         Err(Failure(StatusCode::UNAUTHORIZED, error))
     }
+}
+
+fn bearer(headers: &HeaderMap) -> &str {
+    let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    shown.map(|text| text.strip_prefix("Bearer ").unwrap_or(text)).unwrap_or_default()
+}
+
+/// Hashes are compared: how long that takes says nothing about the token.
+fn is_shown(token: &str, shown: &str) -> bool {
+    let hash = |text: &str| alluvium_protocol::pipeline::full_hash(text.as_bytes());
+    hash(shown) == hash(token)
+}
+
+#[derive(Deserialize)]
+struct Shown {
+    token: Option<String>,
+}
+
+/// Storage says that objects came. Nothing but the next listing depends on it.
+async fn notified(
+    State(api): State<Api>,
+    Query(shown): Query<Shown>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Answer {
+    let refused = |status, error: Error| {
+        tracing::warn!(%error, "a notification was refused");
+        Failure(status, error)
+    };
+    let read = notify::read(&body, &api.notify.topics).await;
+    let (said, is_signed) = read.map_err(|error| refused(StatusCode::BAD_REQUEST, error))?;
+    if !is_signed {
+        match &api.notify.token {
+            Some(token) => {
+                let shown = shown.token.as_deref().unwrap_or_else(|| bearer(&headers));
+                if !is_shown(token, shown) {
+                    let error = Error::new(Code::NotifyRefused, "notifications need the token")
+                        .with_help("`Authorization: Bearer …` or `?token=…`, as `token` in [notify]");
+                    return Err(refused(StatusCode::UNAUTHORIZED, error));
+                }
+            }
+            None => check_local(&headers)?,
+        }
+    }
+    let woken: Vec<String> = match said {
+        Said::Objects(objects) => {
+            notify::woken(&api.pipelines, &objects).into_iter().map(str::to_owned).collect()
+        }
+        Said::Subscribe { url } => {
+            let subscribed = notify::subscribe(&url).await;
+            subscribed.map_err(|error| refused(StatusCode::BAD_GATEWAY, error))?;
+            return Ok(Json(json!({ "subscribed": true })));
+        }
+        Said::Nothing => Vec::new(),
+    };
+    // Who stands by need not know: the one that leads polls.
+    if let Ok(asks) = api.asks()
+        && !woken.is_empty()
+    {
+        let _ = asks.send(Ask::Wake(woken.clone())).await;
+    }
+    Ok(Json(json!({ "woken": woken })))
 }
 
 /// Without a token only this machine may change something: a page of another host, shown by a browser
@@ -298,6 +374,9 @@ pub struct Asked {
     pub pipeline: String,
     /// The epoch, where the verb concerns one.
     pub epoch: Option<Epoch>,
+    /// The point, of a rollback.
+    #[serde(default)]
+    pub to: Option<RestoreTo>,
     /// Who asks.
     pub by: String,
 }
@@ -313,7 +392,10 @@ async fn ask_for(State(api): State<Api>, headers: HeaderMap, Json(asked): Json<A
         let mut epochs = api.stand().await?.epochs;
         epochs.retain(|found| found.pipeline == asked.pipeline);
         check_act(&asked.pipeline, &epochs, asked.verb, epoch)?;
-    } else if !matches!(asked.verb, Verb::Pause | Verb::Resume) {
+    } else if asked.verb == Verb::Rollback && asked.to.is_none() {
+        let text = "rollback needs `to`: {\"epoch\": E} or {\"version\": V}";
+        return Err(Error::new(Code::NotPossibleNow, text).into());
+    } else if !matches!(asked.verb, Verb::Pause | Verb::Resume | Verb::Rollback) {
         let text = format!("{} needs an epoch", asked.verb.as_str());
         return Err(Error::new(Code::UnknownEpoch, text).into());
     }
@@ -322,6 +404,7 @@ async fn ask_for(State(api): State<Api>, headers: HeaderMap, Json(asked): Json<A
         verb: asked.verb,
         pipeline: asked.pipeline,
         epoch: asked.epoch,
+        to: asked.to,
         by: asked.by,
         at: Utc::now(),
     };

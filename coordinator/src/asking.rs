@@ -13,6 +13,8 @@ use crate::standing::{EpochStanding, PipelineStanding, epochs_of, plan_items, st
 pub enum Ask {
     /// Discover now: somebody left a request, or files came.
     Look,
+    /// Files came for these pipelines.
+    Wake(Vec<String>),
     /// How do things stand?
     Stand(oneshot::Sender<Stand>),
     /// Which requests of this id are still open, and how did it end?
@@ -35,7 +37,7 @@ pub struct Stand {
 impl Coordinator {
     pub(crate) fn answer(&self, ask: Ask) {
         match ask {
-            Ask::Look => {}
+            Ask::Look | Ask::Wake(_) => {}
             // Who asked may have left.
             Ask::Stand(reply) => drop(reply.send(self.stand())),
             Ask::Refusal(id, reply) => {

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use alluvium_protocol::marker::{Generation, Markers};
+use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id};
 use alluvium_protocol::queue::Lane;
 use alluvium_protocol::state::{Event, State};
 use alluvium_protocol::task::{Step, Work};
@@ -15,8 +15,11 @@ use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use crate::discovery::Source;
+use crate::hooks::HookState;
 use crate::manifests::Manifests;
+use crate::policy::Policy;
 use crate::readiness::Quiet;
+use crate::restoring::Restoring;
 use crate::sequencing::{EpochView, PipelineView};
 
 /// Files below this share of the target size are small, as for the worker.
@@ -167,6 +170,24 @@ pub struct Book {
     pub versions: (Option<i64>, Option<i64>),
     /// When epochs were merged, as the ledger or this process knows.
     pub processed: BTreeMap<Epoch, String>,
+    /// What a team wants of it beside its data.
+    pub policy: Policy,
+    /// How its hook stands, where there is one.
+    pub hook: Option<HookState>,
+    /// Failures of maintenance in a row; `None`: none ended in this process.
+    pub maintenance_failures: Option<u32>,
+    /// What the last one of them said.
+    pub maintenance_error: Option<String>,
+    /// The newest ingest here: epoch, rows refused, rows read.
+    pub last_refused: Option<(Epoch, u64, u64)>,
+    /// When content came last.
+    pub last_arrival: Option<DateTime<Utc>>,
+    /// Something says that there is news in the source.
+    pub is_woken: bool,
+    /// When the source was listed last.
+    pub listed_at: Option<DateTime<Utc>>,
+    /// A rollback that was asked for.
+    pub restoring: Option<Restoring>,
     /// Rows for `step_events` that no result stands behind: blocks found in discovery.
     pub events: Vec<serde_json::Value>,
 }
@@ -193,6 +214,15 @@ impl Book {
             cleaned_here: false,
             error: None,
             versions: (None, None),
+            policy: Policy::default(),
+            hook: None,
+            maintenance_failures: None,
+            maintenance_error: None,
+            last_refused: None,
+            last_arrival: None,
+            is_woken: false,
+            listed_at: None,
+            restoring: None,
             events: Vec::new(),
             processed: BTreeMap::new(),
             pipeline,
@@ -225,6 +255,7 @@ impl Book {
             return Err(Table::nothing_to_adopt(&self.pipeline));
         }
         self.has_main = is_ours;
+        self.last_arrival = raw.as_ref().and_then(|raw| newest_ingest(&self.markers, &id, raw));
         self.versions = (raw.as_ref().map(Table::version), main.as_ref().map(Table::version));
         if let Some(main) = &main {
             let limit = self.pipeline.sizes.target_file_bytes / SMALL_FILE_DIVISOR;
@@ -313,6 +344,13 @@ impl Book {
             || self.markers.is_settled(epoch)
     }
 
+    /// The same book, with a team's wishes.
+    pub fn with_policy(mut self, policy: Policy) -> Self {
+        self.hook = policy.hook.as_ref().map(|_| HookState::default());
+        self.policy = policy;
+        self
+    }
+
     /// What sequencing sees. `epochs` keeps the views alive.
     pub fn view<'a>(&'a self, epochs: &'a BTreeMap<Epoch, EpochView>) -> PipelineView<'a> {
         let is_out =
@@ -320,9 +358,10 @@ impl Book {
         PipelineView {
             pipeline: &self.pipeline,
             epochs,
-            is_rewriting: is_out(&[Step::Merge, Step::Optimize]),
+            is_rewriting: is_out(&[Step::Merge, Step::Optimize, Step::Restore]),
             is_cleaning: is_out(&[Step::Cleanup]),
             is_held: self.markers.is_held(),
+            wants_restore: self.restoring.as_ref().map(|restoring| restoring.not_before),
             has_raw: self.versions.0.is_some(),
             has_main: self.has_main,
             small_files: self.main_files.1,
@@ -349,6 +388,14 @@ impl Book {
         };
         self.entries.values().filter(is_waiting).count()
     }
+}
+
+/// When an ingest's marker landed last.
+fn newest_ingest(markers: &Markers, id: &str, raw: &Table) -> Option<DateTime<Utc>> {
+    let times = markers.ingest.keys().filter_map(|epoch| {
+        raw.transaction_time(&epoch_app_id(id, *epoch, EpochMarker::Ingest))
+    });
+    times.max().and_then(DateTime::from_timestamp_millis)
 }
 
 /// What raw holds of an epoch.

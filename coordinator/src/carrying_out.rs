@@ -12,6 +12,7 @@ use crate::book::Book;
 use crate::notice::Notice;
 use crate::pinning::{pin, pin_folder};
 use crate::requests::{Request, Requests, Verb};
+use crate::restoring;
 use crate::run::Coordinator;
 
 /// How long a hold is tried against other writers of main.
@@ -23,6 +24,8 @@ impl Coordinator {
     pub(crate) async fn carry_out(&mut self, request: &Request) {
         let outcome = self.try_carry_out(request).await;
         let error = match outcome {
+            // Carried out by its task, whose result removes the request.
+            Ok(()) if request.verb == Verb::Rollback => return,
             Ok(()) => None,
             Err(error) if error.class() == Class::Permanent => Some(error),
             Err(error) => {
@@ -61,6 +64,7 @@ impl Coordinator {
         match request.verb {
             Verb::Pause => hold(book, true).await,
             Verb::Resume => hold(book, false).await,
+            Verb::Rollback => restoring::begin(book, request),
             Verb::Retry => retry(book, epoch()?),
             Verb::Skip | Verb::Undo | Verb::Replay => {
                 new_content(book, request, epoch()?, now).await

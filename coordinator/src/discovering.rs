@@ -70,6 +70,8 @@ async fn try_discover(
         book.read_tables().await?;
     }
     let listing = book.source.list().await?;
+    book.listed_at = Some(now);
+    book.is_woken = false;
     book.error = None;
     book.told = None;
     note_junk(book, &listing, notices);
@@ -420,7 +422,9 @@ pub(crate) async fn mark_changes(book: &mut Book, listing: &Listing) -> Vec<Stri
         .filter(|(_, entry)| entry.state == State::Processed && entry.changed.is_none())
         .filter_map(|(epoch, entry)| {
             let names = listing.folders.get(epoch)?;
-            Some((*epoch, names.first()?.clone(), entry.generation))
+            // A rollback raises the generation, not the content.
+            let content = book.markers.ingest.get(epoch).copied().unwrap_or(entry.generation);
+            Some((*epoch, names.first()?.clone(), content))
         })
         .take(CHANGE_CHECKS_MAX)
         .collect();

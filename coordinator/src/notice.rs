@@ -35,6 +35,13 @@ pub enum Notice {
         /// Counts.
         report: Box<Report>,
     },
+    /// Main was taken back to an earlier point.
+    RolledBack {
+        /// The pipeline.
+        pipeline: String,
+        /// Epochs that merge again after `resume`.
+        epochs: Vec<Epoch>,
+    },
     /// Maintenance ended.
     Maintained {
         /// The pipeline.

@@ -152,6 +152,7 @@ fn note_pinned(book: &mut Book, epoch: Epoch, pinned: Pinned, now: DateTime<Utc>
     entry.changed = None;
     entry.found_at = Some(now);
     entry.last_sent = None;
+    book.last_arrival = Some(now);
     crate::tracing_runs::found(book, epoch, now);
     Ok(())
 }

@@ -29,7 +29,8 @@ pub(crate) async fn rows_of(
     for epoch in merged {
         let entry = &book.entries[epoch];
         let generation = book.markers.merge.get(epoch).copied().unwrap_or(entry.generation);
-        let pinned = book.manifests.load(*epoch, generation).await.ok().flatten();
+        let content = book.markers.ingest.get(epoch).copied().unwrap_or(generation);
+        let pinned = book.manifests.load(*epoch, content).await.ok().flatten();
         let reason = pinned.as_ref().map(|pinned| pinned.manifest.reason.as_str());
         rows.push(json!({
             "pipeline": book.pipeline.id,

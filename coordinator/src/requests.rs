@@ -3,6 +3,7 @@
 
 use std::str::FromStr;
 
+use alluvium_protocol::task::RestoreTo;
 use alluvium_protocol::{Code, Epoch, Error, Result};
 use alluvium_table::classify::foreign;
 use alluvium_table::store::{StoreRef, object_store_at};
@@ -29,6 +30,8 @@ pub enum Verb {
     Pause,
     /// Go on.
     Resume,
+    /// Take main back to an earlier point, and pause.
+    Rollback,
 }
 
 impl Verb {
@@ -41,6 +44,7 @@ impl Verb {
             Self::Undo => "undo",
             Self::Pause => "pause",
             Self::Resume => "resume",
+            Self::Rollback => "rollback",
         }
     }
 }
@@ -56,6 +60,9 @@ pub struct Request {
     pub pipeline: String,
     /// Of which epoch, where the verb concerns one.
     pub epoch: Option<Epoch>,
+    /// The point, of a rollback.
+    #[serde(default)]
+    pub to: Option<RestoreTo>,
     /// Who asks.
     pub by: String,
     /// When.
@@ -134,7 +141,15 @@ impl FromStr for Verb {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let all = [Self::Retry, Self::Skip, Self::Replay, Self::Undo, Self::Pause, Self::Resume];
+        let all = [
+            Self::Retry,
+            Self::Skip,
+            Self::Replay,
+            Self::Undo,
+            Self::Pause,
+            Self::Resume,
+            Self::Rollback,
+        ];
         all.into_iter()
             .find(|verb| verb.as_str() == text)
             .ok_or_else(|| Error::new(Code::MessageUnknown, format!("no verb {text:?}")))

@@ -1,5 +1,6 @@
 //! What a worker's result does to the book, and what the ledger is told about it.
 
+use alluvium_protocol::metrics::metrics;
 use alluvium_protocol::retry::{Judgement, delay, judge};
 use alluvium_protocol::state::{Event, State};
 use alluvium_protocol::task::{Report, Step, TaskResult, Verdict, Work};
@@ -32,10 +33,21 @@ impl Coordinator {
             tracing::warn!(task = %result.task, "a result of epochs that nobody knows was ignored");
             return Ok(Rows::default());
         }
+        if let Work::Restore { request, .. } = &result.work {
+            let events = events(book, result, now);
+            self.restored(result, request, now).await?;
+            return Ok(Rows { events, ..Rows::default() });
+        }
         let mut rows = Rows::default();
         match &result.verdict {
             Verdict::Done(report) => {
                 let merged = done(book, result, report, is_ours, now, &self.notices)?;
+                if !merged.is_empty() {
+                    metrics().processed(&result.pipeline, merged.len());
+                    let version = report.main_version;
+                    book.hook.iter_mut().for_each(|hook| hook.note(version, &merged));
+                    self.merged.push(result.pipeline.clone());
+                }
                 for epoch in &merged {
                     book.processed.insert(*epoch, now.to_rfc3339());
                     crate::tracing_runs::ended(book, *epoch, None, now);
@@ -93,6 +105,9 @@ fn done(
                 book.markers.ingest.insert(*epoch, *generation);
             }
             book.versions.0 = report.raw_version.or(book.versions.0);
+            if !report.already {
+                book.last_refused = Some((*epoch, report.rows_quarantined, report.rows_read));
+            }
             let target = book.markers.ingest.get(epoch).copied().unwrap_or(0);
             if let Some(entry) = book.entries.get_mut(epoch)
                 && is_ours
@@ -101,6 +116,18 @@ fn done(
             {
                 entry.apply(Event::IngestDone)?;
                 entry.bytes = report.bytes_written;
+            }
+            Ok(Vec::new())
+        }
+        Work::Merge { epochs } if report.held => {
+            // Paused after the task went out: the epochs wait for `resume`.
+            book.markers.hold += i64::from(!book.markers.is_held());
+            for epoch in epochs {
+                if let Some(entry) = book.entries.get_mut(epoch)
+                    && entry.state == State::Merging
+                {
+                    entry.apply(Event::GaveBack)?;
+                }
             }
             Ok(Vec::new())
         }
@@ -132,16 +159,20 @@ fn done(
         }
         Work::Optimize => {
             note_main(book, report);
+            book.maintenance_failures = Some(0);
             if report.already {
                 book.small_files_left = book.main_files.1;
             }
             Ok(Vec::new())
         }
         Work::Cleanup => {
+            book.maintenance_failures = Some(0);
             book.cleaned_at = Some(now);
             book.cleaned_here = true;
             Ok(Vec::new())
         }
+        // Taken by `restored`.
+        Work::Restore { .. } => Ok(Vec::new()),
     }
 }
 
@@ -173,6 +204,8 @@ fn failed(
         if error.class() == Class::Stopping {
             return Ok(Vec::new());
         }
+        book.maintenance_failures = Some(book.maintenance_failures.unwrap_or(0) + 1);
+        book.maintenance_error = Some(error.to_string());
         return Ok(vec![Notice::Retrying { pipeline, step, epochs, error: error.clone() }]);
     }
     let mut notices = Vec::new();
@@ -197,6 +230,7 @@ fn failed(
             Judgement::GiveBack => entry.apply(Event::GaveBack)?,
             Judgement::Retry => {
                 entry.apply(Event::Failed)?;
+                metrics().retry(step.as_str());
                 let failures = entry.failures + entry.crashes;
                 let pause = delay(failures, epoch.value().unsigned_abs());
                 entry.not_before = chrono::Duration::from_std(pause).ok().map(|p| now + p);
@@ -235,7 +269,7 @@ fn notice_of(book: &Book, result: &TaskResult, report: &Report, merged: &[Epoch]
             let late = merged.iter().filter(is_late).copied().collect();
             Notice::EpochsMerged { pipeline, epochs: merged.to_vec(), late, report }
         }
-        Work::Optimize | Work::Cleanup => {
+        Work::Optimize | Work::Cleanup | Work::Restore { .. } => {
             Notice::Maintained { pipeline, step: result.work.step(), report }
         }
     }

@@ -8,7 +8,7 @@
 //! Owns: when each of these happens. The decisions themselves are pure ([`crate::sequencing`],
 //! [`crate::readiness`], `protocol::retry`).
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -24,15 +24,20 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::alerts::conditions::Around;
+use crate::alerts::keeper::Keeper;
 use crate::asking::Ask;
-use crate::book::{Book, Outstanding};
+use crate::book::{Book, Entry, Outstanding};
 use crate::discovering;
+use crate::hooks::HookEnded;
 use crate::notice::Notice;
 use crate::pinning;
 use crate::requests::Requests;
+use crate::restoring::Restoring;
 use crate::scribe::{Rows, Scribe, ScribeHandle};
 use crate::sequencing::{Plan, plan, share};
 use crate::tracing_runs as traces;
+use crate::watching::WATCH_EVERY;
 
 /// Outstanding tasks per worker slot: one at work, the others at hand.
 const WINDOW_PER_SLOT: usize = 4;
@@ -55,6 +60,10 @@ pub struct Settings {
     pub limits: Limits,
     /// The state folder.
     pub state: String,
+    /// What other processes and the queue say, kept fresh by somebody else.
+    pub around: Arc<Mutex<Around>>,
+    /// Tells people what is wrong; `None`: nobody wants to be told.
+    pub alerts: Option<Keeper>,
     /// Leases tell which tasks are worked on; `None`: tasks cannot get lost (one process).
     pub leases: Option<Arc<dyn Leases>>,
 }
@@ -77,6 +86,10 @@ pub struct Coordinator {
     turn: usize,
     /// Requests that could not be carried out, by id.
     pub(crate) refused: Vec<(String, Error)>,
+    /// Pipelines that merged something since the last look: others may wait for them.
+    pub(crate) merged: Vec<String>,
+    pub(crate) watched_at: DateTime<Utc>,
+    pub(crate) hooks: (mpsc::UnboundedSender<HookEnded>, mpsc::UnboundedReceiver<HookEnded>),
 }
 
 /// How a drained run ended.
@@ -119,12 +132,16 @@ impl Coordinator {
             stopping,
             turn: 0,
             refused: Vec::new(),
+            merged: Vec::new(),
+            watched_at: DateTime::UNIX_EPOCH,
+            hooks: mpsc::unbounded_channel(),
         }
     }
 
     /// Runs until it is told to stop, or, with `once`, until nothing more can be done.
     pub async fn run(mut self) -> Result<Outcome> {
         let ended = self.run_loop().await;
+        self.watch_last().await;
         // Results that are told are in the ledger before the process ends.
         self.scribe.finish().await;
         ended?;
@@ -148,7 +165,8 @@ impl Coordinator {
                 is_fresh = true;
             }
             self.publish().await?;
-            if std::mem::take(&mut self.is_asked_to_look) {
+            self.watch().await;
+            if std::mem::take(&mut self.is_asked_to_look) || self.wake_followers() {
                 next_discovery = self.clock.now();
             }
             if self.settings.once && self.is_drained() {
@@ -165,11 +183,16 @@ impl Coordinator {
                     is_fresh = false;
                 }
                 Woken::Asked(Ask::Look) => next_discovery = self.clock.now(),
+                Woken::Asked(Ask::Wake(pipelines)) => {
+                    self.wake(&pipelines);
+                    next_discovery = next_discovery.min(self.soon());
+                }
+                Woken::Hook(ended) => self.note_hook(ended),
                 Woken::Asked(ask) => self.answer(ask),
                 Woken::Stopped => {}
                 Woken::Timer => {
                     self.find_lost_tasks().await?;
-                    if self.settles_now() {
+                    if self.wants_listing_now() {
                         // A settling folder wants its second listing.
                         self.discover().await;
                     }
@@ -186,21 +209,28 @@ impl Coordinator {
             () = self.stopping.cancelled() => Woken::Stopped,
             Some(delivery) = self.results.next() => Woken::Result(delivery),
             Some(ask) = self.asks.recv() => Woken::Asked(ask),
+            Some(ended) = self.hooks.1.recv() => Woken::Hook(ended),
             () = tokio::time::sleep(pause) => Woken::Timer,
         }
     }
 
-    fn settles_now(&self) -> bool {
+    /// A settling folder wants its second listing, or a schedule's time has come.
+    fn wants_listing_now(&self) -> bool {
         let now = self.clock.now();
-        let mut entries = self.books.iter().flat_map(|book| book.entries.values());
-        entries.any(|entry| entry.settles_at.is_some_and(|at| at <= now))
+        let settles = |at: DateTime<Utc>| at <= now;
+        self.books.iter().any(|book| {
+            book.entries.values().any(|entry| entry.settles_at.is_some_and(settles))
+                || book.next_listing(now).is_some_and(|at| at <= now)
+        })
     }
 
     async fn discover(&mut self) {
         let now = self.clock.now();
         let mut events = Vec::new();
         for book in &mut self.books {
-            discovering::discover(book, now, &self.notices).await;
+            if book.is_to_be_listed(now, self.settings.once) {
+                discovering::discover(book, now, &self.notices).await;
+            }
             events.append(&mut book.events);
         }
         if !events.is_empty() {
@@ -253,16 +283,22 @@ impl Coordinator {
         let sending = futures::future::join_all(sending);
         tokio::pin!(sending);
         // A broker in an alarm may keep us waiting: questions and a stop do not wait with us.
+        let mut woken = Vec::new();
         let sent = loop {
             tokio::select! {
                 sent = &mut sending => break sent,
                 Some(ask) = self.asks.recv() => match ask {
                     Ask::Look => self.is_asked_to_look = true,
+                    Ask::Wake(pipelines) => woken.extend(pipelines),
                     ask => self.answer(ask),
                 },
                 () = self.stopping.cancelled() => return Ok(()),
             }
         };
+        if !woken.is_empty() {
+            self.wake(&woken);
+            self.is_asked_to_look = true;
+        }
         for sent in sent {
             let (ready, sent): (Ready, Result<()>) = sent?;
             match sent {
@@ -307,7 +343,7 @@ impl Coordinator {
         let event = match work.step() {
             Step::Ingest => Some(Event::IngestPublished),
             Step::Merge => Some(Event::MergePublished),
-            Step::Optimize | Step::Cleanup => None,
+            Step::Optimize | Step::Cleanup | Step::Restore => None,
         };
         let epochs = work.epochs();
         traces::note_sent(book, &epochs, message.trace.as_deref());
@@ -347,13 +383,15 @@ impl Coordinator {
     /// Nothing is out, nothing may go out, nothing waits for a timer.
     fn is_drained(&self) -> bool {
         self.books.iter().all(|book| {
+            let is_settled = |entry: &Entry| {
+                entry.settles_at.is_none()
+                    && (entry.not_before.is_none() || entry.state.is_stopped())
+            };
+            let is_told = self.is_hook_done(book);
+            let is_idle = book.markers.is_held() || book.entries.values().all(is_settled);
             book.outstanding.is_empty()
-                && (book.error.is_some()
-                    || book.markers.is_held()
-                    || book.entries.values().all(|entry| {
-                        entry.settles_at.is_none()
-                            && (entry.not_before.is_none() || entry.state.is_stopped())
-                    }))
+                && is_told
+                && (book.error.is_some() || (book.restoring.is_none() && is_idle))
         })
     }
 
@@ -362,8 +400,13 @@ impl Coordinator {
         let timers = entries.flat_map(|entry| [entry.not_before, entry.settles_at]).flatten();
         let timers = timers.chain(self.publish_not_before).chain(self.next_look_for_lost());
         let maintenance = self.books.iter().filter_map(|book| book.maintenance_not_before);
+        let restoring = self.books.iter().filter_map(|book| book.restoring.as_ref()?.not_before);
         let now = self.clock.now();
-        let soonest = timers.chain(maintenance).filter(|at| *at > now).min();
+        let listings = self.books.iter().filter_map(|book| book.next_listing(now));
+        let watching = [self.watched_at + WATCH_EVERY];
+        let hooks = self.books.iter().filter_map(|book| book.hook.as_ref()?.not_before);
+        let others = restoring.chain(listings).chain(watching).chain(hooks);
+        let soonest = timers.chain(maintenance).chain(others).filter(|at| *at > now).min();
         match soonest {
             Some(at) => at.min(next_discovery),
             // A drained run has no use for the poll; results and timers move it.
@@ -412,6 +455,7 @@ impl Coordinator {
 enum Woken {
     Result(Delivery),
     Asked(Ask),
+    Hook(HookEnded),
     Timer,
     Stopped,
 }
@@ -431,7 +475,7 @@ struct Ready {
 fn lane_of(step: Step) -> Lane {
     match step {
         Step::Ingest => Lane::Ingest,
-        Step::Merge => Lane::Merge,
+        Step::Merge | Step::Restore => Lane::Merge,
         Step::Optimize | Step::Cleanup => Lane::Maintenance,
     }
 }
@@ -446,6 +490,7 @@ async fn works_of(
     notices: &mpsc::UnboundedSender<Notice>,
 ) -> Vec<Work> {
     let mut works = Vec::new();
+    works.extend(book.restoring.as_ref().filter(|_| plan.restore).map(Restoring::work));
     if let Some(epochs) = &plan.merge {
         works.push(Work::Merge { epochs: epochs.clone() });
     }

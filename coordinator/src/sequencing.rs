@@ -44,6 +44,8 @@ pub struct PipelineView<'a> {
     pub is_cleaning: bool,
     /// A person paused it.
     pub is_held: bool,
+    /// A rollback was asked for; it may go out from this moment on.
+    pub wants_restore: Option<Option<DateTime<Utc>>>,
     /// Raw exists.
     pub has_raw: bool,
     /// Main exists.
@@ -61,6 +63,8 @@ pub struct PipelineView<'a> {
 /// What may go out now, most urgent first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
+    /// The rollback that was asked for.
+    pub restore: bool,
     /// The next merge.
     pub merge: Option<Vec<Epoch>>,
     /// Ingests, lowest epoch first.
@@ -85,6 +89,14 @@ pub struct Wait {
 /// Plans one pipeline.
 pub fn plan(view: &PipelineView<'_>, now: DateTime<Utc>) -> Plan {
     let mut plan = Plan::default();
+    if let Some(not_before) = view.wants_restore {
+        // Alone with the table: no merge lands beside it, no cleanup takes what it brings back.
+        let is_due = not_before.is_none_or(|moment| moment <= now);
+        plan.restore = is_due && !view.is_rewriting && !view.is_cleaning;
+        let why = "a rollback goes first".to_owned();
+        plan.waits.push(Wait { epoch: None, why });
+        return plan;
+    }
     if view.is_held {
         let why = format!("paused; `alluvium resume {}`", view.pipeline.id);
         plan.waits.push(Wait { epoch: None, why });

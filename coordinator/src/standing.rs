@@ -137,7 +137,7 @@ pub fn epochs_of(book: &Book, plan: &Plan) -> Vec<EpochStanding> {
             state: word_of(book, entry).to_owned(),
             generation: entry.generation,
             late: entry.late,
-            processed_at: book.processed.get(epoch).cloned(),
+            processed_at: book.processed.get(epoch).filter(|_| entry.state.is_end()).cloned(),
             note,
             code: error.map(|e| e.code.to_string()),
             stopped_at,

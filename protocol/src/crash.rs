@@ -40,11 +40,22 @@ pub const POINTS: &[&str] = &[
     "cleanup.after_delete",
     "checkpoint.before_write",
     "checkpoint.after_write",
+    "restore.after_plan",
+    "restore.before_commit",
+    "restore.after_commit",
+    "point.before_commit",
+    "point.after_commit",
     "hold.before_commit",
     "hold.after_commit",
     "ledger.before_commit",
     "ledger.after_commit",
     "result.before_ack",
+    "alerts.before_store",
+    "alerts.after_store",
+    "alert.before_send",
+    "alert.after_send",
+    "hook.before_call",
+    "hook.after_call",
 ];
 
 struct Armed {

@@ -85,6 +85,8 @@ codes! {
     MemoryExhausted = "AL-0406", Permanent, "The task needs more memory than it may use";
     LeaseLost = "AL-0407", Transient, "Another worker took the task over";
     StorageUnsafe = "AL-0408", Permanent, "Storage lets two writers win";
+    RestoreImpossible = "AL-0409", Permanent, "The table cannot be taken back to that point";
+    CountsDisagree = "AL-0410", Permanent, "A step's counts do not agree";
     QueueFailed = "AL-0501", Transient, "The task queue did not take or give a message";
     MessageUnknown = "AL-0502", Permanent, "A message cannot be understood by this version";
     QueryFailed = "AL-0503", Permanent, "The query cannot be run";
@@ -92,6 +94,9 @@ codes! {
     Stopping = "AL-0505", Stopping, "The process is being stopped";
     LeasesUnavailable = "AL-0506", Transient, "Redis does not answer";
     CoordinatorUnreachable = "AL-0507", Transient, "The coordinator cannot be reached";
+    AlertNotSent = "AL-0601", Transient, "An alert cannot be delivered";
+    HookFailed = "AL-0602", Transient, "The hook after a merge failed";
+    NotifyRefused = "AL-0603", Permanent, "A notification from storage was refused";
     Internal = "AL-0901", Permanent, "Alluvium has a bug";
 }
 

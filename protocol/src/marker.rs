@@ -10,6 +10,7 @@
 //! alluvium/<pipeline id>/maintenance      in both    counts optimize and cleanup commits
 //! alluvium/<pipeline id>/floor            in main    epochs at or below it are settled
 //! alluvium/<pipeline id>/hold             in main    odd: the pipeline is paused
+//! alluvium/<pipeline id>/request/<id>     in main    this restore was carried out
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -58,6 +59,11 @@ pub fn floor_app_id(pipeline: &str) -> String {
 /// The app id of the hold: an odd version pauses the pipeline.
 pub fn hold_app_id(pipeline: &str) -> String {
     format!("alluvium/{pipeline}/hold")
+}
+
+/// The app id of a request that was carried out by a commit on main.
+pub fn request_app_id(pipeline: &str, request: &str) -> String {
+    format!("alluvium/{pipeline}/request/{request}")
 }
 
 /// The markers of one pipeline in one table (or in raw and main together), read from the table's

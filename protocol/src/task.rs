@@ -27,11 +27,14 @@ pub enum Step {
     Optimize,
     /// Unreferenced files and expired logs.
     Cleanup,
+    /// Main back to an earlier point.
+    Restore,
 }
 
 impl Step {
     /// All steps, in the order of a run.
-    pub const ALL: [Step; 4] = [Step::Ingest, Step::Merge, Step::Optimize, Step::Cleanup];
+    pub const ALL: [Step; 5] =
+        [Step::Ingest, Step::Merge, Step::Optimize, Step::Cleanup, Step::Restore];
 
     /// The word people read.
     pub fn as_str(self) -> &'static str {
@@ -40,8 +43,19 @@ impl Step {
             Self::Merge => "merge",
             Self::Optimize => "optimize",
             Self::Cleanup => "cleanup",
+            Self::Restore => "restore",
         }
     }
+}
+
+/// A point to which main is taken back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RestoreTo {
+    /// Only epochs up to this one are applied.
+    Epoch(Epoch),
+    /// The files of this version of main.
+    Version(i64),
 }
 
 /// What a task is to do.
@@ -68,6 +82,13 @@ pub enum Work {
     Optimize,
     /// Delete what nothing refers to any more.
     Cleanup,
+    /// Take main back, and hold the pipeline.
+    Restore {
+        /// The point.
+        to: RestoreTo,
+        /// The request that asks for it: done once, however often it is tried.
+        request: String,
+    },
 }
 
 impl Work {
@@ -78,6 +99,7 @@ impl Work {
             Self::Merge { .. } => Step::Merge,
             Self::Optimize => Step::Optimize,
             Self::Cleanup => Step::Cleanup,
+            Self::Restore { .. } => Step::Restore,
         }
     }
 
@@ -86,7 +108,7 @@ impl Work {
         match self {
             Self::Ingest { epoch, .. } => vec![*epoch],
             Self::Merge { epochs } => epochs.clone(),
-            Self::Optimize | Self::Cleanup => Vec::new(),
+            Self::Optimize | Self::Cleanup | Self::Restore { .. } => Vec::new(),
         }
     }
 }
@@ -121,6 +143,7 @@ impl Task {
             }
             Work::Optimize => format!("{pipeline}/optimize/{salt}"),
             Work::Cleanup => format!("{pipeline}/cleanup/{salt}"),
+            Work::Restore { request, .. } => format!("{pipeline}/restore/{request}"),
         };
         Uuid::new_v5(&Uuid::NAMESPACE_OID, name.as_bytes())
     }
@@ -177,6 +200,12 @@ pub struct Report {
     pub main_small_files: u64,
     /// Commits that lost a race before this one won.
     pub conflicts: u64,
+    /// Main is held: nothing was done.
+    #[serde(default)]
+    pub held: bool,
+    /// Epochs that a restore took out of main; they merge again after `resume`.
+    #[serde(default)]
+    pub taken_out: Vec<Epoch>,
 }
 
 /// A worker's answer.

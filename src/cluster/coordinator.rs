@@ -1,14 +1,19 @@
 //! `alluvium coordinator`: leads or stands by, and answers over HTTP.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use alluvium_coordinator::api::{Api, Lead, Surroundings, identity, router};
+use alluvium_coordinator::alerts::conditions::Around;
+use alluvium_coordinator::alerts::keeper::Keeper;
+use alluvium_coordinator::api::{Api, Lead, NotifyAccess, Surroundings, identity, router};
+use alluvium_coordinator::asking::Ask;
+use alluvium_coordinator::notify::{self, Said};
 use alluvium_coordinator::run::{Coordinator, Outcome, Settings};
 use alluvium_coordinator::standing::recall_processed;
 use alluvium_protocol::clock::{ClockRef, SystemClock};
+use alluvium_protocol::heartbeat::Heartbeat;
 use alluvium_protocol::queue::Queue;
 use alluvium_protocol::retry::{CRASHES_MAX, Limits};
 use alluvium_protocol::{Error, Pipeline, Result};
@@ -18,22 +23,21 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::listening::serve;
 use super::vitals::Vitals;
 use super::{Services, leading, prepare, required};
 use crate::commands::run::{exit, summarize};
 use crate::commands::signals::on_signals;
 use crate::config::cluster::Cluster;
 use crate::config::{self, Config};
-use crate::embedded::open_books;
+use crate::embedded::{keeper, open_books};
 use crate::printer::{self, Exit};
 use crate::progress::{self, Totals};
 
 /// Questions that wait for the loop.
 const ASKS_MAX: usize = 64;
-/// The address may still be another coordinator's: it is free when that one ends.
-const LISTEN_AGAIN: Duration = Duration::from_secs(2);
-/// How often living slots are counted.
-const COUNT_EVERY: Duration = Duration::from_secs(3);
+/// How often others are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(3);
 /// Pause after a failure that ended the loop.
 const RESTART_PAUSE: Duration = Duration::from_secs(2);
 
@@ -70,9 +74,13 @@ pub(crate) async fn run(file: Option<&Path>, pipeline: Option<&str>, once: bool)
         pipelines: Arc::new(config.pipelines.clone()),
         identity: identity(&cluster.name, &config.state),
         token: cluster.token.clone(),
+        notify: NotifyAccess {
+            token: config.notify.token.clone(),
+            topics: Arc::new(config.notify.topics.clone()),
+        },
         surroundings: Arc::new(services.clone()),
     };
-    let _serving = AbortOnDropHandle::new(tokio::spawn(serve(cluster.clone(), api)));
+    let _serving = AbortOnDropHandle::new(tokio::spawn(serve(cluster.listen, router(api))));
     printer::say(&format!(
         "coordinator {} for {} pipeline(s), API at {}; Ctrl-C ends it",
         services.name,
@@ -159,15 +167,21 @@ impl Role<'_> {
         ending: CancellationToken,
     ) -> Result<(Outcome, Totals)> {
         let config = self.config;
-        let mut books = open_books(&config.state, pipelines, self.once).await?;
+        let mut books = open_books(config, pipelines, self.once).await?;
         let ledger = alluvium_coordinator::ledger::Ledger::open(&config.state);
         for book in &mut books {
             recall_processed(book, &ledger).await;
         }
         let slots = Arc::new(AtomicUsize::new(0));
-        let counting = count_slots(self.services.clone(), Arc::clone(&slots));
-        let _counting = AbortOnDropHandle::new(tokio::spawn(counting));
+        let around = Arc::new(Mutex::new(Around::default()));
+        let looking =
+            look_around(self.services.clone(), Arc::clone(&slots), Arc::clone(&around));
+        let _looking = AbortOnDropHandle::new(tokio::spawn(looking));
+        let alerts = keeper(config)?;
+        let _telling = alerts.as_ref().map(Keeper::start);
         let settings = Settings {
+            around,
+            alerts,
             slots,
             poll: config.poll,
             once: self.once,
@@ -181,40 +195,66 @@ impl Role<'_> {
         let watching = progress::watch(receiver);
         let (asking, asks) = mpsc::channel(ASKS_MAX);
         let coordinator = Coordinator::new(settings, clock, queue, books, notices, asks, ending);
-        self.lead.is_ours(asking);
+        self.lead.is_ours(asking.clone());
+        let heard = Heard { topics: config.notify.topics.clone(), pipelines: config.pipelines.clone() };
+        let heard = Arc::new(heard);
+        let _hearing = config.notify.queue.as_ref().map(|queue| {
+            let notes = self.services.queue.notes(queue);
+            AbortOnDropHandle::new(tokio::spawn(hear(notes, asking, heard)))
+        });
         let outcome = coordinator.run().await;
         let totals = watching.await.map_err(Error::internal)?;
         Ok((outcome?, totals))
     }
 }
 
-/// The window of tasks follows the living workers.
-async fn count_slots(services: Services, slots: Arc<AtomicUsize>) {
+/// The window of tasks follows the living workers; alerts and metrics want to know, too.
+async fn look_around(services: Services, slots: Arc<AtomicUsize>, around: Arc<Mutex<Around>>) {
     loop {
-        if let Ok(living) = services.workers().await {
+        let living = services.workers().await.ok();
+        if let Some(living) = &living {
             let count = living.iter().filter(|process| process.resting.is_none());
             slots.store(count.map(|process| process.slots).sum(), Ordering::Relaxed);
         }
-        tokio::time::sleep(COUNT_EVERY).await;
+        let queues = services.queues().await.ok();
+        let full = |process: &Heartbeat| {
+            let why = process.resting.clone().filter(|why| why.contains("of disk are free"))?;
+            Some((process.name.clone(), why))
+        };
+        let is_worker = |process: &&Heartbeat| process.role == "worker";
+        let found = Around {
+            full_disks: living.as_ref().map(|living| living.iter().filter_map(full).collect()),
+            workers: living.as_ref().map(|living| living.iter().filter(is_worker).count()),
+            dead_letters: queues.as_ref().and_then(|queues| {
+                queues.iter().find(|(name, _)| name == "dead").map(|(_, count)| *count)
+            }),
+            queues: queues.unwrap_or_default(),
+        };
+        *around.lock().unwrap_or_else(PoisonError::into_inner) = found;
+        tokio::time::sleep(LOOK_EVERY).await;
     }
 }
 
-/// Serves the API for as long as the process lives.
-async fn serve(cluster: Cluster, api: Api) {
-    let mut is_told = false;
-    loop {
-        match tokio::net::TcpListener::bind(cluster.listen).await {
-            Ok(listener) => {
-                if let Err(error) = axum::serve(listener, router(api.clone())).await {
-                    tracing::warn!(%error, "the API ended; it is started anew");
+/// What storage says in a queue wakes the pipelines that it concerns.
+async fn hear(mut notes: mpsc::Receiver<Vec<u8>>, asks: mpsc::Sender<Ask>, config: Arc<Heard>) {
+    while let Some(body) = notes.recv().await {
+        // Who may publish to the queue is RabbitMQ's affair; topics are checked all the same.
+        match notify::read(&body, &config.topics).await {
+            Ok((Said::Objects(objects), _)) => {
+                let woken = notify::woken(&config.pipelines, &objects);
+                let woken: Vec<String> = woken.into_iter().map(str::to_owned).collect();
+                if !woken.is_empty() && asks.send(Ask::Wake(woken)).await.is_err() {
+                    return;
                 }
             }
-            Err(error) if !is_told => {
-                is_told = true;
-                printer::warn(&format!("cannot listen at {} yet: {error}", cluster.listen));
-            }
-            Err(_) => {}
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "a notification in the queue was ignored"),
         }
-        tokio::time::sleep(LISTEN_AGAIN).await;
     }
+}
+
+/// What a listener needs to know.
+struct Heard {
+    topics: Vec<String>,
+    pipelines: Vec<Pipeline>,
 }

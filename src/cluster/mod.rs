@@ -2,8 +2,9 @@
 
 pub(crate) mod coordinator;
 mod leading;
+pub(crate) mod listening;
 mod surroundings;
-mod vitals;
+pub(crate) mod vitals;
 pub(crate) mod worker;
 
 use std::sync::OnceLock;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use alluvium_protocol::heartbeat::Heartbeat;
 use alluvium_protocol::lease::redis::RedisLeases;
+use alluvium_protocol::metrics::metrics;
 use alluvium_worker::slots::Duty;
 use chrono::{DateTime, Utc};
 use sysinfo::{Pid, ProcessRefreshKind, ProcessesToUpdate, System};
@@ -50,8 +51,9 @@ impl Vitals {
         let mut system = System::new();
         loop {
             let heartbeat = self.look(&mut system);
+            show(&heartbeat);
             if let Some(limits) = self.limits {
-                self.duty.rest(reason_to_rest(&heartbeat, &system, limits));
+                self.duty.rest(reason_to_rest(&system, limits));
             }
             // Nobody hears it: nothing is lost.
             if let Err(error) = self.leases.beat(&heartbeat, BEAT_TTL).await {
@@ -88,16 +90,31 @@ impl Vitals {
     }
 }
 
+fn show(heartbeat: &Heartbeat) {
+    metrics().set("worker_cpu_ratio", &[], heartbeat.cpu);
+    metrics().set("worker_memory_bytes", &[], heartbeat.memory_bytes as f64);
+    metrics().set("worker_disk_free_bytes", &[], heartbeat.disk_free_bytes as f64);
+    metrics().set("worker_slots", &[], heartbeat.slots as f64);
+}
+
 /// Where sorts spill to; nothing can be said: plenty.
 fn disk_free(folder: &PathBuf) -> u64 {
     rustix::fs::statvfs(folder).map_or(u64::MAX, |disk| disk.f_bavail * disk.f_frsize)
 }
 
-fn reason_to_rest(heartbeat: &Heartbeat, system: &System, limits: Limits) -> Option<String> {
+/// Why spilling may fail soon, if it may.
+pub(crate) fn full_disk(least: u64) -> Option<String> {
+    let free = disk_free(&std::env::temp_dir());
     let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
-    if heartbeat.disk_free_bytes < limits.disk_free {
-        let (free, least) = (mib(heartbeat.disk_free_bytes), mib(limits.disk_free));
-        return Some(format!("{free} of disk are free, worker.disk_free is {least}"));
+    (free < least).then(|| {
+        format!("{} of disk are free, worker.disk_free is {}", mib(free), mib(least))
+    })
+}
+
+fn reason_to_rest(system: &System, limits: Limits) -> Option<String> {
+    let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
+    if let Some(why) = full_disk(limits.disk_free) {
+        return Some(why);
     }
     let free = system.available_memory();
     // Zero: the system does not say.

@@ -12,6 +12,7 @@ use alluvium_worker::slots::{Duty, Orders, Worker};
 use alluvium_worker::tables::Tables;
 use chrono::Utc;
 
+use super::listening::serve_metrics;
 use super::vitals::{Limits, Vitals};
 use super::{Services, prepare, required};
 use crate::cli::WorkerArguments;
@@ -49,6 +50,7 @@ pub(crate) async fn run(file: Option<&Path>, arguments: &WorkerArguments) -> Res
         state: config.state.clone(),
     };
     let _beating = vitals.start(&services.links);
+    let _serving = config.listen.map(serve_metrics);
     let lanes = lanes_of(&arguments.steps);
     let names: Vec<&str> = lanes.iter().map(|lane| lane.as_str()).collect();
     printer::say(&format!(

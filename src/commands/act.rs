@@ -5,6 +5,7 @@ use std::path::Path;
 use alluvium_coordinator::api::{Asked, record};
 use alluvium_coordinator::requests::{Request, Requests, Verb, check_act};
 use alluvium_coordinator::standing::{EpochStanding, Standing};
+use alluvium_protocol::task::RestoreTo;
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
 use chrono::Utc;
 use tokio_util::sync::CancellationToken;
@@ -32,7 +33,7 @@ pub(crate) async fn on_epoch(file: Option<&Path>, verb: Verb, of: &OfEpoch) -> R
             return Ok(Exit::Ok);
         }
     }
-    carry_out(&config, pipeline, verb, Some(of.epoch), &state).await
+    carry_out(&config, pipeline, Act { verb, epoch: Some(of.epoch), to: None }, &state).await
 }
 
 /// An act on a whole pipeline.
@@ -40,7 +41,7 @@ pub(crate) async fn on_pipeline(file: Option<&Path>, verb: Verb, name: &str) -> 
     let config = config::load(file)?;
     let pipeline = config.select(Some(name))?.remove(0);
     if config.cluster.is_some() {
-        return carry_out(&config, pipeline, verb, None, "as it was").await;
+        return carry_out(&config, pipeline, Act { verb, epoch: None, to: None }, "as it was").await;
     }
     let standing = Standing::read(pipeline.clone(), Utc::now()).await?;
     if !standing.book.has_main {
@@ -48,7 +49,7 @@ pub(crate) async fn on_pipeline(file: Option<&Path>, verb: Verb, name: &str) -> 
         return Err(Error::new(Code::NotPossibleNow, text));
     }
     let state = if standing.book.markers.is_held() { "paused" } else { "running" };
-    carry_out(&config, pipeline, verb, None, state).await
+    carry_out(&config, pipeline, Act { verb, epoch: None, to: None }, state).await
 }
 
 /// The epoch exists and the act makes sense. Returns its state, for the record.
@@ -76,16 +77,25 @@ fn question(verb: Verb, pipeline: &str, epoch: Epoch, state: &str) -> String {
     }
 }
 
-async fn carry_out(
+/// What is asked for.
+#[derive(Clone, Copy)]
+pub(crate) struct Act {
+    pub(crate) verb: Verb,
+    pub(crate) epoch: Option<Epoch>,
+    pub(crate) to: Option<RestoreTo>,
+}
+
+/// Asks the coordinator, or leaves the request and carries it out here if nobody else runs.
+pub(crate) async fn carry_out(
     config: &Config,
     pipeline: Pipeline,
-    verb: Verb,
-    epoch: Option<Epoch>,
+    act: Act,
     state: &str,
 ) -> Result<Exit> {
+    let Act { verb, epoch, to } = act;
     let by = std::env::var("USER").unwrap_or_else(|_| "unknown".to_owned());
     if let Some(cluster) = &config.cluster {
-        let asked = Asked { verb, pipeline: pipeline.id.clone(), epoch, by: by.clone() };
+        let asked = Asked { verb, pipeline: pipeline.id.clone(), epoch, to, by: by.clone() };
         match client::ask(config, cluster, &asked).await {
             Ok(outcome) => {
                 let of = epoch.map(|epoch| format!(" {epoch}")).unwrap_or_default();
@@ -106,6 +116,7 @@ async fn carry_out(
         verb,
         pipeline: pipeline.id.clone(),
         epoch,
+        to,
         by,
         at: Utc::now(),
     };
@@ -131,7 +142,7 @@ async fn carry_out(
     }
     tell(config, &pipeline, verb, epoch).await?;
     Ok(match verb {
-        Verb::Pause | Verb::Resume => Exit::Ok,
+        Verb::Pause | Verb::Resume | Verb::Rollback => Exit::Ok,
         _ => exit(&outcome),
     })
 }

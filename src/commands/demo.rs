@@ -4,6 +4,8 @@ use std::path::Path;
 
 use alluvium_protocol::{Code, Error, Result};
 use alluvium_table::classify::foreign;
+use alluvium_table::store::object_store_at;
+use object_store::ObjectStoreExt;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::{DEMO_FOLDER, Demo, Output};
@@ -31,7 +33,10 @@ ready  = { marker = "_SUCCESS" }     # a folder is complete when this file is in
 const BEGUN: &str = ".alluvium-demo-begun";
 
 /// Carries out `demo`.
-pub(crate) async fn demo(demo: &Demo) -> Result<Exit> {
+pub(crate) async fn demo(config: Option<&Path>, demo: &Demo) -> Result<Exit> {
+    if let Some(uri) = demo.out.to_str().filter(|out| out.contains("://")) {
+        return to_storage(config, demo, uri).await;
+    }
     let out = &demo.out;
     let file = out.join("alluvium.toml");
     let size = Size { rows: demo.rows, seed: demo.seed };
@@ -62,6 +67,40 @@ pub(crate) async fn demo(demo: &Demo) -> Result<Exit> {
     }
     show(&file).await?;
     next_steps(out);
+    Ok(Exit::Ok)
+}
+
+/// Writes the folders below a location of a configured storage; `_SUCCESS` comes last in each.
+async fn to_storage(file: Option<&Path>, demo: &Demo, uri: &str) -> Result<Exit> {
+    if !demo.data_only {
+        let text = format!("{uri}: only the data can be written there");
+        return Err(Error::new(Code::NotPossibleNow, text).with_help("add `--data-only`"));
+    }
+    config::load(file)?;
+    let folder = tempfile::tempdir().map_err(|e| foreign("make a temporary folder", &e))?;
+    let size = Size { rows: demo.rows, seed: demo.seed };
+    let store = object_store_at(uri)?;
+    for index in 0..demo.epochs {
+        sample::write(folder.path(), index, size, index + 1 != demo.epochs)?;
+        let epoch = sample::epoch(index).to_string();
+        let made = folder.path().join(&epoch);
+        let doing = || format!("write {uri}/incoming-data/{epoch}");
+        let entries = made.read_dir().map_err(|e| foreign(doing(), &e))?;
+        let mut names: Vec<String> =
+            entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        // `part-0.parquet` before `_SUCCESS`.
+        names.sort_by_key(|name| name.starts_with('_'));
+        for name in names {
+            let body = std::fs::read(made.join(&name)).map_err(|e| foreign(doing(), &e))?;
+            let at = object_store::path::Path::from(format!("incoming-data/{epoch}/{name}"));
+            store.put(&at, body.into()).await.map_err(|e| foreign(doing(), &e))?;
+        }
+        std::fs::remove_dir_all(&made).map_err(|e| foreign(doing(), &e))?;
+    }
+    printer::say(&format!(
+        "wrote {} epoch folders of {} rows to {uri}/incoming-data, the last one incomplete",
+        demo.epochs, demo.rows
+    ));
     Ok(Exit::Ok)
 }
 

@@ -1,4 +1,4 @@
-//! `alluvium runs | audit list | ledger rebuild`: what the ledger says, and its restoration.
+//! `alluvium runs | audit list | tables history | ledger rebuild`: what was, and the ledger's restoration.
 
 use std::path::Path;
 
@@ -6,7 +6,10 @@ use alluvium_coordinator::book::Book;
 use alluvium_coordinator::ledger::Ledger;
 use alluvium_coordinator::rebuild;
 use alluvium_protocol::{Epoch, Result};
-use serde_json::Value;
+use alluvium_table::Table;
+use alluvium_table::history::CommitRecord;
+use alluvium_worker::points::points;
+use serde_json::{Value, json};
 
 use crate::cli::Output;
 use crate::printer::{self, Exit};
@@ -114,6 +117,87 @@ pub(crate) async fn audit(file: Option<&Path>, output: Output) -> Result<Exit> {
         .collect();
     printer::table(&["at", "by", "verb", "pipeline", "epoch", "detail"], lines);
     Ok(Exit::Ok)
+}
+
+/// Versions of main, newest first.
+pub(crate) async fn of_table(
+    file: Option<&Path>,
+    pipeline: &str,
+    limit: usize,
+    output: Output,
+) -> Result<Exit> {
+    let config = config::load(file)?;
+    let pipeline = config.select(Some(pipeline))?.remove(0);
+    let Some(main) = Table::open(&pipeline.main).await? else {
+        printer::say(&format!("{} does not exist yet", pipeline.main));
+        return Ok(Exit::Ok);
+    };
+    let points = points(&main);
+    let oldest = main.version() - i64::try_from(limit).unwrap_or(i64::MAX) + 1;
+    let items: Vec<Value> = main
+        .history(oldest)
+        .await?
+        .iter()
+        .map(|commit| {
+            let names: Vec<&str> = points
+                .iter()
+                .filter(|point| point.version == commit.version)
+                .map(|point| point.name.as_str())
+                .collect();
+            json!({
+                "version": commit.version,
+                "at": commit.at.to_rfc3339_opts(chrono::SecondsFormat::Secs, true),
+                "operation": commit.operation,
+                "by": if commit.info.is_null() { commit.engine.as_str() } else { "alluvium" },
+                "step": commit.info["step"],
+                "epochs": epochs_of(commit),
+                "what": what_of(commit),
+                "point": names.join(", "),
+            })
+        })
+        .collect();
+    printer::items(
+        output,
+        "versions",
+        &items,
+        &["version", "at", "by", "step", "epochs", "what", "point"],
+    )?;
+    Ok(Exit::Ok)
+}
+
+fn epochs_of(commit: &CommitRecord) -> String {
+    let listed = commit.info["epochs"].as_array().or(commit.info["taken_out"].as_array());
+    let epochs: Vec<String> = listed
+        .into_iter()
+        .flatten()
+        .map(|epoch| text(if epoch.is_object() { &epoch["epoch"] } else { epoch }))
+        .collect();
+    match epochs.as_slice() {
+        [first, .., last] if epochs.len() > 3 => format!("{first} … {last} ({})", epochs.len()),
+        few => few.join(", "),
+    }
+}
+
+fn what_of(commit: &CommitRecord) -> String {
+    let info = &commit.info;
+    let number = |name: &str| info[name].as_i64().unwrap_or(0);
+    match info["step"].as_str() {
+        Some("merge") => {
+            let (new, gone) = (number("rows_inserted"), number("rows_deleted"));
+            format!("+{new} ~{} -{gone}", number("rows_updated"))
+        }
+        Some("restore") => match info["version"].as_i64() {
+            Some(version) => format!("back to version {version}"),
+            None => "computed from raw".to_owned(),
+        },
+        Some("hold") if info["hold"] == true => "paused".to_owned(),
+        Some("hold") => "resumed".to_owned(),
+        Some("rollback-point") if info["version"].is_null() => {
+            format!("{} forgotten", text(&info["name"]))
+        }
+        Some("rollback-point") => format!("{} = {}", text(&info["name"]), text(&info["version"])),
+        _ => String::new(),
+    }
 }
 
 /// Restores what the tables know and the ledger does not name.

@@ -1,13 +1,16 @@
 //! The verbs, one file each (small ones share).
 
 mod act;
+mod alerts;
 mod bench_queue;
 mod configuration;
 mod demo;
 mod doctor;
 mod explain;
+mod health;
 mod history;
 mod query;
+mod rollback;
 pub(crate) mod run;
 pub(crate) mod signals;
 mod stand;
@@ -16,7 +19,7 @@ use alluvium_coordinator::requests::Verb as Asked;
 use alluvium_protocol::{Result, crash};
 use alluvium_table::store::be_brief;
 
-use crate::cli::{Arguments, AuditVerb, ConfigVerb, LedgerVerb, Verb};
+use crate::cli::{Arguments, AuditVerb, ConfigVerb, LedgerVerb, TablesVerb, Verb};
 use crate::cluster;
 use crate::printer::{self, Exit};
 
@@ -30,8 +33,10 @@ fn is_a_look(verb: &Verb) -> bool {
             | Verb::Runs { .. }
             | Verb::Query { .. }
             | Verb::Doctor { .. }
+            | Verb::Health { .. }
             | Verb::Workers { .. }
             | Verb::Audit { .. }
+            | Verb::Tables { .. }
     )
 }
 
@@ -42,13 +47,14 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
         be_brief();
     }
     match arguments.verb {
-        Verb::Demo(demo) => demo::demo(&demo).await,
+        Verb::Demo(demo) => demo::demo(file, &demo).await,
         Verb::Run { once, pipeline } => run::run(file, pipeline.as_deref(), once).await,
         Verb::Coordinator { once, pipeline } => {
             cluster::coordinator::run(file, pipeline.as_deref(), once).await
         }
         Verb::Worker(worker) => cluster::worker::run(file, &worker).await,
         Verb::Doctor { output } => doctor::doctor(file, output.output).await,
+        Verb::Health { role } => health::health(file, role).await,
         Verb::Workers { output } => stand::workers(file, output.output).await,
         Verb::Status { pipeline, watch, output } => {
             stand::status(file, pipeline.as_deref(), watch, output.output).await
@@ -71,6 +77,12 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
         Verb::Undo(of) => act::on_epoch(file, Asked::Undo, &of).await,
         Verb::Pause { pipeline } => act::on_pipeline(file, Asked::Pause, &pipeline).await,
         Verb::Resume { pipeline } => act::on_pipeline(file, Asked::Resume, &pipeline).await,
+        Verb::Alerts { verb } => alerts::alerts(file, &verb).await,
+        Verb::Rollback(rollback) => rollback::rollback(file, &rollback).await,
+        Verb::RollbackPoint { verb } => rollback::point(file, &verb).await,
+        Verb::Tables { verb: TablesVerb::History { pipeline, limit, output } } => {
+            history::of_table(file, &pipeline, limit, output.output).await
+        }
         Verb::Query { pipeline, sql, at_version, at_epoch, output } => {
             let at = query::At { version: at_version, epoch: at_epoch };
             query::query(file, &pipeline, &sql, at, output.output).await

@@ -8,6 +8,7 @@ use alluvium_protocol::{Code, Error, Pipeline, Result};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::cluster::listening::serve_metrics;
 use crate::commands::signals::on_signals;
 use crate::config::{self, Config};
 use crate::printer::{self, Exit, exit_of};
@@ -27,6 +28,7 @@ pub(crate) async fn run(file: Option<&Path>, pipeline: Option<&str>, once: bool)
     let stopping = CancellationToken::new();
     let lost = stopping.child_token();
     let lock = lock::take(&config.state, lost.clone()).await?;
+    let _serving = config.listen.map(serve_metrics);
     let was_interrupted = on_signals(stopping.clone())?;
     if !once {
         printer::say(&format!(

@@ -11,7 +11,7 @@ use toml::Value;
 
 use super::settings::{Kind, SETTINGS};
 use super::value::{bytes_of, duration_of};
-use super::{Config, Problem, cluster};
+use super::{Config, Problem, cluster, watch};
 
 /// Vacuum below this would delete files of tasks that still run.
 const RETENTION_MIN: Duration = Duration::from_secs(3600);
@@ -19,6 +19,8 @@ const RETENTION_MIN: Duration = Duration::from_secs(3600);
 /// The file's values.
 pub(super) struct Source {
     pub(super) leaves: BTreeMap<String, Value>,
+    /// Names of the alerts.
+    pub(super) alerts: Vec<String>,
     pub(super) origins: BTreeMap<String, String>,
     pub(super) base: PathBuf,
     pub(super) file: PathBuf,
@@ -27,7 +29,7 @@ pub(super) struct Source {
 
 impl Source {
     /// The value of a setting: set, or its default.
-    fn value(&self, path: &str, pattern: &str) -> Option<Value> {
+    pub(super) fn value(&self, path: &str, pattern: &str) -> Option<Value> {
         if let Some(value) = self.leaves.get(path) {
             return Some(value.clone());
         }
@@ -130,6 +132,8 @@ pub(super) fn build(
         problems.push(Problem { path: "state.uri".to_owned(), text: text.to_owned() });
     }
     let cluster = cluster::build(source, &mut problems);
+    let sinks = watch::sinks(source, names, &mut problems);
+    let policies = watch::policies(source, names, &mut problems);
     if !problems.is_empty() {
         problems.sort_by(|a, b| a.path.cmp(&b.path));
         problems.dedup();
@@ -146,6 +150,10 @@ pub(super) fn build(
         grace: duration("worker.grace"),
         disk_free: text("worker.disk_free").as_deref().and_then(bytes_of).unwrap_or(0),
         otlp: text("telemetry.otlp").or_else(cluster::otlp_of_environment),
+        listen: text("worker.listen").and_then(|text| text.parse().ok()),
+        notify: watch::notify(source),
+        sinks,
+        policies,
         cluster,
         storage: source.storage.clone(),
         attempts: number("run.attempts").and_then(|n| u32::try_from(n).ok()).unwrap_or(3),
@@ -347,7 +355,9 @@ fn effective(
 ) -> BTreeMap<String, (String, String)> {
     let mut effective = BTreeMap::new();
     for setting in SETTINGS {
-        let paths: Vec<String> = if setting.path.contains('*') {
+        let paths: Vec<String> = if setting.path.starts_with("alert.") {
+            source.alerts.iter().map(|name| setting.path.replace('*', name)).collect()
+        } else if setting.path.contains('*') {
             names.iter().map(|name| setting.path.replace('*', name)).collect()
         } else {
             vec![setting.path.to_owned()]

@@ -55,13 +55,8 @@ pub(super) fn build(source: &Source, problems: &mut Vec<Problem>) -> Option<Clus
         problem("name", "a name is letters, digits, _ and -".to_owned());
     }
     let listen = source.text("cluster.listen").unwrap_or_default();
-    let Ok(listen) = listen.parse::<SocketAddr>() else {
-        problem(
-            "listen",
-            format!("expected ADDRESS:PORT such as \"127.0.0.1:8460\"; found {listen:?}"),
-        );
-        return None;
-    };
+    // Told as a problem by the setting's kind.
+    let listen = listen.parse::<SocketAddr>().ok()?;
     let token = source.text("cluster.token");
     if !listen.ip().is_loopback() && token.is_none() {
         problem("token", format!("required, as `listen` opens {listen} to other machines"));

@@ -7,10 +7,13 @@ pub(crate) mod cluster;
 pub(crate) mod reference;
 pub(crate) mod settings;
 pub(crate) mod value;
+pub(crate) mod watch;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use alluvium_coordinator::alerts::sinks::Sink;
+use alluvium_coordinator::policy::Policy;
 use alluvium_protocol::{Code, Error, Pipeline, Result};
 use alluvium_table::store::{self, StorageOptions};
 use toml::{Table, Value};
@@ -32,10 +35,18 @@ pub(crate) struct Config {
     pub(crate) grace: std::time::Duration,
     /// Free disk below which a worker takes no task, in bytes.
     pub(crate) disk_free: u64,
+    /// Where a worker serves its metrics.
+    pub(crate) listen: Option<std::net::SocketAddr>,
     /// RabbitMQ, Redis and the API; `None`: embedded.
     pub(crate) cluster: Option<cluster::Cluster>,
     /// Where traces go.
     pub(crate) otlp: Option<String>,
+    /// Who may notify of new objects.
+    pub(crate) notify: watch::Notify,
+    /// Where alerts go.
+    pub(crate) sinks: Vec<Sink>,
+    /// What teams want of pipelines beside their data, by name.
+    pub(crate) policies: BTreeMap<String, Policy>,
     /// Options of object stores.
     pub(crate) storage: Vec<StorageOptions>,
     /// Pipelines by name.
@@ -132,11 +143,12 @@ pub(crate) fn parse(
             problems.push(Problem { path: path.clone(), text });
         }
     }
-    let names: Vec<String> = match table.get("pipeline") {
-        Some(Value::Table(pipelines)) => pipelines.keys().cloned().collect(),
+    let names_of = |section: &str| match table.get(section) {
+        Some(Value::Table(named)) => named.keys().cloned().collect(),
         _ => Vec::new(),
     };
-    let source = build::Source { leaves, origins, base, file: file.to_owned(), storage };
+    let (names, alerts): (Vec<String>, Vec<String>) = (names_of("pipeline"), names_of("alert"));
+    let source = build::Source { leaves, alerts, origins, base, file: file.to_owned(), storage };
     build::build(&source, &names, problems).map_err(|mut problems| {
         for problem in &mut problems {
             if let Some(origin) = source.origins.get(&problem.path) {
@@ -247,6 +259,12 @@ fn expand_all(path: &str, value: &mut Value, base: &Path, problems: &mut Vec<Pro
 }
 
 impl Config {
+    /// Names this installation in messages to the outside.
+    pub(crate) fn source(&self) -> String {
+        let name = self.cluster.as_ref().map_or("alluvium", |cluster| cluster.name.as_str());
+        format!("/{name}/{}", alluvium_protocol::pipeline::short_hash(self.state.as_bytes()))
+    }
+
     /// The pipelines asked for, or all.
     pub(crate) fn select(&self, name: Option<&str>) -> Result<Vec<Pipeline>> {
         let Some(name) = name else { return Ok(self.pipelines.clone()) };

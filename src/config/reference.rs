@@ -29,7 +29,9 @@ pub(crate) fn reference() -> String {
             if prefix.starts_with("pipeline.") {
                 text.push_str(STORAGE);
             }
-            text.push_str(&format!("\n[{prefix}]\n"));
+            // A section that is there is an alert.
+            let hash = if prefix.starts_with("alert.") { "# " } else { "" };
+            text.push_str(&format!("\n{hash}[{prefix}]\n"));
             section = prefix;
         }
         for line in wrap(setting.doc, 92) {
@@ -49,8 +51,12 @@ pub(crate) fn reference() -> String {
 
 /// `pipeline.*.merge.batch_bytes` is `merge.batch_bytes` in `[pipeline.researchers]`.
 fn split(setting: &Setting) -> (String, String) {
-    match setting.path.strip_prefix("pipeline.*.") {
-        Some(key) => ("pipeline.researchers".to_owned(), key.to_owned()),
+    let of = |pattern: &str| setting.path.strip_prefix(pattern).map(str::to_owned);
+    if let Some(key) = of("alert.*.") {
+        return ("alert.team".to_owned(), key);
+    }
+    match of("pipeline.*.") {
+        Some(key) => ("pipeline.researchers".to_owned(), key),
         None => match setting.path.split_once('.') {
             Some((section, key)) => (section.to_owned(), key.to_owned()),
             None => (String::new(), setting.path.to_owned()),

@@ -1,6 +1,6 @@
 //! Every setting, once: validation, defaults and `config reference` are made from this table.
 
-use super::value::{bytes_of, duration_of};
+use super::value::{bytes_of, duration_of, share_of};
 
 /// What a setting holds.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -11,6 +11,10 @@ pub(crate) enum Kind {
     Secret,
     /// A path or URI; relative ones start at the configuration file.
     Location,
+    /// ADDRESS:PORT.
+    Address,
+    /// `0.5%`.
+    Percent,
     /// A regular expression that a whole name must match.
     Pattern,
     /// A whole number within bounds.
@@ -65,6 +69,8 @@ settings! {
         "How long a stopping worker may finish the tasks in hand before it gives them back.";
     "worker.disk_free", Kind::Size, Some(r#""256MiB""#), "", r#""5GiB""#,
         "A worker with less free disk for spilling takes no new task until there is more.";
+    "worker.listen", Kind::Address, None, "no metrics of workers over HTTP", r#""127.0.0.1:8461""#,
+        "Where a worker (or `run`) serves /metrics for Prometheus, /livez and /readyz.";
     "run.poll", Kind::Duration, Some(r#""10s""#), "", r#""60s""#,
         "Pause between two listings of a source.";
     "run.attempts", Kind::Number(1, 100), Some("3"), "", "5",
@@ -75,14 +81,34 @@ settings! {
         "Redis, for leases and heartbeats.";
     "cluster.name", Kind::Text, Some(r#""alluvium""#), "", r#""alluvium_test""#,
         "Begins the names of queues and Redis keys; clusters that share a broker need different ones.";
-    "cluster.listen", Kind::Text, Some(r#""127.0.0.1:8460""#), "", r#""0.0.0.0:8460""#,
+    "cluster.listen", Kind::Address, Some(r#""127.0.0.1:8460""#), "", r#""0.0.0.0:8460""#,
         "Where the coordinator's HTTP API listens.";
     "cluster.api", Kind::Text, None, "`listen`", r#""http://coordinator:8460""#,
         "Where `status`, `retry` and the other verbs find the coordinator.";
     "cluster.token", Kind::Secret, None, "whoever reaches `listen` may; that must be this machine only", r#""${ALLUVIUM_TOKEN}""#,
         "Whoever changes something over HTTP must show it.";
+    "notify.token", Kind::Secret, None, "only this machine may notify", r#""${ALLUVIUM_NOTIFY_TOKEN}""#,
+        "Storage that posts to /api/v1/notify shows it: `Authorization: Bearer …`, or `?token=…`.";
+    "notify.topics", Kind::Names, None, "no topics of SNS", r#"["arn:aws:sns:eu-central-1:123456789012:incoming"]"#,
+        "SNS topics that may notify; their messages are signed, and their subscription is confirmed.";
+    "notify.queue", Kind::Text, None, "no queue", r#""alluvium_notify""#,
+        "Queue (and fanout exchange) of RabbitMQ to which storage publishes its events.";
     "telemetry.otlp", Kind::Text, None, "OTEL_EXPORTER_OTLP_ENDPOINT, or no traces", r#""http://127.0.0.1:4317""#,
         "Where traces go, as OTLP over gRPC.";
+    "alert.*.type", Kind::OneOf(&["log", "webhook", "slack", "teams", "pagerduty", "email"]), None, "every alert needs one", r#""slack""#,
+        "Where alerts go; [alert.NAME] may stand there several times.";
+    "alert.*.url", Kind::Secret, None, "not for log; PagerDuty's own", r#""${SLACK_WEBHOOK}""#,
+        "Webhook, Slack webhook, Teams workflow, or smtp://USER:PASSWORD@HOST:587?tls=required (smtps://…).";
+    "alert.*.key", Kind::Secret, None, "webhooks are not signed", r#""${PAGERDUTY_KEY}""#,
+        "PagerDuty's routing key; or what signs a webhook: sha256 HMAC of `timestamp.body`.";
+    "alert.*.from", Kind::Text, None, "only for email", r#""alluvium@example.com""#,
+        "Sender of mails.";
+    "alert.*.to", Kind::Names, None, "only for email", r#"["data-team@example.com"]"#,
+        "Receivers of mails.";
+    "alert.*.kinds", Kind::Names, None, "all kinds", r#"["blocked", "lag", "no_workers"]"#,
+        "Only these kinds of trouble; `alluvium alerts kinds` lists them.";
+    "alert.*.pipelines", Kind::Names, None, "all pipelines", r#"["researchers"]"#,
+        "Only these pipelines (and what concerns the whole cluster).";
     "pipeline.*.source", Kind::Location, None, "required", r#""./incoming-data""#,
         "Holds the epoch folders: folders whose names are numbers.";
     "pipeline.*.raw", Kind::Location, None, "required", r#""./lake/raw""#,
@@ -131,6 +157,28 @@ settings! {
         "Data files of raw and main are cut at about this size.";
     "pipeline.*.optimize.bin_size", Kind::Size, Some(r#""512MiB""#), "", r#""256MiB""#,
         "Most bytes that one optimize commit rewrites.";
+    "pipeline.*.schedule", Kind::Text, None, "the source is listed at every poll", r#""0 6 * * MON-FRI""#,
+        "Cron expression (minute hour day month weekday): the source is listed at these times only, and when something wakes it.";
+    "pipeline.*.timezone", Kind::Text, Some(r#""UTC""#), "", r#""Europe/Berlin""#,
+        "Time zone of `schedule` and `alert.arrive_by`, with its daylight saving.";
+    "pipeline.*.after", Kind::Names, None, "it follows no other", r#"["orders"]"#,
+        "Pipelines after whose merges this one's source is listed at once.";
+    "pipeline.*.after_merge.url", Kind::Secret, None, "nothing is called", r#""http://127.0.0.1:9000/refresh""#,
+        "Called (POST) with main's new version after a merge, at least once for the newest one.";
+    "pipeline.*.after_merge.command", Kind::Names, None, "nothing is called", r#"["./refresh-cache", "--all"]"#,
+        "The same as a program, which gets the JSON on stdin; it starts in the coordinator's folder.";
+    "pipeline.*.after_merge.deadline", Kind::Duration, Some(r#""60s""#), "", r#""10m""#,
+        "After so long the call counts as failed; it is made again, and somebody is told.";
+    "pipeline.*.alert.lag", Kind::Duration, None, "no alert", r#""2h""#,
+        "An epoch that is complete and not in main for so long is an alert.";
+    "pipeline.*.alert.no_arrival", Kind::Duration, None, "no alert", r#""26h""#,
+        "Nothing new for so long is an alert.";
+    "pipeline.*.alert.arrive_by", Kind::Text, None, "no alert", r#""06:30""#,
+        "Nothing new on a day by this time (of `timezone`) is an alert.";
+    "pipeline.*.alert.incomplete", Kind::Duration, Some(r#""24h""#), "", r#""2h""#,
+        "A folder that is not complete for so long is an alert.";
+    "pipeline.*.alert.quarantine_share", Kind::Percent, Some(r#""5%""#), "", r#""0.5%""#,
+        "An epoch of which more rows are refused is an alert.";
     "pipeline.*.cleanup.enabled", Kind::Flag, Some("true"), "", "false",
         "Whether files that nothing refers to any more are deleted.";
     "pipeline.*.cleanup.every", Kind::Duration, Some(r#""24h""#), "", r#""7d""#,
@@ -153,6 +201,16 @@ impl Kind {
                 Some(text) if !text.is_empty() => Ok(()),
                 _ => expected("a text in quotes"),
             },
+            Self::Percent => match value.as_str().and_then(share_of) {
+                Some(_) => Ok(()),
+                None => expected("a percentage such as \"0.5%\""),
+            },
+            Self::Address => {
+                match value.as_str().map(str::parse::<std::net::SocketAddr>) {
+                    Some(Ok(_)) => Ok(()),
+                    _ => expected("ADDRESS:PORT such as \"127.0.0.1:8460\""),
+                }
+            }
             Self::Pattern => match value.as_str().map(regex::Regex::new) {
                 Some(Ok(_)) => Ok(()),
                 Some(Err(error)) => Err(format!("not a regular expression: {error}")),

@@ -35,6 +35,12 @@ pub(crate) fn bytes_of(text: &str) -> Option<u64> {
     number.checked_mul(factor).filter(|bytes| *bytes > 0)
 }
 
+/// Reads `5%`, `0.5%` as a share from 0 to 1.
+pub(crate) fn share_of(text: &str) -> Option<f64> {
+    let number: f64 = text.strip_suffix('%')?.trim().parse().ok()?;
+    (0.0..=100.0).contains(&number).then_some(number / 100.0)
+}
+
 /// Puts environment variables and files into a text. Err: what is missing.
 pub(crate) fn expand(text: &str, base: &Path) -> Result<String, String> {
     let mut expanded = String::new();

@@ -46,6 +46,11 @@ pub enum Operation {
     },
     /// Adds rows.
     Append,
+    /// Takes the table back to the files of an earlier version.
+    Restore {
+        /// The version.
+        version: u64,
+    },
     /// Changes rows anywhere in the table. Also the label of rewrites without a change of rows: a
     /// racing OPTIMIZE of another writer sees it, which it would not with an optimize of ours.
     Merge,
@@ -145,6 +150,9 @@ impl Table {
             Operation::Append => {
                 DeltaOperation::Write { mode: SaveMode::Append, partition_by, predicate: None }
             }
+            Operation::Restore { version } => {
+                DeltaOperation::Restore { version: Some(version), datetime: None }
+            }
             Operation::Merge => DeltaOperation::Merge {
                 predicate: None,
                 merge_predicate: Some("keys are equal".to_owned()),
@@ -167,6 +175,11 @@ impl Table {
         if self.version() % CHECKPOINT_EVERY != CHECKPOINT_EVERY - 1 {
             return Ok(());
         }
+        self.checkpoint().await
+    }
+
+    /// Writes a checkpoint of this version.
+    pub async fn checkpoint(&self) -> Result<()> {
         alluvium_protocol::crash::point("checkpoint.before_write")?;
         let handle = self.handle().await?;
         create_checkpoint(&handle, None)
@@ -210,23 +223,29 @@ impl Table {
         }
     }
 
-    /// The action that sets table properties beside the present ones.
-    pub fn set_properties(&self, properties: &[(String, String)]) -> Result<Action> {
+    /// The action that sets table properties beside the present ones, or takes one away (`None`).
+    pub fn change_properties(&self, properties: &[(String, Option<String>)]) -> Result<Action> {
         let metadata = self.snapshot.metadata();
         let mut value = serde_json::to_value(metadata).map_err(Error::internal)?;
         for (key, text) in properties {
-            value["configuration"][key] = serde_json::Value::String(text.clone());
+            match (text, value["configuration"].as_object_mut()) {
+                (Some(text), _) => {
+                    value["configuration"][key] = serde_json::Value::String(text.clone());
+                }
+                (None, Some(held)) => drop(held.remove(key)),
+                (None, None) => {}
+            }
         }
         let changed = serde_json::from_value(value).map_err(Error::internal)?;
         Ok(Action::Metadata(changed))
     }
 
     /// Files of the table's folder that no version within `retention` names and that are older than
-    /// it, the version `keep` excepted.
+    /// it, those of the versions `keep` excepted.
     pub async fn unreferenced_files(
         &self,
         retention: std::time::Duration,
-        keep: Option<u64>,
+        keep: &[u64],
     ) -> Result<Vec<String>> {
         use deltalake::operations::vacuum::VacuumMode;
         let doing = || format!("list unreferenced files of {}", self.uri);
@@ -239,8 +258,8 @@ impl Table {
             .with_retention_period(retention)
             .with_enforce_retention_duration(false)
             .with_dry_run(true);
-        if let Some(version) = keep {
-            vacuum = vacuum.with_keep_versions(&[version]);
+        if !keep.is_empty() {
+            vacuum = vacuum.with_keep_versions(keep);
         }
         let (_, metrics) = vacuum.await.map_err(|e| foreign(doing(), &e))?;
         // Removed files are named as long as the log remembers them, also when they are gone.

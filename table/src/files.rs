@@ -3,11 +3,15 @@
 use std::collections::{BTreeSet, HashMap};
 
 use alluvium_protocol::Result;
-use deltalake::kernel::Remove;
-use futures::TryStreamExt;
+use deltalake::kernel::{Add, Remove};
+use futures::{FutureExt, StreamExt, TryStreamExt};
+use object_store::ObjectStoreExt;
 
 use crate::classify::foreign;
 use crate::{Table, scan};
+
+/// Files looked for at a time.
+const LOOKS_AT_ONCE: usize = 16;
 
 /// A live data file.
 #[derive(Clone, Debug)]
@@ -38,6 +42,55 @@ impl Table {
     /// All live data files. The log is replayed: the newest checkpoint and the commits above it.
     pub async fn files(&self) -> Result<Vec<LiveFile>> {
         self.files_where(|_| true).await
+    }
+
+    /// The actions that made the live files, by path: what a restore adds again.
+    pub async fn adds(&self) -> Result<HashMap<String, Add>> {
+        let doing = || format!("list the files of {}", self.uri);
+        let is_partitioned = !self.snapshot.metadata().partition_columns().is_empty();
+        let mut views = self.snapshot.file_views(self.log_store.as_ref(), None);
+        let mut adds = HashMap::new();
+        while let Some(view) = views.try_next().await.map_err(|e| foreign(doing(), &e))? {
+            let add = Add {
+                path: view.path().to_string(),
+                partition_values: if is_partitioned {
+                    view.partition_values_map()
+                } else {
+                    HashMap::new()
+                },
+                size: view.size(),
+                modification_time: view.modification_time(),
+                data_change: true,
+                stats: view.stats(),
+                tags: None,
+                deletion_vector: view.deletion_vector_descriptor(),
+                base_row_id: None,
+                default_row_commit_version: None,
+                clustering_provider: None,
+            };
+            adds.insert(add.path.clone(), add);
+        }
+        Ok(adds)
+    }
+
+    /// Those of these files, by their path below the table, that storage no longer holds.
+    pub async fn missing_files(&self, paths: Vec<String>) -> Result<Vec<String>> {
+        let store = self.store();
+        let mut looks = Vec::with_capacity(paths.len());
+        for path in paths {
+            let store = std::sync::Arc::clone(&store);
+            let look = async move {
+                let at = object_store::path::Path::from(path.as_str());
+                match store.head(&at).await {
+                    Ok(_) => Ok(None),
+                    Err(object_store::Error::NotFound { .. }) => Ok(Some(path)),
+                    Err(error) => Err(foreign(format!("look for {path}"), &error)),
+                }
+            };
+            looks.push(look.boxed());
+        }
+        let found = futures::stream::iter(looks).buffered(LOOKS_AT_ONCE);
+        found.try_filter_map(|missing| async move { Ok(missing) }).try_collect().await
     }
 
     /// The live files whose partition values pass.

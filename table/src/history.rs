@@ -2,10 +2,14 @@
 
 use alluvium_protocol::{Code, Error, Result};
 use chrono::{DateTime, Utc};
+use futures::{FutureExt, StreamExt, TryStreamExt};
 use serde_json::Value;
 
 use crate::Table;
 use crate::classify::foreign;
+
+/// Log entries read at a time.
+const RECORDS_AT_ONCE: usize = 16;
 
 /// One commit, as far as it concerns Alluvium.
 #[derive(Clone, Debug)]
@@ -27,15 +31,16 @@ pub struct CommitRecord {
 impl Table {
     /// The commits from this snapshot down to `oldest`, or to the end of the log's retention.
     pub async fn history(&self, oldest: i64) -> Result<Vec<CommitRecord>> {
+        let versions = (oldest.max(0)..=self.version()).rev();
+        let mut reading = Vec::new();
+        for version in versions {
+            reading.push(self.commit_record(version).boxed());
+        }
+        let mut found = futures::stream::iter(reading).buffered(RECORDS_AT_ONCE);
         let mut records = Vec::new();
-        let mut version = self.version();
-        while version >= oldest.max(0) {
-            match self.commit_record(version).await? {
-                Some(record) => records.push(record),
-                // Expired: everything below is gone, too.
-                None => break,
-            }
-            version -= 1;
+        // One that has expired: everything below is gone, too.
+        while let Some(Some(record)) = found.try_next().await? {
+            records.push(record);
         }
         Ok(records)
     }

@@ -1,9 +1,11 @@
-//! A store that leaves no half-uploaded object behind: an upload in parts that is dropped before it is
+//! The last store before the network: it counts requests and bytes, and leaves no half-uploaded object
+//! behind: an upload in parts that is dropped before it is
 //! complete (an error, a cancelled task) is aborted. Storage keeps, and bills, such parts for ever.
 
 use std::ops::Range;
 use std::sync::Arc;
 
+use alluvium_protocol::metrics::metrics;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
@@ -13,7 +15,7 @@ use object_store::{
     PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result, UploadPart,
 };
 
-/// The same store, with uploads that abort when they are dropped.
+/// The same store, counted, with uploads that abort when they are dropped.
 #[derive(Debug)]
 pub(crate) struct CleanUploads(pub(crate) Arc<dyn ObjectStore>);
 
@@ -32,6 +34,7 @@ impl ObjectStore for CleanUploads {
         payload: PutPayload,
         options: PutOptions,
     ) -> Result<PutResult> {
+        metrics().request("put", 0, payload.content_length() as u64);
         self.0.put_opts(location, payload, options).await
     }
 
@@ -40,15 +43,23 @@ impl ObjectStore for CleanUploads {
         location: &Path,
         options: PutMultipartOptions,
     ) -> Result<Box<dyn MultipartUpload>> {
+        metrics().request("put_multipart", 0, 0);
         let upload = self.0.put_multipart_opts(location, options).await?;
         Ok(Box::new(CleanUpload { upload: Some(upload), location: location.clone() }))
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        self.0.get_opts(location, options).await
+        let is_head = options.head;
+        let got = self.0.get_opts(location, options).await;
+        match &got {
+            Ok(got) if !is_head => metrics().request("get", got.range.end - got.range.start, 0),
+            _ => metrics().request(if is_head { "head" } else { "get" }, 0, 0),
+        }
+        got
     }
 
     async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
+        metrics().request("get", ranges.iter().map(|range| range.end - range.start).sum(), 0);
         self.0.get_ranges(location, ranges).await
     }
 
@@ -56,10 +67,12 @@ impl ObjectStore for CleanUploads {
         &self,
         locations: BoxStream<'static, Result<Path>>,
     ) -> BoxStream<'static, Result<Path>> {
+        metrics().request("delete", 0, 0);
         self.0.delete_stream(locations)
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        metrics().request("list", 0, 0);
         self.0.list(prefix)
     }
 
@@ -68,10 +81,12 @@ impl ObjectStore for CleanUploads {
         prefix: Option<&Path>,
         offset: &Path,
     ) -> BoxStream<'static, Result<ObjectMeta>> {
+        metrics().request("list", 0, 0);
         self.0.list_with_offset(prefix, offset)
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        metrics().request("list", 0, 0);
         self.0.list_with_delimiter(prefix).await
     }
 
@@ -102,7 +117,10 @@ impl CleanUpload {
 impl MultipartUpload for CleanUpload {
     fn put_part(&mut self, data: PutPayload) -> UploadPart {
         match &mut self.upload {
-            Some(upload) => upload.put_part(data),
+            Some(upload) => {
+                metrics().request("put_part", 0, data.content_length() as u64);
+                upload.put_part(data)
+            }
             None => {
                 let over = self.over();
                 Box::pin(async move { Err(over) })

@@ -7,8 +7,8 @@ use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Pipeline, Result, crash};
 use alluvium_table::Table;
 
-use crate::merge::BASE_VERSION;
 use crate::optimize::rewrite;
+use crate::points::kept_versions;
 use crate::{Permit, Workshop};
 
 /// A ledger table with more files than this is rewritten into one.
@@ -44,8 +44,7 @@ pub async fn cleanup(workshop: &Workshop, task: &Task, permit: &Permit) -> Resul
 
 /// What a cleanup would delete now, without deleting it: paths below the table.
 pub async fn dry_run(table: &Table, pipeline: &Pipeline) -> Result<Vec<String>> {
-    let base = table.properties().get(BASE_VERSION).and_then(|text| text.parse().ok());
-    table.unreferenced_files(pipeline.sizes.vacuum_retention, base).await
+    table.unreferenced_files(pipeline.sizes.vacuum_retention, &kept_versions(table)).await
 }
 
 async fn clean(table: &Table, pipeline: &Pipeline) -> Result<u64> {
@@ -53,8 +52,8 @@ async fn clean(table: &Table, pipeline: &Pipeline) -> Result<u64> {
     crash::point("cleanup.before_delete")?;
     let deleted = table.delete_files(&files).await?;
     crash::point("cleanup.after_delete")?;
-    // A base version is read through its log entries, too.
-    if !table.properties().contains_key(BASE_VERSION) {
+    // A version that is kept is read through its log entries, too.
+    if kept_versions(table).is_empty() {
         table.clean_log().await?;
     }
     Ok(deleted)

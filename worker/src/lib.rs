@@ -1,19 +1,22 @@
 //! Does one task and proves it.
 //!
-//! Owns: the worker's loop ([`slots`]), and the four steps as functions of a task and its tables:
-//! [`ingest`], [`merge`], [`optimize`], [`cleanup`].
+//! Owns: the worker's loop ([`slots`]), and the steps as functions of a task and its tables:
+//! [`ingest`], [`merge`], [`optimize`], [`cleanup`], [`restore`].
 //! Never: lists a source, decides order, retries a task, writes the ledger, or knows a coordinator.
 
 mod answers;
 pub mod cleanup;
+mod edit;
 pub mod incoming;
 pub mod ingest;
 mod keeper;
 pub mod merge;
 pub mod optimize;
+pub mod points;
 pub mod quarantine;
 pub mod raw;
 mod raw_commit;
+pub mod restore;
 pub mod slots;
 pub mod source;
 pub mod tables;
@@ -79,6 +82,9 @@ impl Workshop {
             Work::Merge { epochs } => merge::merge(self, task, epochs, permit).await,
             Work::Optimize => optimize::optimize(self, task, permit).await,
             Work::Cleanup => cleanup::cleanup(self, task, permit).await,
+            Work::Restore { to, request } => {
+                restore::restore(self, task, *to, request, permit).await
+            }
         }
     }
 }

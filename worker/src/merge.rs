@@ -14,20 +14,16 @@ use std::time::Instant;
 use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id, floor_app_id};
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
-use alluvium_table::arrow::array::AsArray;
-use alluvium_table::arrow::compute::cast;
-use alluvium_table::arrow::datatypes::{DataType, Int64Type, Schema};
+use alluvium_table::arrow::datatypes::Schema;
 use alluvium_table::classify::foreign;
 use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
 use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::pause::Pauses;
-use alluvium_table::scan::FILE_COLUMN;
 use alluvium_table::schema::{find_column, widens_to};
-use alluvium_table::session::{quoted, quoted_list, work_session};
-use alluvium_table::spool::Spool;
-use alluvium_table::write::{FileWriter, Written};
+use alluvium_table::session::{quoted_list, work_session};
 use alluvium_table::{LiveFile, Table, TableSpec, query};
 
+use crate::edit::{Edit, paths, reconcile_over};
 use crate::ingest::{COMMIT_PATIENCE, table_names};
 use crate::tables::is_ours;
 use crate::winners::{self, Rule, Scope};
@@ -54,6 +50,10 @@ pub async fn merge(
         permit.check()?;
         let attempt = Attempt::plan(workshop, task, epochs).await?;
         crash::point("merge.after_plan")?;
+        if attempt.markers.is_held() {
+            // Paused, or rolled back, after the task went out.
+            return Ok(Report { conflicts, held: true, ..attempt.already() });
+        }
         if attempt.targets.is_empty() {
             return Ok(Report { conflicts, ..attempt.already() });
         }
@@ -114,19 +114,19 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    /// All epochs lie above every applied one and take nothing back.
+    /// All epochs lie above every applied one and take nothing back: at its first content an epoch
+    /// has no revert rows, and a rollback left none of it in main.
     fn is_fast(&self) -> bool {
         let applied = self.markers.applied();
         let highest = applied.last().copied().max(self.markers.floor);
-        self.targets.iter().all(|(epoch, generation)| {
-            *generation == 1 && highest.is_none_or(|highest| *epoch > highest)
+        self.targets.iter().all(|(epoch, _)| {
+            let is_first = self.markers.ingest.get(epoch) == Some(&1);
+            is_first && highest.is_none_or(|highest| *epoch > highest)
         })
     }
 
     async fn raw_files(&self, epochs: &BTreeSet<Epoch>) -> Result<Vec<LiveFile>> {
-        let values: BTreeSet<String> = epochs.iter().map(Epoch::to_string).collect();
-        let is_wanted = |value: &Option<String>| value.as_ref().is_some_and(|v| values.contains(v));
-        self.raw.files_where(|partition| partition.get(raw::EPOCH).is_some_and(is_wanted)).await
+        raw::files_of(&self.raw, epochs).await
     }
 
     /// Computes, writes and commits. Inner error: the commit is not known to have landed.
@@ -189,14 +189,7 @@ impl<'a> Attempt<'a> {
         self.check_raw_is_whole(&all)?;
         all.extend(epochs);
         let files = self.raw_files(&all).await?;
-        self.raw.register(session, "applied", Some(&paths(&files)), false).await?;
-        let base = self.main.properties().get(BASE_VERSION).and_then(|text| text.parse().ok());
-        let Some(version) = base else { return Ok(Scope::Reconcile { has_base: false }) };
-        let base = Table::open_at(self.main.uri(), Some(version)).await?;
-        let base = base.ok_or_else(|| Error::internal("the base version is gone"))?;
-        base.register(session, "base_version", None, false).await?;
-        register_with_columns(session, &base, &self.raw).await?;
-        Ok(Scope::Reconcile { has_base: true })
+        reconcile_over(session, &self.main, &self.raw, &files).await
     }
 
     /// Without the older epochs' rows a late epoch's values would overwrite newer ones.
@@ -277,10 +270,6 @@ pub(crate) fn check_age(started: Instant, pipeline: &Pipeline) -> Result<()> {
     Ok(())
 }
 
-fn paths(files: &[LiveFile]) -> Vec<String> {
-    files.iter().map(|file| file.path.clone()).collect()
-}
-
 /// Data files of main, and the small ones among them.
 pub async fn count_files(main: &Table, pipeline: &Pipeline) -> Result<(u64, u64)> {
     let files = main.files().await?;
@@ -345,12 +334,14 @@ async fn adopt(main: &mut Table, raw: &Table, pipeline: &Pipeline) -> Result<Com
     let mut properties: Vec<(String, String)> =
         pipeline.content_properties().map(|(name, value)| (name.to_owned(), value)).to_vec();
     properties.push((BASE_VERSION.to_owned(), main.version().to_string()));
+    let properties: Vec<(String, Option<String>)> =
+        properties.into_iter().map(|(name, value)| (name, Some(value))).collect();
     let floor = pipeline.start_from.map(|start| start - 1).filter(|floor| *floor >= 0);
     let markers = floor
         .map(|version| Marker { app_id: floor_app_id(&pipeline.id), version })
         .into_iter()
         .collect();
-    let others = vec![main.set_properties(&properties)?];
+    let others = vec![main.change_properties(&properties)?];
     main.commit(Change {
         operation: Operation::Merge,
         adds: Vec::new(),
@@ -404,170 +395,4 @@ async fn check_adoptable(main: &Table, raw: &Table, pipeline: &Pipeline) -> Resu
         }
         None => Ok(()),
     }
-}
-
-/// The base, with a NULL for each of raw's data columns that it lacks.
-async fn register_with_columns(session: &SessionContext, base: &Table, raw: &Table) -> Result<()> {
-    let doing = "read the base version";
-    let schema = base.schema();
-    let columns: Vec<String> = raw::data_fields(&raw.schema())
-        .iter()
-        .map(|field| match find_column(&schema, field.name()) {
-            Some(at) => {
-                format!("{} AS {}", quoted(schema.field(at).name()), quoted(field.name()))
-            }
-            None => format!("NULL AS {}", quoted(field.name())),
-        })
-        .collect();
-    let sql = format!("SELECT {} FROM base_version", columns.join(", "));
-    let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-    session.register_table("base", frame.into_view()).map_err(|e| foreign(doing, &e))?;
-    Ok(())
-}
-
-/// What happens to main's files.
-#[derive(Default)]
-struct Edit {
-    /// Keys in question.
-    keys: u64,
-    /// Rows that come.
-    upserts: u64,
-    /// Rows of main that go.
-    hits: u64,
-    /// Rows of main that go and come again.
-    updated: u64,
-    /// Files with rows that go.
-    touched: Vec<LiveFile>,
-    /// Rows in those files that stay are written again, beside the ones that come.
-    written: Written,
-}
-
-impl Edit {
-    async fn find_touched(
-        &mut self,
-        session: &SessionContext,
-        main: &Table,
-        rule: &Rule,
-    ) -> Result<()> {
-        let doing = "find the files with keys of the epochs";
-        let op = quoted(raw::OP);
-        let count = format!("SELECT count(*) FROM winners WHERE {op} = '{}'", raw::UPSERT);
-        let frame = session.sql(&count).await.map_err(|e| foreign(doing, &e))?;
-        let batches = frame.collect().await.map_err(|e| foreign(doing, &e))?;
-        let counts = batches.first().map(|batch| batch.column(0).as_primitive::<Int64Type>());
-        self.upserts = counts.map_or(0, |counts| counts.value(0).unsigned_abs());
-        let live = main.files().await?;
-        if live.is_empty() {
-            return Ok(());
-        }
-        main.register(session, "main", None, true).await?;
-        let file = quoted(FILE_COLUMN);
-        let sql = format!(
-            "SELECT CAST(m.{file} AS VARCHAR), count(*), \
-             count(CASE WHEN w.{op} = '{upsert}' THEN 1 END) \
-             FROM winners w JOIN main m ON {same} GROUP BY m.{file}",
-            upsert = raw::UPSERT,
-            same = rule.keys_equal("w", "m"),
-        );
-        let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-        let batches = frame.collect().await.map_err(|e| foreign(doing, &e))?;
-        let mut urls = BTreeSet::new();
-        for batch in &batches {
-            let files = cast(batch.column(0), &DataType::Utf8).map_err(Error::internal)?;
-            let hits = batch.column(1).as_primitive::<Int64Type>();
-            let updated = batch.column(2).as_primitive::<Int64Type>();
-            for row in 0..batch.num_rows() {
-                urls.insert(files.as_string::<i32>().value(row).to_owned());
-                self.hits += hits.value(row).unsigned_abs();
-                self.updated += updated.value(row).unsigned_abs();
-            }
-        }
-        let found = urls.len();
-        self.touched = live.into_iter().filter(|file| main.is_file_url(file, &urls)).collect();
-        if self.touched.len() != found {
-            return Err(Error::internal(format!("{found} touched files, not all in the log")));
-        }
-        Ok(())
-    }
-
-    async fn write(
-        &mut self,
-        session: &SessionContext,
-        main: &Table,
-        rule: &Rule,
-        target_file_bytes: u64,
-    ) -> Result<()> {
-        let doing = "compute main's new rows";
-        let columns = rule.column_list();
-        let mut sql =
-            format!("SELECT {columns} FROM winners WHERE {} = '{}'", quoted(raw::OP), raw::UPSERT);
-        if !self.touched.is_empty() {
-            self.keep_untouched(session, main, rule).await?;
-            sql = format!(
-                "SELECT * FROM kept UNION ALL SELECT {} FROM winners WHERE {} = '{}'",
-                padded_columns(main, rule),
-                quoted(raw::OP),
-                raw::UPSERT
-            );
-        }
-        let sql = format!("SELECT * FROM ({sql}) ORDER BY {}", rule.key_list());
-        let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-        let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
-        self.written = FileWriter::new(main, target_file_bytes)?.write_all(stream).await?;
-        self.check_counts()
-    }
-
-    /// The touched files' rows whose keys the epochs do not speak of, as table `kept`. A step of its
-    /// own: the join's memory is free again before the sort takes all there is. The side that a hash
-    /// join holds in memory is its left one: the epochs' keys, never main's rows.
-    async fn keep_untouched(
-        &self,
-        session: &SessionContext,
-        main: &Table,
-        rule: &Rule,
-    ) -> Result<()> {
-        let doing = "find main's rows that stay";
-        main.register(session, "touched", Some(&paths(&self.touched)), false).await?;
-        let schema = main.schema();
-        let all: Vec<String> = schema.fields().iter().map(|f| quoted(f.name())).collect();
-        let sql = format!(
-            "SELECT {all} FROM winners w RIGHT ANTI JOIN touched t ON {same}",
-            all = all.join(", "),
-            same = rule.keys_equal("t", "w"),
-        );
-        let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-        let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
-        Spool::collect(stream, doing).await?.register(session, "kept")
-    }
-
-    /// What was written is what stayed and what came; anything else is a bug that must not land.
-    fn check_counts(&self) -> Result<()> {
-        let Some(before) = self.touched.iter().map(|file| file.live_rows()).sum::<Option<u64>>()
-        else {
-            return Ok(());
-        };
-        let expected = before - self.hits + self.upserts;
-        if self.written.rows != expected {
-            let text = format!("{} rows written, {expected} expected", self.written.rows);
-            return Err(Error::internal(text));
-        }
-        Ok(())
-    }
-}
-
-/// Main's columns out of the winners: an adopted table may have more than raw.
-fn padded_columns(main: &Table, rule: &Rule) -> String {
-    let columns: Vec<String> = main
-        .schema()
-        .fields()
-        .iter()
-        .map(|field| {
-            let known = rule.columns.iter().find(|c| c.eq_ignore_ascii_case(field.name()));
-            match known {
-                Some(column) => format!("{} AS {}", quoted(column), quoted(field.name())),
-                None => format!("NULL AS {}", quoted(field.name())),
-            }
-        })
-        .collect();
-    columns.join(", ")
 }

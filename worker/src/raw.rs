@@ -1,9 +1,10 @@
 //! The raw table: its own columns, and its schema as a union of all that came.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
-use alluvium_table::TableSpec;
+use alluvium_table::{LiveFile, Table, TableSpec};
 use alluvium_table::arrow::datatypes::{DataType, Field, Fields, Schema, SchemaRef, TimeUnit};
 use alluvium_table::schema::{delta_type, find_column, widens_to};
 
@@ -69,6 +70,13 @@ pub fn lost(pipeline: &Pipeline, epochs: &[Epoch]) -> Error {
          `alluvium run --once`"
     };
     Error::new(Code::TableUnreadable, text).with_help(way)
+}
+
+/// Raw's files with the content of these epochs.
+pub async fn files_of(raw: &Table, epochs: &BTreeSet<Epoch>) -> Result<Vec<LiveFile>> {
+    let values: BTreeSet<String> = epochs.iter().map(Epoch::to_string).collect();
+    let is_wanted = |value: &Option<String>| value.as_ref().is_some_and(|v| values.contains(v));
+    raw.files_where(|partition| partition.get(EPOCH).is_some_and(is_wanted)).await
 }
 
 /// A new raw table with these data columns.

@@ -17,10 +17,11 @@ use std::time::Duration;
 use alluvium_protocol::heartbeat::InHand;
 use alluvium_protocol::lease::{Claim, Leases};
 use alluvium_protocol::queue::{Delivery, Lane, Queue};
+use alluvium_protocol::metrics::metrics;
 use alluvium_protocol::retry::CRASHES_MAX;
-use alluvium_protocol::task::{Task, TaskResult, Verdict, decode, is_of_another_version};
+use alluvium_protocol::task::{Step, Task, TaskResult, Verdict, decode, is_of_another_version};
 use alluvium_protocol::trace::{self, Part};
-use alluvium_protocol::{Code, Error, Result, crash};
+use alluvium_protocol::{Class, Code, Error, Result, crash};
 use chrono::{DateTime, Utc};
 use futures::FutureExt;
 use tokio::runtime::Handle;
@@ -228,6 +229,7 @@ impl Worker {
             }
         };
         self.duty.note(slot, Some(in_hand(&task, received_at)));
+        let _counted = InFlight::of(task.work.step());
         let claimed_at = self.workshop.clock.now();
         let redelivered = delivery.redelivered;
         let attempt = Attempt { task, owner, fence, deaths, received_at, claimed_at, redelivered };
@@ -237,6 +239,7 @@ impl Worker {
         if let Some(sent) = &sent {
             tell_waits(&attempt, sent, &span);
         }
+        count_waits(&attempt);
         let outcome = self.attempt(&attempt, delivery, answers).instrument(span).await;
         if let Some(fence) = attempt.fence
             && let Err(error) = self.leases.release(attempt.task.id, &attempt.owner, fence).await
@@ -265,6 +268,7 @@ impl Worker {
         if let Verdict::Failed(error) = &verdict {
             trace::fail(&tracing::Span::current(), error);
             if error.code == Code::LeaseLost {
+                metrics().lease_lost();
                 // Who has the lease answers. Ours comes back later, in case that one dies.
                 return delivery.give_back().await;
             }
@@ -305,6 +309,7 @@ impl Worker {
         answers: &Answers,
     ) -> Result<()> {
         let task = &attempt.task;
+        count(task, &verdict, (self.workshop.clock.now() - attempt.claimed_at).as_seconds_f64());
         let result = TaskResult {
             task: task.id,
             pipeline: task.pipeline.id.clone(),
@@ -340,11 +345,60 @@ impl Worker {
 }
 
 fn lane_of(task: &Task) -> Lane {
-    use alluvium_protocol::task::Step;
     match task.work.step() {
         Step::Ingest => Lane::Ingest,
-        Step::Merge => Lane::Merge,
+        Step::Merge | Step::Restore => Lane::Merge,
         Step::Optimize | Step::Cleanup => Lane::Maintenance,
+    }
+}
+
+/// A task in hand, as long as it lives.
+struct InFlight(Step);
+
+impl InFlight {
+    fn of(step: Step) -> Self {
+        metrics().in_flight(step.as_str(), 1);
+        Self(step)
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        metrics().in_flight(self.0.as_str(), -1);
+    }
+}
+
+fn count_waits(attempt: &Attempt) {
+    let queue = attempt.received_at - attempt.task.published_at;
+    let lease = attempt.claimed_at - attempt.received_at;
+    let step = attempt.task.work.step().as_str();
+    metrics().waits(step, queue.as_seconds_f64(), lease.as_seconds_f64());
+}
+
+fn count(task: &Task, verdict: &Verdict, seconds: f64) {
+    let (pipeline, step) = (&task.pipeline.id, task.work.step());
+    let word = match verdict {
+        Verdict::Done(_) => "done",
+        Verdict::Failed(error) => match error.class() {
+            Class::Transient => "transient",
+            Class::Permanent => "permanent",
+            Class::Crash => "crash",
+            Class::Stopping => "stopping",
+        },
+    };
+    metrics().step(pipeline, step.as_str(), word, seconds);
+    let Verdict::Done(report) = verdict else { return };
+    metrics().conflicts(pipeline, step.as_str(), report.conflicts);
+    if report.already {
+        return;
+    }
+    match step {
+        Step::Ingest => {
+            metrics().rows(pipeline, "raw", report.rows_written);
+            metrics().rows(pipeline, "quarantine", report.rows_quarantined);
+        }
+        Step::Merge => metrics().rows(pipeline, "main", report.rows_written),
+        Step::Optimize | Step::Cleanup | Step::Restore => {}
     }
 }
 

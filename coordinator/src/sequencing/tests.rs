@@ -75,6 +75,7 @@ fn view<'a>(pipeline: &'a Pipeline, epochs: &'a BTreeMap<Epoch, EpochView>) -> P
         is_rewriting: epochs.values().any(|epoch| epoch.state == State::Merging),
         is_cleaning: false,
         is_held: false,
+        wants_restore: None,
         has_raw: true,
         has_main: true,
         small_files: 0,
@@ -180,6 +181,25 @@ fn a_held_pipeline_publishes_nothing_and_says_so() {
     let plan = plan(&held, now());
     assert_eq!(Plan { waits: Vec::new(), ..plan.clone() }, Plan::default());
     assert!(plan.waits[0].why.contains("alluvium resume p"));
+}
+
+#[test]
+fn a_rollback_goes_alone_and_first() {
+    let p = pipeline();
+    let waiting = epochs("pdr");
+    let asked = PipelineView { wants_restore: Some(None), ..view(&p, &waiting) };
+    let plan_of = |view: &PipelineView<'_>| {
+        let plan = plan(view, now());
+        assert!(plan.merge.is_none() && plan.ingests.is_empty() && !plan.cleanup);
+        plan.restore
+    };
+    assert!(plan_of(&asked));
+    assert!(plan_of(&PipelineView { is_held: true, ..asked }));
+    let asked = || PipelineView { wants_restore: Some(None), ..view(&p, &waiting) };
+    assert!(!plan_of(&PipelineView { is_rewriting: true, ..asked() }));
+    assert!(!plan_of(&PipelineView { is_cleaning: true, ..asked() }));
+    let later = Some(Some(now() + chrono::Duration::seconds(1)));
+    assert!(!plan_of(&PipelineView { wants_restore: later, ..asked() }));
 }
 
 #[test]

@@ -14,6 +14,7 @@
 
 pub mod hello;
 mod link;
+mod notes;
 #[cfg(test)]
 mod peer;
 mod publisher;

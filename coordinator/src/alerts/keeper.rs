@@ -1,0 +1,282 @@
+//! The keeper: remembers open incidents and sends what is to be told, until it is taken.
+//!
+//! Incidents and outbox are one document below the state folder, written before anything is sent and
+//! after it was taken. A crash in between sends the same message, with the same id, again.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use alluvium_protocol::metrics::metrics;
+use alluvium_protocol::{Error, Result, crash};
+use alluvium_table::classify::foreign;
+use alluvium_table::store::{StoreRef, object_store_at};
+use chrono::{DateTime, Utc};
+use object_store::{ObjectStoreExt, path::Path};
+use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
+use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
+
+use super::conditions::{Around, look};
+use super::incidents::Incidents;
+use super::sinks::Sink;
+use super::{Event, Kind};
+use crate::book::Book;
+
+/// Pause between two looks into the outbox.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// The document.
+const DOCUMENT: &str = "alerts/incidents.json";
+/// A message that nobody took for so long is given up; it is in the log.
+const GIVE_UP_AFTER: chrono::Duration = chrono::Duration::hours(24);
+/// The pauses between attempts: 5 s, doubled up to this.
+const PAUSE_MAX: Duration = Duration::from_secs(600);
+/// Messages that wait at most: older ones go first, and are told in the log.
+const OUTBOX_MAX: usize = 1000;
+
+/// What is stored.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stored {
+    /// Open incidents.
+    #[serde(flatten)]
+    pub incidents: Incidents,
+    /// Messages that nobody took so far.
+    #[serde(default)]
+    pub outbox: Vec<Pending>,
+}
+
+/// A message to one sink.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pending {
+    /// Unique.
+    pub id: String,
+    /// The sink's name.
+    pub sink: String,
+    /// What it tells.
+    pub events: Vec<Event>,
+    /// Since when it waits.
+    pub since: DateTime<Utc>,
+    /// Failed attempts.
+    pub attempts: u32,
+    /// Not before then.
+    pub not_before: DateTime<Utc>,
+    /// What the receiver said last.
+    #[serde(default)]
+    pub error: Option<String>,
+}
+
+/// Reads what is stored below a state folder.
+pub async fn read(state: &str) -> Result<Stored> {
+    let store = object_store_at(state)?;
+    let doing = || format!("read {DOCUMENT} below {state}");
+    match store.get(&Path::from(DOCUMENT)).await {
+        Ok(found) => {
+            let body = found.bytes().await.map_err(|e| foreign(doing(), &e))?;
+            Ok(serde_json::from_slice(&body).unwrap_or_else(|error| {
+                tracing::error!(%error, "{DOCUMENT} cannot be understood; it is begun anew");
+                Stored::default()
+            }))
+        }
+        Err(object_store::Error::NotFound { .. }) => Ok(Stored::default()),
+        Err(error) => Err(foreign(doing(), &error)),
+    }
+}
+
+/// Keeps incidents and outbox. Clones share both.
+#[derive(Clone)]
+pub struct Keeper {
+    store: StoreRef,
+    state: String,
+    source: String,
+    sinks: Arc<Vec<Sink>>,
+    /// `None`: not read so far.
+    stored: Arc<Mutex<Option<Stored>>>,
+}
+
+impl Keeper {
+    /// A keeper for these sinks. `source` names this installation in messages.
+    pub fn open(state: &str, source: String, sinks: Vec<Sink>) -> Result<Self> {
+        let (store, state) = (object_store_at(state)?, state.to_owned());
+        let stored = Arc::new(Mutex::new(None));
+        Ok(Self { store, state, source, sinks: Arc::new(sinks), stored })
+    }
+
+    /// Looks at everything and stores what is to be told; sends nothing. Err: nothing of it counts, and
+    /// the next look finds it again.
+    pub async fn look(&self, books: &[Book], around: &Around, now: DateTime<Utc>) -> Result<()> {
+        let mut held = self.stored.lock().await;
+        let before = match held.take() {
+            Some(stored) => stored,
+            None => read(&self.state).await?,
+        };
+        let mut after = before.clone();
+        let found = look(books, around, &mut after.incidents, now);
+        let events = after.incidents.take(&found, now);
+        show(&after.incidents);
+        self.post(&mut after, &events, now);
+        *held = Some(before.clone());
+        if after != before {
+            self.store(&after).await?;
+            *held = Some(after);
+        }
+        Ok(())
+    }
+
+    /// Puts events into the outbox, grouped by sink.
+    fn post(&self, stored: &mut Stored, events: &[Event], now: DateTime<Utc>) {
+        for sink in self.sinks.iter() {
+            let wanted: Vec<Event> = events.iter().filter(|e| sink.wants(e)).cloned().collect();
+            let groups: Vec<Vec<Event>> = match sink.groups() {
+                true if wanted.is_empty() => Vec::new(),
+                true => vec![wanted],
+                false => wanted.into_iter().map(|event| vec![event]).collect(),
+            };
+            stored.outbox.extend(groups.into_iter().map(|events| Pending {
+                id: Uuid::new_v4().to_string(),
+                sink: sink.name.clone(),
+                events,
+                since: now,
+                attempts: 0,
+                not_before: now,
+                error: None,
+            }));
+        }
+        let excess = stored.outbox.len().saturating_sub(OUTBOX_MAX);
+        for lost in stored.outbox.drain(..excess) {
+            tracing::error!(sink = lost.sink, "too many alerts wait; one was given up");
+        }
+    }
+
+    async fn store(&self, stored: &Stored) -> Result<()> {
+        let body = serde_json::to_vec_pretty(stored).map_err(Error::internal)?;
+        crash::point("alerts.before_store")?;
+        let put = self.store.put(&Path::from(DOCUMENT), body.into()).await;
+        put.map_err(|e| foreign(format!("store {DOCUMENT} below {}", self.state), &e))?;
+        crash::point("alerts.after_store")
+    }
+
+    /// Sends what is due, until the handle is dropped.
+    pub fn start(&self) -> AbortOnDropHandle<()> {
+        let keeper = self.clone();
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            loop {
+                if let Err(error) = keeper.send_due().await {
+                    tracing::warn!(%error, "alerts that were sent are not noted; they are sent again");
+                }
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        }))
+    }
+
+    /// Sends what is due, sinks side by side, each one's messages in order.
+    async fn send_due(&self) -> Result<()> {
+        let now = Utc::now();
+        let mut by_sink: HashMap<String, Vec<Pending>> = HashMap::new();
+        for pending in self.stored.lock().await.iter().flat_map(|stored| &stored.outbox) {
+            by_sink.entry(pending.sink.clone()).or_default().push(pending.clone());
+        }
+        // The first one waits: the others come after it.
+        by_sink.retain(|_, waiting| waiting.first().is_some_and(|first| first.not_before <= now));
+        if by_sink.is_empty() {
+            return Ok(());
+        }
+        let sending = by_sink.into_iter().map(|(name, messages)| {
+            let sink = self.sinks.iter().find(|sink| sink.name == name);
+            deliver(sink, messages, &self.source, now)
+        });
+        let sent = futures::future::join_all(sending).await;
+        let mut held = self.stored.lock().await;
+        let Some(stored) = held.as_mut() else { return Ok(()) };
+        for (id, left) in sent.into_iter().flatten() {
+            match left {
+                None => stored.outbox.retain(|pending| pending.id != id),
+                Some(left) => {
+                    if let Some(held) = stored.outbox.iter_mut().find(|held| held.id == id) {
+                        *held = left;
+                    }
+                }
+            }
+        }
+        self.store(stored).await
+    }
+
+    /// Sends what waits, for at most so long: a process that ends tells what it found.
+    pub async fn finish(&self, most: Duration) {
+        let finishing = async {
+            loop {
+                let due = {
+                    let held = self.stored.lock().await;
+                    held.iter().flat_map(|s| &s.outbox).map(|pending| pending.not_before).min()
+                };
+                let Some(due) = due else { return };
+                tokio::time::sleep((due - Utc::now()).to_std().unwrap_or_default()).await;
+                if self.send_due().await.is_err() {
+                    return;
+                }
+            }
+        };
+        // What is left is sent by the next process.
+        let _ = tokio::time::timeout(most, finishing).await;
+    }
+}
+
+/// Sends one sink's messages until one is not taken. What is left of each: `None` is done with.
+async fn deliver(
+    sink: Option<&Sink>,
+    messages: Vec<Pending>,
+    source: &str,
+    now: DateTime<Utc>,
+) -> Vec<(String, Option<Pending>)> {
+    let mut ended = Vec::new();
+    let Some(sink) = sink else {
+        // Taken out of the configuration.
+        return messages.into_iter().map(|pending| (pending.id, None)).collect();
+    };
+    for pending in messages {
+        let sent = match crash::point("alert.before_send") {
+            Ok(()) => sink.send(&pending.events, source).await,
+            Err(error) => Err(error.into()),
+        };
+        let sent = match (sent, crash::point("alert.after_send")) {
+            (Ok(_), Err(error)) => Err(error.into()),
+            (sent, _) => sent,
+        };
+        let refusal = match sent {
+            Ok(_) => {
+                metrics().alert(&sink.name, "sent");
+                ended.push((pending.id, None));
+                continue;
+            }
+            Err(refusal) => refusal,
+        };
+        metrics().alert(&sink.name, "failed");
+        tracing::warn!(error = %refusal.error, "an alert was not taken");
+        if refusal.is_final || now - pending.since > GIVE_UP_AFTER {
+            tracing::error!(sink = sink.name, error = %refusal.error, "an alert was given up");
+            ended.push((pending.id, None));
+            continue;
+        }
+        let doubled = Duration::from_secs(5 << pending.attempts.min(10)).min(PAUSE_MAX);
+        let pause = refusal.after.unwrap_or(doubled).min(PAUSE_MAX);
+        let not_before = Utc::now() + chrono::Duration::from_std(pause).unwrap_or_default();
+        let left = Pending {
+            attempts: pending.attempts + 1,
+            not_before,
+            error: Some(refusal.error.message),
+            ..pending
+        };
+        ended.push((left.id.clone(), Some(left)));
+        // The others would fail, too, and come after it.
+        break;
+    }
+    ended
+}
+
+fn show(incidents: &Incidents) {
+    metrics().clear("alerts_open");
+    for kind in Kind::ALL {
+        let count = incidents.open.iter().filter(|open| open.kind == *kind).count();
+        metrics().set("alerts_open", &[("kind", kind.as_str())], count as f64);
+    }
+}

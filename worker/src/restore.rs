@@ -1,0 +1,417 @@
+//! Restore: main goes back to an earlier point, in one commit that also holds the pipeline.
+//!
+//! ```text
+//!  which epochs stay applied, which go?
+//!    ├─ a version of main holds just that, its files are there ─► its files again
+//!    └─ else, by epoch only ─► each key of the epochs that go, by the rule over those that stay
+//!  one commit: files, wanted(e) above every generation of the epochs that go, hold, the request
+//! ```
+//! After it main is the fold of what is applied, as always; the epochs that went merge again when
+//! somebody resumes. `--to-version` shows the version as it was, also where an epoch was read anew since:
+//! that epoch counts as not applied, and is made right by its merge.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Instant;
+
+use alluvium_protocol::marker::{
+    EpochMarker, Generation, Markers, epoch_app_id, hold_app_id, request_app_id,
+};
+use alluvium_protocol::task::{Report, RestoreTo, Task};
+use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
+use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
+use alluvium_table::history::CommitRecord;
+use alluvium_table::pause::Pauses;
+use alluvium_table::session::work_session;
+use alluvium_table::{Add, LiveFile, Table, bytes_of};
+use chrono::Utc;
+
+use crate::edit::{Edit, reconcile_over};
+use crate::ingest::COMMIT_PATIENCE;
+use crate::merge::{check_age, count_files};
+use crate::points::kept_versions;
+use crate::tables::is_ours;
+use crate::winners::{self, Rule};
+use crate::{Permit, Workshop, raw};
+
+/// What a restore will do, on exactly these snapshots.
+pub struct RestorePlan {
+    /// The version whose files come back; `None`: the rows are computed from raw.
+    pub version: Option<i64>,
+    /// Epochs that go out of main, and merge again after `resume`.
+    pub out: Vec<Epoch>,
+    /// Epochs that come back into main with the version's files.
+    pub back: Vec<Epoch>,
+    /// Files that come back.
+    pub adds: Vec<Add>,
+    /// Files that go.
+    pub removes: Vec<LiveFile>,
+    wanted: Vec<(Epoch, Generation)>,
+    merged: Vec<(Epoch, Generation)>,
+    kept: BTreeSet<Epoch>,
+    markers: Markers,
+}
+
+/// Carries out a restore task.
+pub async fn restore(
+    workshop: &Workshop,
+    task: &Task,
+    to: RestoreTo,
+    request: &str,
+    permit: &Permit,
+) -> Result<Report> {
+    let pipeline = &task.pipeline;
+    let mut pauses = Pauses::for_at_most(COMMIT_PATIENCE);
+    let mut conflicts = 0;
+    let _turn = workshop.tables.turn(&pipeline.main).await;
+    let done = request_app_id(&pipeline.id, request);
+    loop {
+        permit.check()?;
+        let started = Instant::now();
+        let mut main = open(workshop, &pipeline.main).await?;
+        main.check_settings(pipeline)?;
+        if main.transaction(&done).is_some() {
+            let main_version = Some(main.version());
+            return Ok(Report { already: true, conflicts, main_version, ..Report::default() });
+        }
+        let raw = open(workshop, &pipeline.raw).await?;
+        let plan = RestorePlan::make(&main, &raw, pipeline, to).await?;
+        crash::point("restore.after_plan")?;
+        let (change, report) = plan.change(task, &main, &raw, request, permit).await?;
+        check_age(started, pipeline)?;
+        permit.check()?;
+        crash::point("restore.before_commit")?;
+        match main.commit(change).await? {
+            CommitOutcome::Landed => {}
+            CommitOutcome::Lost(error) => {
+                conflicts += 1;
+                if !pauses.wait().await {
+                    return Err(error);
+                }
+                continue;
+            }
+        }
+        crash::point("restore.after_commit")?;
+        workshop.tables.remember(&main);
+        if let Err(error) = main.checkpoint_if_due().await {
+            tracing::warn!(%error, "no checkpoint; the next one makes up for it");
+        }
+        let (main_files, main_small_files) = count_files(&main, pipeline).await?;
+        let main_version = Some(main.version());
+        return Ok(Report { main_version, conflicts, main_files, main_small_files, ..report });
+    }
+}
+
+async fn open(workshop: &Workshop, uri: &str) -> Result<Table> {
+    workshop.tables.open(uri).await?.ok_or_else(|| {
+        Error::new(Code::NotPossibleNow, format!("there is no table at {uri}: nothing to roll back"))
+    })
+}
+
+impl RestorePlan {
+    /// Decides how main gets back to `to`, without changing anything.
+    pub async fn make(
+        main: &Table,
+        raw: &Table,
+        pipeline: &Pipeline,
+        to: RestoreTo,
+    ) -> Result<Self> {
+        let markers = Markers::joined(
+            Markers::of_pipeline(&pipeline.id, raw.transactions()),
+            Markers::of_pipeline(&pipeline.id, main.transactions()),
+        );
+        match to {
+            RestoreTo::Version(version) => {
+                let at = markers_at(main, pipeline, version).await?;
+                let files = files_to_bring_back(main, pipeline, version).await?;
+                let plan = Self::by_version(markers, &at, version, files);
+                if plan.is_nothing() {
+                    let text = format!("{} holds what it held at version {version}", main.uri());
+                    return Err(Error::new(Code::NotPossibleNow, text)
+                        .with_help(format!("`alluvium tables history {}` lists versions", pipeline.id)));
+                }
+                Ok(plan)
+            }
+            RestoreTo::Epoch(epoch) => Self::to_epoch(main, pipeline, markers, epoch).await,
+        }
+    }
+
+    async fn to_epoch(
+        main: &Table,
+        pipeline: &Pipeline,
+        markers: Markers,
+        epoch: Epoch,
+    ) -> Result<Self> {
+        let (kept, out): (BTreeSet<Epoch>, BTreeSet<Epoch>) =
+            markers.applied().into_iter().partition(|applied| *applied <= epoch);
+        if out.is_empty() {
+            let text = format!("no epoch above {epoch} is in main: there is nothing to roll back");
+            return Err(Error::new(Code::NotPossibleNow, text)
+                .with_help(format!("`alluvium epochs {}` lists what is", pipeline.id)));
+        }
+        if markers.is_settled(epoch) && markers.floor != Some(epoch) {
+            let text = format!("epoch {epoch} lies below the floor, which is in main for good");
+            return Err(Error::new(Code::EpochSettled, text));
+        }
+        for version in candidates(main, pipeline, &out).await? {
+            let Ok(at) = markers_at(main, pipeline, version).await else { continue };
+            let is_it = at.applied() == kept && kept.iter().all(|e| has_content(&at, &markers, *e));
+            if !is_it {
+                continue;
+            }
+            match files_to_bring_back(main, pipeline, version).await {
+                Ok(files) => return Ok(Self::by_version(markers, &at, version, files)),
+                Err(error) => tracing::info!(%error, "computes the rows from raw"),
+            }
+        }
+        let whole: BTreeSet<Epoch> = kept.union(&out).copied().collect();
+        let lost: Vec<Epoch> = whole.into_iter().filter(|e| markers.is_lost(*e)).collect();
+        if !lost.is_empty() {
+            let error = raw::lost(pipeline, &lost);
+            return Err(Error { code: Code::RestoreImpossible, ..error });
+        }
+        let wanted = out.iter().map(|e| (*e, markers.generation(*e) + 1)).collect();
+        Ok(Self {
+            version: None,
+            out: out.into_iter().collect(),
+            back: Vec::new(),
+            adds: Vec::new(),
+            removes: Vec::new(),
+            wanted,
+            merged: Vec::new(),
+            kept,
+            markers,
+        })
+    }
+
+    fn is_nothing(&self) -> bool {
+        let files = self.adds.len() + self.removes.len();
+        files + self.out.len() + self.back.len() == 0
+    }
+
+    fn by_version(
+        markers: Markers,
+        at: &Markers,
+        version: i64,
+        files: (Vec<Add>, Vec<LiveFile>),
+    ) -> Self {
+        let (mut wanted, mut merged) = (Vec::new(), Vec::new());
+        let (mut out, mut back, mut kept) = (Vec::new(), Vec::new(), BTreeSet::new());
+        let known: BTreeSet<Epoch> = markers.merge.keys().chain(at.merge.keys()).copied().collect();
+        for epoch in known {
+            let (is_applied, was_applied) = (markers.is_applied(epoch), at.is_applied(epoch));
+            if was_applied && has_content(at, &markers, epoch) {
+                kept.insert(epoch);
+                if !is_applied {
+                    merged.push((epoch, markers.merge_target(epoch)));
+                    back.push(epoch);
+                }
+                continue;
+            }
+            if is_applied {
+                wanted.push((epoch, markers.generation(epoch) + 1));
+                out.push(epoch);
+            }
+        }
+        let (adds, removes) = files;
+        Self { version: Some(version), out, back, adds, removes, wanted, merged, kept, markers }
+    }
+
+    /// The commit, with files that were written for it where rows are computed.
+    async fn change(
+        &self,
+        task: &Task,
+        main: &Table,
+        raw: &Table,
+        request: &str,
+        permit: &Permit,
+    ) -> Result<(Change, Report)> {
+        let pipeline = &task.pipeline;
+        let (adds, removes, report) = match self.version {
+            Some(_) => self.files(),
+            None => self.computed(pipeline, main, raw, permit).await?,
+        };
+        let marker = |(epoch, generation): &(Epoch, Generation), kind| Marker {
+            app_id: epoch_app_id(&pipeline.id, *epoch, kind),
+            version: *generation,
+        };
+        let mut markers: Vec<Marker> = Vec::new();
+        markers.extend(self.wanted.iter().map(|pair| marker(pair, EpochMarker::Wanted)));
+        markers.extend(self.merged.iter().map(|pair| marker(pair, EpochMarker::Merge)));
+        if !self.markers.is_held() {
+            let version = self.markers.hold + 1;
+            markers.push(Marker { app_id: hold_app_id(&pipeline.id), version });
+        }
+        markers.push(Marker { app_id: request_app_id(&pipeline.id, request), version: 1 });
+        let operation = match self.version.and_then(|version| u64::try_from(version).ok()) {
+            Some(version) => Operation::Restore { version },
+            None => Operation::Merge,
+        };
+        let change = Change {
+            operation,
+            adds,
+            removes: removes.iter().map(|file| file.remove.clone()).collect(),
+            others: Vec::new(),
+            markers,
+            info: serde_json::json!({
+                "pipeline": pipeline.id, "step": "restore", "task": task.id, "request": request,
+                "version": self.version, "taken_out": self.out, "brought_back": self.back,
+                "configuration": pipeline.hash(),
+            }),
+        };
+        let taken_out = self.out.clone();
+        Ok((change, Report { taken_out, raw_version: Some(raw.version()), ..report }))
+    }
+
+    fn files(&self) -> (Vec<Add>, Vec<LiveFile>, Report) {
+        let report = Report {
+            files_added: self.adds.len() as u64,
+            files_removed: self.removes.len() as u64,
+            bytes_written: bytes_of(&self.adds),
+            ..Report::default()
+        };
+        (self.adds.clone(), self.removes.clone(), report)
+    }
+
+    /// Each key of the epochs that go, by the rule over the epochs that stay.
+    async fn computed(
+        &self,
+        pipeline: &Pipeline,
+        main: &Table,
+        raw: &Table,
+        permit: &Permit,
+    ) -> Result<(Vec<Add>, Vec<LiveFile>, Report)> {
+        let session = work_session(pipeline.sizes.memory_bytes);
+        let rule = Rule::new(pipeline, raw);
+        let out: BTreeSet<Epoch> = self.out.iter().copied().collect();
+        let changed = raw::files_of(raw, &out).await?;
+        let mut edit = Edit::default();
+        if !changed.is_empty() {
+            raw.register(&session, "changes", Some(&crate::edit::paths(&changed)), false).await?;
+            let applied = raw::files_of(raw, &self.kept).await?;
+            let scope = reconcile_over(&session, main, raw, &applied).await?;
+            let spool = winners::compute(&session, &rule, &scope).await?;
+            edit.keys = spool.rows() as u64;
+            spool.register(&session, "winners")?;
+            edit.find_touched(&session, main, &rule).await?;
+            permit.check()?;
+            edit.write(&session, main, &rule, pipeline.sizes.target_file_bytes).await?;
+        }
+        let report = Report {
+            rows_written: edit.written.rows,
+            rows_inserted: edit.upserts.saturating_sub(edit.updated),
+            rows_updated: edit.updated,
+            rows_deleted: edit.hits.saturating_sub(edit.updated),
+            files_added: edit.written.adds.len() as u64,
+            files_removed: edit.touched.len() as u64,
+            bytes_written: bytes_of(&edit.written.adds),
+            reconciled: true,
+            ..Report::default()
+        };
+        Ok((edit.written.adds, edit.touched, report))
+    }
+}
+
+/// Main as of `at` had the content of `epoch` that raw has now: generations are given out above every
+/// marker, so a merge at or above raw's generation was one of that content.
+fn has_content(at: &Markers, now: &Markers, epoch: Epoch) -> bool {
+    let held = now.ingest.get(&epoch).copied();
+    match (held, at.merge.get(&epoch)) {
+        (Some(held), Some(merged)) => *merged >= held,
+        // Raw lost it: what main had of it is all there is.
+        (None, merged) => merged == now.merge.get(&epoch),
+        (Some(_), None) => false,
+    }
+}
+
+async fn markers_at(main: &Table, pipeline: &Pipeline, version: i64) -> Result<Markers> {
+    let impossible = |why: String| {
+        Error::new(Code::RestoreImpossible, format!("version {version} of {}: {why}", main.uri()))
+            .with_help(format!("`alluvium tables history {}` lists versions", pipeline.id))
+    };
+    let newest = main.version();
+    let at = u64::try_from(version).map_err(|_| impossible("there is none".to_owned()))?;
+    if version > newest {
+        return Err(impossible(format!("there is none; the newest is {newest}")));
+    }
+    let found = Table::open_at(main.uri(), Some(at)).await;
+    let found = found.map_err(|error| impossible(format!("it cannot be read ({})", error.message)))?;
+    let found = found.ok_or_else(|| impossible("there is none".to_owned()))?;
+    if !is_ours(&found) {
+        return Err(impossible("it was made before the pipeline began".to_owned()));
+    }
+    let markers = Markers::of_pipeline(&pipeline.id, found.transactions());
+    let floor = Markers::of_pipeline(&pipeline.id, main.transactions()).floor;
+    if markers.floor != floor {
+        return Err(impossible("the floor was raised since".to_owned()));
+    }
+    Ok(markers)
+}
+
+/// What a restore of a version adds and removes. Err: a file is gone, or a cleanup may be about to
+/// take it: files that left main more than three quarters of the retention ago are not brought back,
+/// unless a rollback point keeps them.
+pub(crate) async fn files_to_bring_back(
+    main: &Table,
+    pipeline: &Pipeline,
+    version: i64,
+) -> Result<(Vec<Add>, Vec<LiveFile>)> {
+    let impossible = |why: String| {
+        Error::new(Code::RestoreImpossible, format!("version {version} of {}: {why}", main.uri()))
+            .with_help(
+                "`rollback --to-epoch` computes main from raw; `rollback-point add` keeps versions",
+            )
+    };
+    let at = u64::try_from(version).map_err(|_| impossible("there is none".to_owned()))?;
+    let then = Table::open_at(main.uri(), Some(at)).await;
+    let then = then.map_err(|error| impossible(format!("it cannot be read ({})", error.message)))?;
+    let then = then.ok_or_else(|| impossible("there is none".to_owned()))?;
+    if !kept_versions(main).contains(&at) && version < main.version() {
+        let next = main.commit_record(version + 1).await?;
+        let age = next.map(|next| Utc::now() - next.at);
+        let most = chrono::Duration::from_std(pipeline.sizes.vacuum_retention * 3 / 4);
+        if age.is_none_or(|age| most.is_ok_and(|most| age > most)) {
+            let days = pipeline.sizes.vacuum_retention.as_secs() / 3600;
+            let text = format!("its files are older than three quarters of the {days} h that cleanup keeps them");
+            return Err(impossible(text));
+        }
+    }
+    let adds = then.adds().await?;
+    let live = main.files().await?;
+    let paths: BTreeSet<&str> = live.iter().map(|file| file.path.as_str()).collect();
+    let returning: Vec<Add> =
+        adds.values().filter(|add| !paths.contains(add.path.as_str())).cloned().collect();
+    let wanted = returning.iter().map(|add| add.path.clone()).collect();
+    let missing = main.missing_files(wanted).await?;
+    if let Some(first) = missing.first() {
+        return Err(impossible(format!("{} of its files are gone, {first} first", missing.len())));
+    }
+    let leaving = live.into_iter().filter(|file| !adds.contains_key(&file.path)).collect();
+    Ok((returning, leaving))
+}
+
+/// Versions right before the epochs' last merges, and right before their first: one of them holds
+/// what is to stay, unless epochs came late or were read anew.
+async fn candidates(
+    main: &Table,
+    pipeline: &Pipeline,
+    out: &BTreeSet<Epoch>,
+) -> Result<Vec<i64>> {
+    let names: HashMap<String, Epoch> = out
+        .iter()
+        .map(|epoch| (epoch_app_id(&pipeline.id, *epoch, EpochMarker::Merge), *epoch))
+        .collect();
+    let records: Vec<CommitRecord> = main.history(0).await?;
+    let mut last: BTreeMap<Epoch, i64> = BTreeMap::new();
+    let mut first: BTreeMap<Epoch, i64> = BTreeMap::new();
+    for record in &records {
+        for epoch in record.markers.iter().filter_map(|(app_id, _)| names.get(app_id)) {
+            last.entry(*epoch).or_insert(record.version);
+            first.insert(*epoch, record.version);
+        }
+    }
+    let before = |merges: &BTreeMap<Epoch, i64>| merges.values().min().map(|version| version - 1);
+    let mut versions: Vec<i64> = before(&last).into_iter().chain(before(&first)).collect();
+    versions.dedup();
+    versions.retain(|version| *version >= 0);
+    Ok(versions)
+}
