@@ -36,7 +36,8 @@ pub(crate) fn exit_of(code: Code) -> Exit {
         | Code::UnknownPipeline
         | Code::UnknownEpoch
         | Code::NotPossibleNow
-        | Code::EpochSettled => Exit::Usage,
+        | Code::EpochSettled
+        | Code::RestoreImpossible => Exit::Usage,
         Code::StateLocked | Code::SettingsMismatch | Code::TableNotOurs => Exit::Conflict,
         Code::SourceUnreadable
         | Code::StorageUnavailable

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from oracle import (
     REVERT,
+    Main,
     OracleError,
     World,
     applied_epochs,
@@ -58,6 +59,19 @@ def check_world(home: Path, model: World, complete: set[int]) -> list[str]:
     except OracleError as error:
         return [str(error)]
     return lines
+
+
+def is_held(main: Path) -> bool:
+    """The pipeline's hold marker is odd."""
+    return read_markers(main).get(f"alluvium/{PIPELINE}/hold", 0) % 2 == 1
+
+
+def check_held(home: Path, key: tuple[str, ...], expected: Main) -> list[str]:
+    """Main after a rollback: exactly these rows."""
+    try:
+        return _prefixed("main", compare(expected, read_main(home / "main", key)))
+    except OracleError as error:
+        return [str(error)]
 
 
 def _has_rows(model: World, complete: set[int]) -> bool:

@@ -23,7 +23,7 @@ WORKERS = 2
 # Points that only a coordinator passes; workers pass the others.
 OF_COORDINATORS = (
     "manifest.", "request.", "task.before_publish", "task.after_publish", "ledger.", "hold.",
-    "result.before_ack",
+    "result.before_ack", "alerts.", "alert.", "hook.",
 )  # fmt: skip
 
 

@@ -15,17 +15,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from oracle import World, content_of
+from oracle import Main, World, content_of, expected_main
 from oracle_reading import read_source_folder, table_version
-from worlds_check import check_world
+from worlds_check import check_held, check_world, is_held
 from worlds_files import PIPELINE, complete_folder, config_text, write_files, write_junk
-from worlds_plan import Action, Check, Deliver, Fault, Lose, Plan, Run, Shape, Verb, describe
+from worlds_plan import (
+    Action, Check, Deliver, Fault, Lose, Plan, Rollback, Run, Shape, Verb, describe,
+)  # fmt: skip
 
 TIMEOUT_SECONDS = 120
 STDERR_LINES = 40
 KILLED = -9
 # A lost reply is retried (0), or it ends this run with an error that the next one heals.
 AFTER_LOST_REPLY = {0, 1, 4}
+# No world has alerts, hooks or rollback points: these have tests of their own.
+ELSEWHERE = ("alerts.", "alert.", "hook.", "point.")
 # While a replay is to be repeated its folder differs from what was pinned: an alert is right.
 WHILE_FOLDER_CHANGED = {0, 1}
 
@@ -61,6 +65,7 @@ def crash_points(binary: Path) -> list[str]:
         timeout=TIMEOUT_SECONDS,
     )
     points = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    points = [point for point in points if not point.startswith(ELSEWHERE)]
     if done.returncode or not points:
         raise WorldFailed([f"`crash-points` exits {done.returncode} and names {len(points)}"])
     return points
@@ -93,6 +98,9 @@ class Player:
     outcome: Outcome
     complete: set[int] = field(default_factory=set)
     unrepeated: set[tuple[str, int]] = field(default_factory=set)
+    # Versions of main that were checked, with the rows that they hold.
+    checked: dict[int, Main] = field(default_factory=dict)
+    also_accepted: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.model = World(self.shape.key, self.shape.sequence_by)
@@ -108,9 +116,10 @@ class Player:
                 self._run(action)
             case Verb():
                 self._verb(action)
+            case Rollback():
+                self._rollback(action)
             case Lose():
-                lost = self.home / ("state/ledger" if action.what == "ledger" else "state")
-                shutil.rmtree(lost, ignore_errors=True)
+                self._lose(action.what)
             case Check():
                 self._check(action.still)
 
@@ -148,9 +157,55 @@ class Player:
         else:
             self.model.clear(epoch)
 
+    def _lose(self, what: str) -> None:
+        lost = self.home / ("state/ledger" if what == "ledger" else "state")
+        shutil.rmtree(lost, ignore_errors=True)
+
+    def _rollback(self, action: Rollback) -> None:
+        """What was killed is repeated plainly; it may have taken effect (then it is refused)."""
+        self._invoke([(["run", "--once"], None)], {})
+        above = {epoch for epoch in self.complete if epoch > action.to}
+        if not above or self._versions()["main"] is None:
+            return
+        version, rows = None, None
+        if action.by_version and self.checked:
+            version = min(self.checked, key=lambda known: (known * 7919 + action.to) % 101)
+            rows = self.checked[version]
+        point = ["--to-epoch", str(action.to)]
+        if version is not None:
+            point = ["--to-version", str(version)]
+        args = ["rollback", PIPELINE, *point, "--yes"]
+        # The version that is there is refused, as is what a killed process had done.
+        self.also_accepted = set() if version is None else {2}
+        self._invoke([(args, action.fault)], {})
+        if action.fault:
+            self.also_accepted = {2}
+            self._invoke([(args, None)], {})
+        self.also_accepted = set()
+        if not is_held(self.home / "main"):
+            # Refused: the version holds what epochs said before they were replayed or undone.
+            return
+        kept = self.complete - above
+        held = rows if version is not None else expected_main(self.model, kept)
+        self._check_held(held)
+        if action.lose:
+            self._lose(action.lose)
+        self._invoke([(["run", "--once"], None)], {})
+        self._check_held(held)
+        self._invoke([(["resume", PIPELINE], action.resume_fault)], {})
+        if action.resume_fault:
+            self._invoke([(["resume", PIPELINE], None)], {})
+        self._invoke([(["run", "--once"], None)], {})
+
+    def _check_held(self, expected: Main) -> None:
+        if lines := check_held(self.home, self.shape.key, expected):
+            raise WorldFailed(["while it is rolled back:", *lines])
+
     def _check(self, still: bool) -> None:
         if lines := check_world(self.home, self.model, self.complete):
             raise WorldFailed(lines)
+        if version := self._versions()["main"]:
+            self.checked[version] = expected_main(self.model, self.complete)
         if not still:
             return
         before = self._versions()
@@ -165,7 +220,7 @@ class Player:
     # --- processes ---
 
     def _accepted(self, fault: Fault | None) -> set[int]:
-        codes = {0}
+        codes = {0} | self.also_accepted
         if fault and fault.kind == "crash":
             codes.add(KILLED)
         if fault and fault.kind == "fail":

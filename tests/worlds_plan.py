@@ -23,6 +23,8 @@ from typing import Any
 Columns = dict[str, Any]
 
 INVOCATIONS_MIN, INVOCATIONS_MAX = 7, 14
+# A run, the verb, a run while held, resume.
+ROLLBACK_INVOCATIONS = 4
 ROWS_MAX = 30
 # Bytewise order differs from natural order, from case-blind order and from folder order.
 FILE_NAMES = (
@@ -104,6 +106,21 @@ class Verb:
 
 
 @dataclass(frozen=True)
+class Rollback:
+    """Everything ready is merged, main goes back, is looked at, and goes on.
+
+    `to` chooses an epoch; with `by_version` a version whose rows are known. `lose` (`ledger`, `state`
+    or nothing) is deleted while the pipeline is held.
+    """
+
+    to: int
+    by_version: bool
+    fault: Fault | None
+    lose: str | None
+    resume_fault: Fault | None
+
+
+@dataclass(frozen=True)
 class Lose:
     """`ledger` or `state`: the folder is deleted."""
 
@@ -117,7 +134,7 @@ class Check:
     still: bool = False
 
 
-Action = Deliver | Run | Verb | Lose | Check
+Action = Deliver | Run | Verb | Rollback | Lose | Check
 
 
 @dataclass(frozen=True)
@@ -151,6 +168,11 @@ def describe(action: Action, points: list[str]) -> str:
             text = f"{action.name} {action.epoch}"
             text += f", folder now: {_files(action.files)}" if action.files is not None else ""
             return text + (f", {action.fault.describe(points)}" if action.fault else "")
+        case Rollback():
+            to = "to a version that was checked" if action.by_version else f"to epoch {action.to}"
+            faults = [f.describe(points) for f in (action.fault, action.resume_fault) if f]
+            lost = f", the {action.lose} is lost meanwhile" if action.lose else ""
+            return ", ".join([f"rollback {to}, then resume", *faults]) + lost
         case Lose():
             return f"delete the {'ledger' if action.what == 'ledger' else 'whole state folder'}"
         case Check():
@@ -214,6 +236,7 @@ class _Planner:
 
     def _invocations(self) -> int:
         runs = sum(len(action.faults) for action in self.actions if isinstance(action, Run))
+        runs += ROLLBACK_INVOCATIONS * sum(isinstance(a, Rollback) for a in self.actions)
         return runs + sum(isinstance(action, Verb) for action in self.actions)
 
     def _one_action(self, left: int) -> None:
@@ -233,6 +256,7 @@ class _Planner:
             "verb": 6 if self.folders and not self._replay_is_open() else 0,
             "repeat": 4 if self.repeats else 0,
             "lose": 3 if self.begun else 0,
+            "rollback": 4 if len(self.sure) > 1 and not self.repeats and left >= 5 else 0,
         }
         match rng.choices(list(choices), list(choices.values()))[0]:
             case "plain":
@@ -246,12 +270,30 @@ class _Planner:
             case "twice":
                 second = self._fault(rng.choice(("crash", "fail"))) if rng.random() < 0.4 else None
                 self._run((None, second))
+            case "rollback":
+                self._rollback()
             case "lose":
                 self.actions.append(Lose(rng.choice(("ledger", "state"))))
             case "repeat":
                 self._repeat(self.repeats.pop(0))
             case "verb":
                 self._verb(left)
+
+    def _rollback(self) -> None:
+        rng = self.rng
+        self.begun |= self.folders.keys()
+        self.sure |= self.folders.keys()
+        faults = [self._fault(rng.choice(("crash", "crash", "fail"))) for _ in range(2)]
+        first, second = (fault if rng.random() < 0.5 else None for fault in faults)
+        self.actions.append(
+            Rollback(
+                to=rng.choice(sorted(self.sure)[:-1]),
+                by_version=rng.random() < 0.3,
+                fault=first,
+                lose=rng.choice((None, None, "ledger", "state")),
+                resume_fault=second,
+            )
+        )
 
     def _replay_is_open(self) -> bool:
         """Then a folder differs from what was pinned, and may rightly stop other requests."""

@@ -79,6 +79,13 @@ fn is_due(armed: &Option<Armed>, point: &str) -> bool {
     })
 }
 
+/// What a count is to be wrong by, for the tests of the checks: `ALLUVIUM_MISCOUNT=merge` makes it 1.
+pub fn miscount(step: &'static str) -> u64 {
+    static MISCOUNT: OnceLock<Option<String>> = OnceLock::new();
+    let asked = MISCOUNT.get_or_init(|| std::env::var("ALLUVIUM_MISCOUNT").ok());
+    u64::from(asked.as_deref() == Some(step))
+}
+
 /// Passes the crash point `point`: nothing, a kill, or a lost reply.
 pub fn point(point: &'static str) -> Result<()> {
     static CRASH: OnceLock<Option<Armed>> = OnceLock::new();

@@ -4,12 +4,17 @@ use std::collections::{BTreeSet, HashMap};
 
 use alluvium_protocol::Result;
 use deltalake::kernel::{Add, Remove};
+use deltalake::parquet::errors::ParquetError;
+use deltalake::parquet::file::metadata::ParquetMetaDataReader;
 use futures::{FutureExt, StreamExt, TryStreamExt};
-use object_store::ObjectStoreExt;
+use object_store::{ObjectStoreExt, path::Path};
 
 use crate::classify::foreign;
+use crate::store::StoreRef;
 use crate::{Table, scan};
 
+/// A footer is mostly no longer than this.
+const FOOTER_BYTES: u64 = 64 * 1024;
 /// Files looked for at a time.
 const LOOKS_AT_ONCE: usize = 16;
 
@@ -35,6 +40,26 @@ impl LiveFile {
     pub fn live_rows(&self) -> Option<u64> {
         let deleted = self.remove.deletion_vector.as_ref().map_or(0, |dv| dv.cardinality);
         Some(self.rows?.saturating_sub(u64::try_from(deleted).unwrap_or(0)))
+    }
+}
+
+async fn rows_in_file(store: StoreRef, add: &Add) -> Result<u64> {
+    let doing = || format!("read back {}", add.path);
+    let at = Path::from(add.path.as_str());
+    let size = u64::try_from(add.size).unwrap_or(0);
+    let mut wanted = FOOTER_BYTES;
+    loop {
+        let range = size.saturating_sub(wanted)..size;
+        let tail = store.get_range(&at, range).await.map_err(|e| foreign(doing(), &e))?;
+        let mut reader = ParquetMetaDataReader::new();
+        match reader.try_parse_sized(&tail, size) {
+            Ok(()) => {
+                let metadata = reader.finish().map_err(|e| foreign(doing(), &e))?;
+                return Ok(u64::try_from(metadata.file_metadata().num_rows()).unwrap_or(0));
+            }
+            Err(ParquetError::NeedMoreData(more)) if wanted < size => wanted = more as u64,
+            Err(error) => return Err(foreign(doing(), &error)),
+        }
     }
 }
 
@@ -73,6 +98,16 @@ impl Table {
         Ok(adds)
     }
 
+    /// Rows of these files by their own footers: what storage holds, whatever the log says.
+    pub async fn rows_in_files(&self, adds: &[Add]) -> Result<u64> {
+        let mut reading = Vec::with_capacity(adds.len());
+        for add in adds {
+            reading.push(rows_in_file(self.store(), add).boxed());
+        }
+        let counts = futures::stream::iter(reading).buffered(LOOKS_AT_ONCE);
+        counts.try_fold(0, |sum, rows| async move { Ok(sum + rows) }).await
+    }
+
     /// Those of these files, by their path below the table, that storage no longer holds.
     pub async fn missing_files(&self, paths: Vec<String>) -> Result<Vec<String>> {
         let store = self.store();
@@ -80,7 +115,7 @@ impl Table {
         for path in paths {
             let store = std::sync::Arc::clone(&store);
             let look = async move {
-                let at = object_store::path::Path::from(path.as_str());
+                let at = Path::from(path.as_str());
                 match store.head(&at).await {
                     Ok(_) => Ok(None),
                     Err(object_store::Error::NotFound { .. }) => Ok(Some(path)),

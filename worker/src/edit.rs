@@ -70,6 +70,8 @@ async fn register_with_columns(session: &SessionContext, base: &Table, raw: &Tab
 /// What happens to main's files.
 #[derive(Default)]
 pub(crate) struct Edit {
+    /// Rows of main before, where statistics tell.
+    pub(crate) rows_before: Option<u64>,
     /// Keys in question.
     pub(crate) keys: u64,
     /// Rows that come.
@@ -100,6 +102,7 @@ impl Edit {
         let counts = batches.first().map(|batch| batch.column(0).as_primitive::<Int64Type>());
         self.upserts = counts.map_or(0, |counts| counts.value(0).unsigned_abs());
         let live = main.files().await?;
+        self.rows_before = live.iter().map(LiveFile::live_rows).sum();
         if live.is_empty() {
             return Ok(());
         }

@@ -26,6 +26,7 @@ use alluvium_table::store::object_store_at;
 use alluvium_table::write::{FileWriter, Written};
 use object_store::ObjectStoreExt;
 
+use crate::checks::{agree, read_back};
 use crate::incoming::{AsideRef, Incoming, first_error};
 use crate::raw_commit::{Prepared, RawCommit, already, partition_paths};
 use crate::source::SourceFile;
@@ -100,6 +101,11 @@ pub async fn ingest(
         now,
     )
     .await?;
+    let kept = prepared.content_rows + rows_quarantined;
+    let what = "rows of the folder, in raw or quarantine";
+    agree("ingest", what, incoming.rows(), kept, &pipeline.raw)?;
+    let written = &prepared.written;
+    read_back("ingest.files", &table, &written.adds, written.rows).await?;
     let report = Report {
         generations: vec![(wanted.epoch, wanted.generation)],
         empty: manifest.reason.is_empty_content().then_some(wanted.epoch).into_iter().collect(),
@@ -279,6 +285,7 @@ async fn write_files(
         0 => Written::default(),
         _ => content_rows(&session, pipeline, table, &own, &aside).await?,
     };
+    let content_rows = written.rows;
     let previous = partition_paths(table, pipeline, wanted.epoch).await?;
     if !previous.is_empty() {
         // Read again only for the keys; what it refuses was kept by the first reading.
@@ -290,7 +297,7 @@ async fn write_files(
         written.adds.extend(reverts.adds);
         written.rows += reverts.rows;
     }
-    Ok(Prepared { written, aside, previous })
+    Ok(Prepared { written, content_rows, aside, previous })
 }
 
 /// The epoch's rows with their `_op`, sorted by key and then as the rule orders them.

@@ -23,6 +23,7 @@ use alluvium_table::schema::{find_column, widens_to};
 use alluvium_table::session::{quoted_list, work_session};
 use alluvium_table::{LiveFile, Table, TableSpec, query};
 
+use crate::checks::{agree, read_back};
 use crate::edit::{Edit, paths, reconcile_over};
 use crate::ingest::{COMMIT_PATIENCE, table_names};
 use crate::tables::is_ours;
@@ -157,6 +158,7 @@ impl<'a> Attempt<'a> {
         }
         crash::point("merge.after_write")?;
         permit.check()?;
+        read_back("merge.files", &self.main, &edit.written.adds, edit.written.rows).await?;
 
         check_age(started, pipeline)?;
         let report = self.report(&edit, rows_read, !is_fast);
@@ -171,9 +173,21 @@ impl<'a> Attempt<'a> {
         if let Err(error) = self.main.checkpoint_if_due().await {
             tracing::warn!(%error, "no checkpoint; the next one makes up for it");
         }
-        let (main_files, main_small_files) = count_files(&self.main, pipeline).await?;
+        let (main_files, main_small_files) = self.check_main(&edit).await?;
         let main_version = Some(self.main.version());
         Ok(Ok(Report { main_version, main_files, main_small_files, ..report }))
+    }
+
+    /// Main, read back after its commit, gained and lost what was counted. Its files, and small ones.
+    async fn check_main(&self, edit: &Edit) -> Result<(u64, u64)> {
+        let files = self.main.files().await?;
+        let rows = files.iter().map(LiveFile::live_rows).sum::<Option<u64>>();
+        // Without edits nothing was counted; an adopted table may have files without statistics.
+        if let (Some(before), Some(rows)) = (edit.rows_before, rows) {
+            let expected = (before + edit.upserts).saturating_sub(edit.hits);
+            agree("merge", "rows of main, read back", expected, rows, self.main.uri())?;
+        }
+        Ok(counts_of(&files, &self.task.pipeline))
     }
 
     async fn scope(
@@ -272,10 +286,13 @@ pub(crate) fn check_age(started: Instant, pipeline: &Pipeline) -> Result<()> {
 
 /// Data files of main, and the small ones among them.
 pub async fn count_files(main: &Table, pipeline: &Pipeline) -> Result<(u64, u64)> {
-    let files = main.files().await?;
+    Ok(counts_of(&main.files().await?, pipeline))
+}
+
+fn counts_of(files: &[LiveFile], pipeline: &Pipeline) -> (u64, u64) {
     let limit = pipeline.sizes.target_file_bytes / SMALL_FILE_DIVISOR;
     let small = files.iter().filter(|file| file.size < limit).count();
-    Ok((files.len() as u64, small as u64))
+    (files.len() as u64, small as u64)
 }
 
 async fn open_raw(workshop: &Workshop, pipeline: &Pipeline) -> Result<Table> {

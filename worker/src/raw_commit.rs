@@ -19,6 +19,8 @@ use crate::{Permit, Workshop, raw};
 /// Files in raw's folder that no commit names yet.
 pub(crate) struct Prepared {
     pub(crate) written: Written,
+    /// Rows of the folder among them; the others are reverts.
+    pub(crate) content_rows: u64,
     pub(crate) aside: AsideRef,
     /// Paths of the partition's files that revert rows were computed from.
     pub(crate) previous: Vec<String>,

@@ -7,8 +7,8 @@
 //!  one commit: files, wanted(e) above every generation of the epochs that go, hold, the request
 //! ```
 //! After it main is the fold of what is applied, as always; the epochs that went merge again when
-//! somebody resumes. `--to-version` shows the version as it was, also where an epoch was read anew since:
-//! that epoch counts as not applied, and is made right by its merge.
+//! somebody resumes. A version that holds what raw no longer says (an epoch was read anew since) does not
+//! come back: no later merge could tell its rows from others.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
@@ -122,6 +122,7 @@ impl RestorePlan {
         match to {
             RestoreTo::Version(version) => {
                 let at = markers_at(main, pipeline, version).await?;
+                refuse_other_content(pipeline, &at, &markers, version)?;
                 let files = files_to_bring_back(main, pipeline, version).await?;
                 let plan = Self::by_version(markers, &at, version, files);
                 if plan.is_nothing() {
@@ -321,6 +322,31 @@ fn has_content(at: &Markers, now: &Markers, epoch: Epoch) -> bool {
         (None, merged) => merged == now.merge.get(&epoch),
         (Some(_), None) => false,
     }
+}
+
+fn refuse_other_content(
+    pipeline: &Pipeline,
+    at: &Markers,
+    now: &Markers,
+    version: i64,
+) -> Result<()> {
+    let changed: Vec<String> = at
+        .applied()
+        .into_iter()
+        .filter(|epoch| !has_content(at, now, *epoch))
+        .map(|epoch| epoch.to_string())
+        .collect();
+    if changed.is_empty() {
+        return Ok(());
+    }
+    let text = format!(
+        "version {version} of {} holds an earlier content of epoch(s) {}: they were replayed, undone or \
+         skipped since",
+        pipeline.main,
+        changed.join(", ")
+    );
+    Err(Error::new(Code::RestoreImpossible, text)
+        .with_help(format!("`alluvium rollback {} --to-epoch E` uses their present content", pipeline.id)))
 }
 
 async fn markers_at(main: &Table, pipeline: &Pipeline, version: i64) -> Result<Markers> {
