@@ -351,7 +351,9 @@ def test_every_crash_point_is_survived(tmp_path: Path):
         root = tmp_path / point
         root.mkdir()
         more = "optimize = { small_files = 2 }\nmerge = { batch_epochs = 1 }"
-        lake = Lake(root).pipeline(more=more)
+        # The row without a key is an alert; each merge calls the hook.
+        lake = Lake(root).pipeline(more=more + '\nafter_merge = { command = ["true"] }')
+        lake.configure('[alert.team]\ntype = "log"\n')
         three_epochs(lake)
         crash = {"ALLUVIUM_CRASH": point}
         killed = lake.alluvium("run", "--once", env=crash).code == -signal.SIGKILL
@@ -360,7 +362,9 @@ def test_every_crash_point_is_survived(tmp_path: Path):
         )
         lake.deliver(40, [("e", 4, "U", 1), (None, 4, "U", 1)], schema=schema)
         killed |= lake.alluvium("run", "--once", env=crash).code == -signal.SIGKILL
-        for verb in [["pause", "p"], ["resume", "p"], ["undo", "p", "40", "--yes"]]:
+        verbs = [["pause", "p"], ["resume", "p"], ["undo", "p", "40", "--yes"]]
+        verbs += [["rollback-point", "add", "p", "x"], ["rollback", "p", "--to-epoch", "20", "--yes"]]
+        for verb in [*verbs, ["resume", "p"]]:
             killed |= lake.alluvium(*verb, env=crash).code == -signal.SIGKILL
         for epoch in range(50, 66):
             lake.deliver(epoch, [("f", epoch, "U", 1)], schema=schema)

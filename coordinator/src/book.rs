@@ -294,7 +294,11 @@ impl Book {
         let is_empty = is_ingested && !content.has_rows && self.is_empty_by_request(epoch).await;
         let found = State::from_tables(epoch, &self.markers, pinned, is_empty);
         let Some(state) = found else { return Ok(()) };
-        let generation = self.markers.generation(epoch).max(pinned.unwrap_or(0));
+        // Content that waits for its ingest keeps its generation, also below what a rollback wants.
+        let generation = match (state, pinned) {
+            (State::Ready, Some(pinned)) => pinned,
+            _ => self.markers.generation(epoch).max(pinned.unwrap_or(0)),
+        };
         let highest = self.markers.highest_applied();
         let entry = self.entries.entry(epoch).or_insert_with(|| Entry::new(state, generation));
         if entry.state.is_outstanding() || (entry.state.is_stopped() && !state.is_end()) {

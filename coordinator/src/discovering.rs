@@ -291,6 +291,10 @@ async fn examine_blocked(
     contents: &Contents,
     now: DateTime<Utc>,
 ) -> Result<Option<Complete>> {
+    if book.restoring.is_some() {
+        // A rollback gives out generations, too.
+        return Ok(None);
+    }
     let generation = book.entries[&epoch].generation;
     let pinned = match generation {
         0 => None,

@@ -440,8 +440,14 @@ impl Coordinator {
         match found {
             Ok(requests) => {
                 for request in requests {
-                    // Another process may serve the other pipelines of this state.
-                    if self.books.iter().any(|book| book.pipeline.id == request.pipeline) {
+                    // Another process may serve the other pipelines of this state; and what is asked
+                    // after a rollback waits for it.
+                    let is_next = |book: &Book| {
+                        let restoring = book.restoring.as_ref();
+                        restoring.is_none_or(|restoring| restoring.request == request.id)
+                    };
+                    let book = self.books.iter().find(|book| book.pipeline.id == request.pipeline);
+                    if book.is_some_and(is_next) {
                         self.carry_out(&request).await;
                     }
                 }

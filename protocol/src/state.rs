@@ -134,7 +134,9 @@ impl State {
         is_empty: bool,
     ) -> Option<Self> {
         let ingested = markers.ingest.get(&epoch).copied().unwrap_or(0);
-        if pinned.is_some_and(|pinned| pinned > markers.generation(epoch)) {
+        // A rollback may want more than the generation of content that is pinned and not in raw.
+        let is_behind = |pinned| pinned > ingested && ingested > 0 && !markers.is_lost(epoch);
+        if pinned.is_some_and(|pinned| pinned > markers.generation(epoch) || is_behind(pinned)) {
             return Some(Self::Ready);
         }
         if markers.needs_merge(epoch) {
@@ -283,6 +285,8 @@ mod tests {
         assert_eq!(of(&markers(Some(1), Some(1), None), Some(1)), Some(State::Processed));
         assert_eq!(of(&markers(Some(1), Some(1), None), Some(2)), Some(State::Ready));
         assert_eq!(of(&markers(Some(1), Some(1), Some(2)), None), Some(State::Ingested));
+        assert_eq!(of(&markers(Some(1), Some(1), Some(3)), Some(2)), Some(State::Ready));
+        assert_eq!(of(&markers(Some(1), Some(2), None), Some(2)), Some(State::Processed));
         let mut settled = Markers { floor: Some(epoch), ..Markers::default() };
         assert_eq!(of(&settled, None), Some(State::Processed));
         settled.floor = None;

@@ -13,17 +13,22 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
 
+use alluvium_protocol::manifest::Manifest;
 use alluvium_protocol::marker::{
     EpochMarker, Generation, Markers, epoch_app_id, hold_app_id, request_app_id,
 };
 use alluvium_protocol::task::{Report, RestoreTo, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
+use alluvium_table::classify::foreign;
 use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
 use alluvium_table::history::CommitRecord;
 use alluvium_table::pause::Pauses;
 use alluvium_table::session::work_session;
+use alluvium_table::store::object_store_at;
 use alluvium_table::{Add, LiveFile, Table, bytes_of};
 use chrono::Utc;
+use futures::TryStreamExt;
+use object_store::ObjectStore;
 
 use crate::edit::{Edit, reconcile_over};
 use crate::ingest::COMMIT_PATIENCE;
@@ -119,12 +124,15 @@ impl RestorePlan {
             Markers::of_pipeline(&pipeline.id, raw.transactions()),
             Markers::of_pipeline(&pipeline.id, main.transactions()),
         );
+        // Content that is pinned and not in raw has a generation that no marker shows so far.
+        let pinned = pinned_generations(pipeline).await?;
         match to {
             RestoreTo::Version(version) => {
                 let at = markers_at(main, pipeline, version).await?;
                 refuse_other_content(pipeline, &at, &markers, version)?;
                 let files = files_to_bring_back(main, pipeline, version).await?;
-                let plan = Self::by_version(markers, &at, version, files);
+                let plan = Self::by_version(markers, &at, &pinned, version, files);
+                plan.refuse_pending(pipeline, &pinned, version)?;
                 if plan.is_nothing() {
                     let text = format!("{} holds what it held at version {version}", main.uri());
                     return Err(Error::new(Code::NotPossibleNow, text)
@@ -132,7 +140,7 @@ impl RestorePlan {
                 }
                 Ok(plan)
             }
-            RestoreTo::Epoch(epoch) => Self::to_epoch(main, pipeline, markers, epoch).await,
+            RestoreTo::Epoch(epoch) => Self::to_epoch(main, pipeline, markers, &pinned, epoch).await,
         }
     }
 
@@ -140,6 +148,7 @@ impl RestorePlan {
         main: &Table,
         pipeline: &Pipeline,
         markers: Markers,
+        pinned: &BTreeMap<Epoch, Generation>,
         epoch: Epoch,
     ) -> Result<Self> {
         let (kept, out): (BTreeSet<Epoch>, BTreeSet<Epoch>) =
@@ -160,7 +169,7 @@ impl RestorePlan {
                 continue;
             }
             match files_to_bring_back(main, pipeline, version).await {
-                Ok(files) => return Ok(Self::by_version(markers, &at, version, files)),
+                Ok(files) => return Ok(Self::by_version(markers, &at, pinned, version, files)),
                 Err(error) => tracing::info!(%error, "computes the rows from raw"),
             }
         }
@@ -170,7 +179,7 @@ impl RestorePlan {
             let error = raw::lost(pipeline, &lost);
             return Err(Error { code: Code::RestoreImpossible, ..error });
         }
-        let wanted = out.iter().map(|e| (*e, markers.generation(*e) + 1)).collect();
+        let wanted = out.iter().map(|e| (*e, next_generation(&markers, pinned, *e))).collect();
         Ok(Self {
             version: None,
             out: out.into_iter().collect(),
@@ -184,6 +193,22 @@ impl RestorePlan {
         })
     }
 
+    /// An epoch that comes back as it was must not have other content on its way: that would be taken
+    /// for what is there.
+    fn refuse_pending(
+        &self,
+        pipeline: &Pipeline,
+        pinned: &BTreeMap<Epoch, Generation>,
+        version: i64,
+    ) -> Result<()> {
+        let held = |epoch: &Epoch| self.markers.ingest.get(epoch).copied().unwrap_or(0);
+        let is_pending = |epoch: &&Epoch| pinned.get(epoch).is_some_and(|p| *p > held(epoch));
+        let Some(epoch) = self.back.iter().find(is_pending) else { return Ok(()) };
+        let text = format!("version {version}: other content of epoch {epoch} waits for its ingest");
+        Err(Error::new(Code::RestoreImpossible, text)
+            .with_help(format!("first `alluvium resume {}`, and let it be processed", pipeline.id)))
+    }
+
     fn is_nothing(&self) -> bool {
         let files = self.adds.len() + self.removes.len();
         files + self.out.len() + self.back.len() == 0
@@ -192,6 +217,7 @@ impl RestorePlan {
     fn by_version(
         markers: Markers,
         at: &Markers,
+        pinned: &BTreeMap<Epoch, Generation>,
         version: i64,
         files: (Vec<Add>, Vec<LiveFile>),
     ) -> Self {
@@ -209,7 +235,7 @@ impl RestorePlan {
                 continue;
             }
             if is_applied {
-                wanted.push((epoch, markers.generation(epoch) + 1));
+                wanted.push((epoch, next_generation(&markers, pinned, epoch)));
                 out.push(epoch);
             }
         }
@@ -310,6 +336,35 @@ impl RestorePlan {
         };
         Ok((edit.written.adds, edit.touched, report))
     }
+}
+
+/// Above every generation of an epoch, in the markers or given out to a manifest.
+fn next_generation(
+    markers: &Markers,
+    pinned: &BTreeMap<Epoch, Generation>,
+    epoch: Epoch,
+) -> Generation {
+    markers.generation(epoch).max(pinned.get(&epoch).copied().unwrap_or(0)) + 1
+}
+
+/// The newest generation of each epoch that a manifest was stored for.
+async fn pinned_generations(pipeline: &Pipeline) -> Result<BTreeMap<Epoch, Generation>> {
+    let store = object_store_at(&pipeline.state)?;
+    let folder = object_store::path::Path::from(format!("manifests/{}", pipeline.id));
+    let listed: Vec<_> = store
+        .list(Some(&folder))
+        .try_collect()
+        .await
+        .map_err(|e| foreign(format!("list the manifests of {}", pipeline.id), &e))?;
+    let mut newest = BTreeMap::new();
+    for meta in listed {
+        let named = meta.location.filename().and_then(Manifest::parse_name);
+        if let Some((epoch, generation)) = named {
+            let held = newest.entry(epoch).or_insert(generation);
+            *held = generation.max(*held);
+        }
+    }
+    Ok(newest)
 }
 
 /// Main as of `at` had the content of `epoch` that raw has now: generations are given out above every
