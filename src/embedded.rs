@@ -65,7 +65,8 @@ fn look_around(disk_free: u64, around: Arc<Mutex<Around>>) -> AbortOnDropHandle<
     AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
             let full = vitals::full_disk(disk_free).map(|why| ("this process".to_owned(), why));
-            let found = Around { full_disks: Some(full.into_iter().collect()), ..Around::default() };
+            let found =
+                Around { full_disks: Some(full.into_iter().collect()), ..Around::default() };
             *around.lock().unwrap_or_else(PoisonError::into_inner) = found;
             tokio::time::sleep(LOOK_EVERY).await;
         }

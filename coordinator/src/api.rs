@@ -262,7 +262,9 @@ async fn notified(
                 let shown = shown.token.as_deref().unwrap_or_else(|| bearer(&headers));
                 if !is_shown(token, shown) {
                     let error = Error::new(Code::NotifyRefused, "notifications need the token")
-                        .with_help("`Authorization: Bearer …` or `?token=…`, as `token` in [notify]");
+                        .with_help(
+                            "`Authorization: Bearer …` or `?token=…`, as `token` in [notify]",
+                        );
                     return Err(refused(StatusCode::UNAUTHORIZED, error));
                 }
             }

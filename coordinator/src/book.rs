@@ -396,9 +396,10 @@ impl Book {
 
 /// When an ingest's marker landed last.
 fn newest_ingest(markers: &Markers, id: &str, raw: &Table) -> Option<DateTime<Utc>> {
-    let times = markers.ingest.keys().filter_map(|epoch| {
-        raw.transaction_time(&epoch_app_id(id, *epoch, EpochMarker::Ingest))
-    });
+    let times = markers
+        .ingest
+        .keys()
+        .filter_map(|epoch| raw.transaction_time(&epoch_app_id(id, *epoch, EpochMarker::Ingest)));
     times.max().and_then(DateTime::from_timestamp_millis)
 }
 

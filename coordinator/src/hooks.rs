@@ -110,7 +110,11 @@ impl HookState {
 }
 
 /// Begins the call of a pipeline's hook, if one is due.
-pub(crate) async fn begin(book: &mut Book, now: DateTime<Utc>, ended: &mpsc::UnboundedSender<HookEnded>) {
+pub(crate) async fn begin(
+    book: &mut Book,
+    now: DateTime<Utc>,
+    ended: &mpsc::UnboundedSender<HookEnded>,
+) {
     let (Some(hook), Some(state)) = (book.policy.hook.clone(), book.hook.as_mut()) else { return };
     if !state.is_known {
         state.told = read(&book.pipeline.state, &book.pipeline.id).await;
@@ -178,7 +182,10 @@ async fn run(
     });
     crash::point("hook.before_call")?;
     let failed = |text: String| {
-        Error::new(Code::HookFailed, format!("after_merge of {pipeline}: {text}; it was told {body}"))
+        Error::new(
+            Code::HookFailed,
+            format!("after_merge of {pipeline}: {text}; it was told {body}"),
+        )
     };
     let call = async {
         match &hook.call {

@@ -77,9 +77,9 @@ pub fn woken<'a>(pipelines: &'a [Pipeline], objects: &[(String, String)]) -> Vec
     let is_in = |pipeline: &&Pipeline| {
         let Ok(Place::Remote(source)) = place_of(&pipeline.source) else { return false };
         let prefix = source.path().trim_start_matches('/');
-        objects.iter().any(|(bucket, key)| {
-            source.host_str() == Some(bucket) && key.starts_with(prefix)
-        })
+        objects
+            .iter()
+            .any(|(bucket, key)| source.host_str() == Some(bucket) && key.starts_with(prefix))
     };
     pipelines.iter().filter(is_in).map(|pipeline| pipeline.id.as_str()).collect()
 }
@@ -87,7 +87,8 @@ pub fn woken<'a>(pipelines: &'a [Pipeline], objects: &[(String, String)]) -> Vec
 /// Reads a body, and checks it where it is signed. `topics` are the SNS topics that may speak.
 /// The flag says whether the signature proves the sender.
 pub async fn read(body: &[u8], topics: &[String]) -> Result<(Said, bool)> {
-    let message: Value = serde_json::from_slice(body).map_err(|e| refused(format!("no JSON: {e}")))?;
+    let message: Value =
+        serde_json::from_slice(body).map_err(|e| refused(format!("no JSON: {e}")))?;
     let Some(kind) = message["Type"].as_str() else {
         return Ok((objects_of(&message)?, false));
     };
@@ -99,7 +100,8 @@ pub async fn read(body: &[u8], topics: &[String]) -> Result<(Said, bool)> {
     let said = match kind {
         "Notification" => {
             let text = message["Message"].as_str().unwrap_or_default();
-            let inner = serde_json::from_str(text).map_err(|e| refused(format!("no JSON in it: {e}")))?;
+            let inner =
+                serde_json::from_str(text).map_err(|e| refused(format!("no JSON in it: {e}")))?;
             objects_of(&inner)?
         }
         "SubscriptionConfirmation" => {
@@ -178,9 +180,9 @@ fn check_host(text: &str) -> Result<()> {
     if std::env::var(TEST_HOST).is_ok_and(|test| test == at) {
         return Ok(());
     }
-    let region = host
-        .strip_prefix("sns.")
-        .and_then(|rest| rest.strip_suffix(".amazonaws.com").or(rest.strip_suffix(".amazonaws.com.cn")));
+    let region = host.strip_prefix("sns.").and_then(|rest| {
+        rest.strip_suffix(".amazonaws.com").or(rest.strip_suffix(".amazonaws.com.cn"))
+    });
     let is_region = region.is_some_and(|region| {
         !region.is_empty() && region.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
     });
@@ -200,7 +202,8 @@ async fn certificate(url: &str) -> Result<Vec<u8>> {
     if let Some(pem) = known {
         return Ok(pem);
     }
-    let failed = |e: reqwest::Error| refused(format!("the signing certificate: {}", e.without_url()));
+    let failed =
+        |e: reqwest::Error| refused(format!("the signing certificate: {}", e.without_url()));
     let client = client().map_err(failed)?;
     let answer = client.get(url).send().await.and_then(|answer| answer.error_for_status());
     let pem = answer.map_err(failed)?.bytes().await.map_err(failed)?.to_vec();
@@ -240,7 +243,10 @@ mod tests {
 
     #[test]
     fn only_sns_may_be_asked() {
-        for good in ["https://sns.eu-central-1.amazonaws.com/x.pem", "https://sns.cn-north-1.amazonaws.com.cn/x"] {
+        for good in [
+            "https://sns.eu-central-1.amazonaws.com/x.pem",
+            "https://sns.cn-north-1.amazonaws.com.cn/x",
+        ] {
             assert!(check_host(good).is_ok(), "{good}");
         }
         for bad in [

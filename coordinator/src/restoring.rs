@@ -32,9 +32,9 @@ impl Restoring {
 
 /// Notes the request; the loop publishes it when nobody else rewrites main.
 pub(crate) fn begin(book: &mut Book, request: &Request) -> Result<()> {
-    let to = request
-        .to
-        .ok_or_else(|| Error::new(Code::NotPossibleNow, "a rollback names an epoch or a version"))?;
+    let to = request.to.ok_or_else(|| {
+        Error::new(Code::NotPossibleNow, "a rollback names an epoch or a version")
+    })?;
     if !book.has_main {
         let text =
             format!("{} does not exist yet: there is nothing to roll back", book.pipeline.main);

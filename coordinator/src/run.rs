@@ -8,8 +8,8 @@
 //! Owns: when each of these happens. The decisions themselves are pure ([`crate::sequencing`],
 //! [`crate::readiness`], `protocol::retry`).
 
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use alluvium_protocol::clock::ClockRef;

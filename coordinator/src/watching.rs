@@ -170,6 +170,14 @@ fn show(book: &Book, now: DateTime<Utc>) {
 
 /// The words for an epoch's state.
 const STATES: [&str; 10] = [
-    "empty", "incomplete", "ready", "ingesting", "ingested", "merging", "processed", "skipped",
-    "blocked", "parked",
+    "empty",
+    "incomplete",
+    "ready",
+    "ingesting",
+    "ingested",
+    "merging",
+    "processed",
+    "skipped",
+    "blocked",
+    "parked",
 ];

@@ -98,9 +98,17 @@ impl Metrics {
         let r = &mut registry;
         r.register("steps", "Attempts that ended here, by verdict", metrics.steps.clone());
         r.register("step_duration_seconds", "Time of an attempt's work", metrics.durations.clone());
-        r.register("queue_wait_seconds", "Time of a task in its queue", metrics.queue_waits.clone());
+        r.register(
+            "queue_wait_seconds",
+            "Time of a task in its queue",
+            metrics.queue_waits.clone(),
+        );
         r.register("lease_wait_seconds", "Time to claim a lease", metrics.lease_waits.clone());
-        r.register("leases_lost", "Tasks that another worker took over", metrics.leases_lost.clone());
+        r.register(
+            "leases_lost",
+            "Tasks that another worker took over",
+            metrics.leases_lost.clone(),
+        );
         r.register("rows", "Rows written to raw, main and quarantine", metrics.rows.clone());
         r.register("commit_conflicts", "Commits that lost a race", metrics.conflicts.clone());
         r.register("storage_requests", "Requests to remote storage", metrics.requests.clone());

@@ -1,8 +1,8 @@
 //! `alluvium coordinator`: leads or stands by, and answers over HTTP.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use alluvium_coordinator::alerts::conditions::Around;
@@ -174,8 +174,7 @@ impl Role<'_> {
         }
         let slots = Arc::new(AtomicUsize::new(0));
         let around = Arc::new(Mutex::new(Around::default()));
-        let looking =
-            look_around(self.services.clone(), Arc::clone(&slots), Arc::clone(&around));
+        let looking = look_around(self.services.clone(), Arc::clone(&slots), Arc::clone(&around));
         let _looking = AbortOnDropHandle::new(tokio::spawn(looking));
         let alerts = keeper(config)?;
         let _telling = alerts.as_ref().map(Keeper::start);
@@ -196,7 +195,8 @@ impl Role<'_> {
         let (asking, asks) = mpsc::channel(ASKS_MAX);
         let coordinator = Coordinator::new(settings, clock, queue, books, notices, asks, ending);
         self.lead.is_ours(asking.clone());
-        let heard = Heard { topics: config.notify.topics.clone(), pipelines: config.pipelines.clone() };
+        let heard =
+            Heard { topics: config.notify.topics.clone(), pipelines: config.pipelines.clone() };
         let heard = Arc::new(heard);
         let _hearing = config.notify.queue.as_ref().map(|queue| {
             let notes = self.services.queue.notes(queue);

@@ -21,7 +21,10 @@ pub(crate) fn serve_metrics(at: SocketAddr) -> AbortOnDropHandle<()> {
         .route("/livez", alive())
         .route("/healthz", alive())
         .route("/readyz", alive())
-        .route("/metrics", get(|| async { ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], metrics::text()) }));
+        .route(
+            "/metrics",
+            get(|| async { ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], metrics::text()) }),
+        );
     AbortOnDropHandle::new(tokio::spawn(serve(at, router)))
 }
 

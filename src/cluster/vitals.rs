@@ -106,9 +106,8 @@ fn disk_free(folder: &PathBuf) -> u64 {
 pub(crate) fn full_disk(least: u64) -> Option<String> {
     let free = disk_free(&std::env::temp_dir());
     let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
-    (free < least).then(|| {
-        format!("{} of disk are free, worker.disk_free is {}", mib(free), mib(least))
-    })
+    (free < least)
+        .then(|| format!("{} of disk are free, worker.disk_free is {}", mib(free), mib(least)))
 }
 
 fn reason_to_rest(system: &System, limits: Limits) -> Option<String> {

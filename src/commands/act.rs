@@ -41,7 +41,8 @@ pub(crate) async fn on_pipeline(file: Option<&Path>, verb: Verb, name: &str) -> 
     let config = config::load(file)?;
     let pipeline = config.select(Some(name))?.remove(0);
     if config.cluster.is_some() {
-        return carry_out(&config, pipeline, Act { verb, epoch: None, to: None }, "as it was").await;
+        return carry_out(&config, pipeline, Act { verb, epoch: None, to: None }, "as it was")
+            .await;
     }
     let standing = Standing::read(pipeline.clone(), Utc::now()).await?;
     if !standing.book.has_main {

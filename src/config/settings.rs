@@ -205,12 +205,10 @@ impl Kind {
                 Some(_) => Ok(()),
                 None => expected("a percentage such as \"0.5%\""),
             },
-            Self::Address => {
-                match value.as_str().map(str::parse::<std::net::SocketAddr>) {
-                    Some(Ok(_)) => Ok(()),
-                    _ => expected("ADDRESS:PORT such as \"127.0.0.1:8460\""),
-                }
-            }
+            Self::Address => match value.as_str().map(str::parse::<std::net::SocketAddr>) {
+                Some(Ok(_)) => Ok(()),
+                _ => expected("ADDRESS:PORT such as \"127.0.0.1:8460\""),
+            },
             Self::Pattern => match value.as_str().map(regex::Regex::new) {
                 Some(Ok(_)) => Ok(()),
                 Some(Err(error)) => Err(format!("not a regular expression: {error}")),

@@ -181,7 +181,9 @@ fn policy(section: &Section<'_>, names: &[String], problems: &mut Vec<Problem>) 
     }
     let arrive_by = section.text("alert.arrive_by").and_then(|text| {
         let parsed = NaiveTime::parse_from_str(&text, "%H:%M");
-        let told = |_| problems.push(section.problem("alert.arrive_by", "expected a time such as \"06:30\""));
+        let told = |_| {
+            problems.push(section.problem("alert.arrive_by", "expected a time such as \"06:30\""))
+        };
         parsed.map_err(told).ok()
     });
     Policy {

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
-use alluvium_table::{LiveFile, Table, TableSpec};
 use alluvium_table::arrow::datatypes::{DataType, Field, Fields, Schema, SchemaRef, TimeUnit};
 use alluvium_table::schema::{delta_type, find_column, widens_to};
+use alluvium_table::{LiveFile, Table, TableSpec};
 
 use crate::source::SourceFile;
 

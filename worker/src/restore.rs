@@ -108,7 +108,10 @@ pub async fn restore(
 
 async fn open(workshop: &Workshop, uri: &str) -> Result<Table> {
     workshop.tables.open(uri).await?.ok_or_else(|| {
-        Error::new(Code::NotPossibleNow, format!("there is no table at {uri}: nothing to roll back"))
+        Error::new(
+            Code::NotPossibleNow,
+            format!("there is no table at {uri}: nothing to roll back"),
+        )
     })
 }
 
@@ -135,12 +138,16 @@ impl RestorePlan {
                 plan.refuse_pending(pipeline, &pinned, version)?;
                 if plan.is_nothing() {
                     let text = format!("{} holds what it held at version {version}", main.uri());
-                    return Err(Error::new(Code::NotPossibleNow, text)
-                        .with_help(format!("`alluvium tables history {}` lists versions", pipeline.id)));
+                    return Err(Error::new(Code::NotPossibleNow, text).with_help(format!(
+                        "`alluvium tables history {}` lists versions",
+                        pipeline.id
+                    )));
                 }
                 Ok(plan)
             }
-            RestoreTo::Epoch(epoch) => Self::to_epoch(main, pipeline, markers, &pinned, epoch).await,
+            RestoreTo::Epoch(epoch) => {
+                Self::to_epoch(main, pipeline, markers, &pinned, epoch).await
+            }
         }
     }
 
@@ -204,7 +211,8 @@ impl RestorePlan {
         let held = |epoch: &Epoch| self.markers.ingest.get(epoch).copied().unwrap_or(0);
         let is_pending = |epoch: &&Epoch| pinned.get(epoch).is_some_and(|p| *p > held(epoch));
         let Some(epoch) = self.back.iter().find(is_pending) else { return Ok(()) };
-        let text = format!("version {version}: other content of epoch {epoch} waits for its ingest");
+        let text =
+            format!("version {version}: other content of epoch {epoch} waits for its ingest");
         Err(Error::new(Code::RestoreImpossible, text)
             .with_help(format!("first `alluvium resume {}`, and let it be processed", pipeline.id)))
     }
@@ -400,8 +408,10 @@ fn refuse_other_content(
         pipeline.main,
         changed.join(", ")
     );
-    Err(Error::new(Code::RestoreImpossible, text)
-        .with_help(format!("`alluvium rollback {} --to-epoch E` uses their present content", pipeline.id)))
+    Err(Error::new(Code::RestoreImpossible, text).with_help(format!(
+        "`alluvium rollback {} --to-epoch E` uses their present content",
+        pipeline.id
+    )))
 }
 
 async fn markers_at(main: &Table, pipeline: &Pipeline, version: i64) -> Result<Markers> {
@@ -415,7 +425,8 @@ async fn markers_at(main: &Table, pipeline: &Pipeline, version: i64) -> Result<M
         return Err(impossible(format!("there is none; the newest is {newest}")));
     }
     let found = Table::open_at(main.uri(), Some(at)).await;
-    let found = found.map_err(|error| impossible(format!("it cannot be read ({})", error.message)))?;
+    let found =
+        found.map_err(|error| impossible(format!("it cannot be read ({})", error.message)))?;
     let found = found.ok_or_else(|| impossible("there is none".to_owned()))?;
     if !is_ours(&found) {
         return Err(impossible("it was made before the pipeline began".to_owned()));
@@ -444,7 +455,8 @@ pub(crate) async fn files_to_bring_back(
     };
     let at = u64::try_from(version).map_err(|_| impossible("there is none".to_owned()))?;
     let then = Table::open_at(main.uri(), Some(at)).await;
-    let then = then.map_err(|error| impossible(format!("it cannot be read ({})", error.message)))?;
+    let then =
+        then.map_err(|error| impossible(format!("it cannot be read ({})", error.message)))?;
     let then = then.ok_or_else(|| impossible("there is none".to_owned()))?;
     if !kept_versions(main).contains(&at) && version < main.version() {
         let next = main.commit_record(version + 1).await?;
@@ -452,7 +464,9 @@ pub(crate) async fn files_to_bring_back(
         let most = chrono::Duration::from_std(pipeline.sizes.vacuum_retention * 3 / 4);
         if age.is_none_or(|age| most.is_ok_and(|most| age > most)) {
             let days = pipeline.sizes.vacuum_retention.as_secs() / 3600;
-            let text = format!("its files are older than three quarters of the {days} h that cleanup keeps them");
+            let text = format!(
+                "its files are older than three quarters of the {days} h that cleanup keeps them"
+            );
             return Err(impossible(text));
         }
     }
@@ -472,11 +486,7 @@ pub(crate) async fn files_to_bring_back(
 
 /// Versions right before the epochs' last merges, and right before their first: one of them holds
 /// what is to stay, unless epochs came late or were read anew.
-async fn candidates(
-    main: &Table,
-    pipeline: &Pipeline,
-    out: &BTreeSet<Epoch>,
-) -> Result<Vec<i64>> {
+async fn candidates(main: &Table, pipeline: &Pipeline, out: &BTreeSet<Epoch>) -> Result<Vec<i64>> {
     let names: HashMap<String, Epoch> = out
         .iter()
         .map(|epoch| (epoch_app_id(&pipeline.id, *epoch, EpochMarker::Merge), *epoch))

@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use alluvium_protocol::heartbeat::InHand;
 use alluvium_protocol::lease::{Claim, Leases};
-use alluvium_protocol::queue::{Delivery, Lane, Queue};
 use alluvium_protocol::metrics::metrics;
+use alluvium_protocol::queue::{Delivery, Lane, Queue};
 use alluvium_protocol::retry::CRASHES_MAX;
 use alluvium_protocol::task::{Step, Task, TaskResult, Verdict, decode, is_of_another_version};
 use alluvium_protocol::trace::{self, Part};

@@ -71,7 +71,13 @@ impl Look<'_> {
         self.incidents.since(name, self.now)
     }
 
-    fn add(&mut self, kind: Kind, pipeline: &str, subjects: BTreeMap<String, String>, help: String) {
+    fn add(
+        &mut self,
+        kind: Kind,
+        pipeline: &str,
+        subjects: BTreeMap<String, String>,
+        help: String,
+    ) {
         if !subjects.is_empty() {
             let key = Key { kind, pipeline: pipeline.to_owned() };
             self.found.conditions.push(Condition { key, subjects, help });
@@ -125,10 +131,10 @@ impl Look<'_> {
         for (epoch, entry) in &book.entries {
             if let Some(kind) = self.kind_of(book, *epoch, entry) {
                 let subject = format!("epoch {epoch}");
-                let text = entry.error.as_ref().map_or_else(
-                    || "it is tried again".to_owned(),
-                    |error| format!("{error}"),
-                );
+                let text = entry
+                    .error
+                    .as_ref()
+                    .map_or_else(|| "it is tried again".to_owned(), |error| format!("{error}"));
                 by_kind.entry(kind).or_default().insert(subject, text);
             }
         }
@@ -158,9 +164,10 @@ impl Look<'_> {
 
     fn folders(&mut self, book: &Book) {
         let id = book.pipeline.id.as_str();
-        let changed = book.entries.iter().filter_map(|(epoch, entry)| {
-            Some((format!("epoch {epoch}"), entry.changed.clone()?))
-        });
+        let changed = book
+            .entries
+            .iter()
+            .filter_map(|(epoch, entry)| Some((format!("epoch {epoch}"), entry.changed.clone()?)));
         if book.compared_at.is_none() {
             self.unknown(Kind::FolderChanged, id);
         } else {
@@ -255,7 +262,12 @@ impl Look<'_> {
             let help = format!(
                 "`alluvium query {id} \"SELECT reason, count(*) FROM quarantine GROUP BY 1\"`"
             );
-            self.add(Kind::Quarantine, id, BTreeMap::from([(format!("epoch {epoch}"), text)]), help);
+            self.add(
+                Kind::Quarantine,
+                id,
+                BTreeMap::from([(format!("epoch {epoch}"), text)]),
+                help,
+            );
         }
     }
 

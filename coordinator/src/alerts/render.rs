@@ -37,7 +37,10 @@ pub(super) fn lines(event: &Event) -> Vec<String> {
     let Incident { subjects, help, opened_at, .. } = &event.incident;
     if event.change == Change::Resolved {
         let minutes = (event.at - *opened_at).num_minutes();
-        return vec![format!("it began {} ({minutes} min)", opened_at.format("%Y-%m-%d %H:%M UTC"))];
+        return vec![format!(
+            "it began {} ({minutes} min)",
+            opened_at.format("%Y-%m-%d %H:%M UTC")
+        )];
     }
     let mut lines: Vec<String> =
         subjects.iter().take(SHOWN).map(|(name, text)| format!("{name}: {text}")).collect();
@@ -86,8 +89,7 @@ pub(super) fn cloud_event(event: &Event, source: &str) -> Value {
 
 /// Slack's blocks.
 pub(super) fn slack(events: &[Event]) -> Value {
-    let escape =
-        |text: &str| text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+    let escape = |text: &str| text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
     let mut blocks = Vec::new();
     for event in events.iter().take(20) {
         let mark = match event.change {

@@ -110,8 +110,12 @@ impl Sink {
             SinkKind::Log => {
                 for event in events {
                     let (title, lines) = (event.title(), render::lines(event).join("; "));
-                    tracing::warn!(alert = event.incident.kind.as_str(), pipeline = event.incident.pipeline,
-                        change = event.change.as_str(), "{title}: {lines}");
+                    tracing::warn!(
+                        alert = event.incident.kind.as_str(),
+                        pipeline = event.incident.pipeline,
+                        change = event.change.as_str(),
+                        "{title}: {lines}"
+                    );
                 }
                 Ok("written to the log".to_owned())
             }
@@ -192,7 +196,8 @@ impl Sink {
 
 /// Without the URL: it is a secret.
 fn plain(error: &reqwest::Error) -> String {
-    let mut text = if error.is_timeout() { "no answer in time" } else { "cannot be reached" }.to_owned();
+    let mut text =
+        if error.is_timeout() { "no answer in time" } else { "cannot be reached" }.to_owned();
     let mut cause = std::error::Error::source(error);
     while let Some(inner) = cause {
         text = format!("{text}: {inner}");
@@ -264,7 +269,9 @@ pub fn check_url(text: &str) -> std::result::Result<(), String> {
     match url.scheme() {
         "https" => Ok(()),
         "http" if is_local => Ok(()),
-        "http" => Err("https://; plain http only goes to this machine or a private address".to_owned()),
+        "http" => {
+            Err("https://; plain http only goes to this machine or a private address".to_owned())
+        }
         other => Err(format!("https://; found {other}://")),
     }
 }

@@ -2,8 +2,8 @@
 
 use futures::StreamExt;
 use lapin::options::{
-    BasicAckOptions, BasicConsumeOptions, BasicQosOptions, ExchangeDeclareOptions, QueueBindOptions,
-    QueueDeclareOptions,
+    BasicAckOptions, BasicConsumeOptions, BasicQosOptions, ExchangeDeclareOptions,
+    QueueBindOptions, QueueDeclareOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, ExchangeKind};
@@ -79,7 +79,12 @@ async fn declare(channel: &Channel, queue: &str) -> Result<()> {
     arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
     let durable = QueueDeclareOptions { durable: true, ..Default::default() };
     channel.queue_declare(queue.into(), durable, arguments).await.map_err(doing)?;
-    let bound =
-        channel.queue_bind(queue.into(), queue.into(), "".into(), QueueBindOptions::default(), none());
+    let bound = channel.queue_bind(
+        queue.into(),
+        queue.into(),
+        "".into(),
+        QueueBindOptions::default(),
+        none(),
+    );
     bound.await.map_err(doing)
 }
