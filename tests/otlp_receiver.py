@@ -44,9 +44,9 @@ class Span:
 
 
 class OtlpReceiver(trace_service_pb2_grpc.TraceServiceServicer):
-    """Listens from its making until `stop`; usable as a context manager."""
+    """Listens from its making until `stop`; usable as a context manager. Port 0: a free one."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
         self._spans: list[Span] = []
         self._is_refusing = False
         self._lock = threading.Lock()
@@ -56,8 +56,8 @@ class OtlpReceiver(trace_service_pb2_grpc.TraceServiceServicer):
         options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX)]
         self._server = grpc.server(ThreadPoolExecutor(max_workers=4), options=options)
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
-        port = self._server.add_insecure_port("127.0.0.1:0")
-        self.endpoint = f"http://127.0.0.1:{port}"
+        port = self._server.add_insecure_port(f"{host}:{port}")
+        self.endpoint = f"http://{host}:{port}"
         self._server.start()
 
     def __enter__(self) -> "OtlpReceiver":
