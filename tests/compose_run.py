@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -117,12 +120,14 @@ def is_healthy(container: str) -> bool:
     return state_of(container).get("Health", {}).get("Status") == "healthy"
 
 
-def wait(what: str, true: Callable[[], Any], seconds: float = WORK_SECONDS) -> Any:
+def wait(
+    what: str, true: Callable[[], Any], seconds: float = WORK_SECONDS, pause: float = 0.2
+) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := true()):
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {seconds} s in vain: {what}")
-        time.sleep(0.2)
+        time.sleep(pause)
     return found
 
 
@@ -150,11 +155,13 @@ def story(project: Project, checks: Checks) -> None:
     checks.none("containers of Alluvium are held tight", loose(workers[0]))
     try_doors(project, checks)
 
-    deliver(project, EPOCHS)
-    woken = notify(project, project.secrets["ALLUVIUM_NOTIFY_TOKEN"])
-    checks.that("a notification with its token wakes the pipeline", woken == {"woken": [PIPELINE]}, woken)
-    victim = wait("a worker has a task in hand", lambda: busy(project, workers))
-    run("docker", "kill", "--signal", "KILL", victim)
+    with ThreadPoolExecutor() as beside:
+        # Looked at from the first folder on: sample data is soon processed.
+        woken = beside.submit(deliver, project, EPOCHS)
+        victim = wait("a worker has a task in hand", lambda: busy(workers), pause=0.01)
+        run("docker", "kill", "--signal", "KILL", victim)
+    said = woken.result()
+    checks.that("a notification with its token wakes the pipeline", said == {"woken": [PIPELINE]}, said)
     checks.that("a worker with a task in hand is killed", state_of(victim)["ExitCode"] == 137)
     workers.remove(victim)
     wait("the others process what is complete", lambda: processed(project) == set(complete(EPOCHS)))
@@ -176,10 +183,11 @@ def story(project: Project, checks: Checks) -> None:
     checks.that("main is what the independent oracle computes", oracle_agrees(project))
 
 
-def deliver(project: Project, epochs: int) -> None:
-    """Sample folders; the same ones again change nothing, as their content is the same."""
+def deliver(project: Project, epochs: int) -> Any:
+    """Sample folders, and a notification; folders that were there change nothing: their content is the same."""
     size = ["--rows", str(ROWS), "--epochs", str(epochs)]
     project.compose("run", "--rm", "sample", "demo", "--data-only", "--out", "s3://alluvium", *size)
+    return notify(project, project.secrets["ALLUVIUM_NOTIFY_TOKEN"])
 
 
 def loose(container: str) -> list[str]:
@@ -223,14 +231,20 @@ def notify(project: Project, token: str) -> Any:
     return project.ask("ALLUVIUM_PORT", "/api/v1/notify", data=body, headers=headers)
 
 
-def busy(project: Project, workers: list[str]) -> str | None:
-    """The container of a worker that has a task in hand; its name begins with the container's id."""
-    for item in project.items("workers"):
-        if item["role"] == "worker" and item["tasks"]:
-            for worker in workers:
-                if item["name"].startswith(worker[:12]):
-                    return worker
+def busy(workers: list[str]) -> str | None:
+    """A container whose worker has a task in hand, by its metrics: heartbeats come too seldom."""
+    for worker in workers:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://{address_of(worker)}:8461/metrics", timeout=5) as answer:
+            if re.search(r"^alluvium_steps_in_flight\{.*\} [1-9]", answer.read().decode(), re.M):
+                return worker
     return None
+
+
+@cache
+def address_of(container: str) -> str:
+    form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+    return run("docker", "inspect", "--format", form, container).strip()
 
 
 def processed(project: Project) -> set[int]:
@@ -314,12 +328,12 @@ def try_prometheus(project: Project, checks: Checks, workers: int) -> None:
 
 def drain(project: Project, checks: Checks, workers: list[str]) -> None:
     """New folders, and a stop while they are worked on; others finish the work."""
-    deliver(project, EPOCHS_LATER)
-    notify(project, project.secrets["ALLUVIUM_NOTIFY_TOKEN"])
-    wait("a worker has a task in hand", lambda: busy(project, workers))
-    began = time.monotonic()
-    project.compose("stop", "worker", seconds=GRACE_SECONDS + 30)
-    took = time.monotonic() - began
+    with ThreadPoolExecutor() as beside:
+        beside.submit(deliver, project, EPOCHS_LATER)
+        wait("a worker has a task in hand", lambda: busy(workers), pause=0.01)
+        began = time.monotonic()
+        project.compose("stop", "worker", seconds=GRACE_SECONDS + 30)
+        took = time.monotonic() - began
     codes = {worker[:12]: state_of(worker)["ExitCode"] for worker in workers}
     checks.that("`stop` drains workers that have tasks in hand: exit 0", set(codes.values()) == {0}, codes)
     checks.that(f"within their grace period ({took:.0f} s)", took < GRACE_SECONDS)

@@ -224,7 +224,7 @@ def test_probes_ask_where_the_processes_listen(base):
     for name, pod in pods(base).items():
         (container,) = pod["containers"]
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-        for probe, path in [("startup", "/healthz"), ("liveness", "/healthz"), ("readiness", "/readyz")]:
+        for probe, path in [("startup", "/livez"), ("liveness", "/livez"), ("readiness", "/readyz")]:
             asked = container[f"{probe}Probe"]["httpGet"]
             assert asked["path"] == path
             assert listen[name] == f"0.0.0.0:{ports[asked['port']]}"
@@ -324,7 +324,7 @@ def test_processes_answer_what_probes_and_prometheus_ask(make):
         except OSError:
             return None
 
-    for path in ["/healthz", "/readyz", "/metrics"]:
+    for path in ["/livez", "/readyz", "/metrics"]:
         assert cluster.wait(lambda: cluster.api(path), 30), path
         assert cluster.wait(lambda: answer(path), 30), path
     assert "alluvium_build_info" in answer("/metrics")
