@@ -173,3 +173,31 @@ def help_for(words: list[str]) -> str | None:
         if said and all(verb in usage.split() for verb in verbs[:count]):
             return None if "<COMMAND>" in usage and len(verbs) > count else said
     return None
+
+
+@cache
+def known_settings() -> frozenset[str]:
+    """Every way to name a setting or a part of one: `worker.slots`, `alert.lag`, `ready`."""
+    section, known = [], set()
+    for line in run(binary(), "config", "reference").out.splitlines():
+        head = re.fullmatch(r"(?:# )?\[([\w.]+)\]", line)
+        found = re.match(r"(?:# )?([a-z_]+(?:\.[a-z_]+)*) = ", line)
+        if head:
+            section = head[1].split(".")
+        elif found:
+            path = [*section, *found[1].split(".")]
+            known |= {".".join(path[i:j]) for i in range(len(path)) for j in range(i + 1, len(path) + 1)}
+    return frozenset(known)
+
+
+def named_settings(page: str) -> set[str]:
+    """Settings within a page's lines: `name = value`, and dotted names that begin as ours do."""
+    firsts = {name.split(".")[0] for name in known_settings() if "." in name}
+    named = set()
+    for span in re.findall(r"`([^`\n]+)`", page):
+        found = re.fullmatch(r"([a-z_]+(?:\.[a-z_]+)*)( = .*)?", span)
+        if not found or found[1].endswith(".toml"):
+            continue
+        if found[2] or ("." in found[1] and found[1].split(".")[0] in firsts):
+            named.add(found[1])
+    return named

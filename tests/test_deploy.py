@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import tomllib
 import deploy_files as files
 from cluster import Cluster
 from deploy_files import KUBERNETES, PAGES, ROOT, SERVICES, SYSTEMD, named, one, render, settings
+from lake import Lake
 from services import free_port
 
 # Oldest and newest version whose schemas the objects must fit.
@@ -35,6 +37,15 @@ CLUSTER_UNITS = [SYSTEMD / "alluvium-coordinator.service", SYSTEMD / "alluvium-w
 def stop_patience() -> int:
     text = (ROOT / "src/cluster/worker.rs").read_text()
     return int(re.search(r"STOP_PATIENCE: Duration = Duration::from_secs\((\d+)\)", text)[1])
+
+
+def answer(port: int, path: str) -> str | None:
+    """What a process on this machine says, or None."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as found:
+            return found.read().decode()
+    except OSError:
+        return None
 
 
 # --- units ---
@@ -91,6 +102,44 @@ def test_units_start_what_there_is():
         assert program == "/usr/local/bin/alluvium"
         assert files.run(files.binary(), *words, "--help").code == 0, unit
         assert "ALLUVIUM_CONFIG=/etc/alluvium/alluvium.toml" in settings(unit)["Service.Environment"]
+
+
+@pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.stem)
+def test_a_wrong_configuration_ends_with_the_code_that_is_not_tried_again(unit: Path, lake: Lake):
+    lake.configure("[nonsense]\n")
+    _, *words = one(unit, "Service.ExecStart").split()
+    assert lake.alluvium(*words).code == 2
+
+
+def test_run_says_that_it_was_told_to_stop_as_its_unit_expects(lake: Lake):
+    port = free_port()
+    lake.deliver(1, [("a", 1, "U")])
+    process = lake.start("run", env={"ALLUVIUM_WORKER__LISTEN": f"127.0.0.1:{port}"})
+    try:
+        deadline = time.monotonic() + 30
+        while not (answer(port, "/livez") and lake.states().get(1) == "processed"):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(30) == int(one(SYSTEMD / "alluvium.service", "Service.SuccessExitStatus"))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_user_of_the_units_is_made(tmp_path: Path):
+    (tmp_path / "etc").mkdir()
+    made = files.run(files.tool("systemd-sysusers"), f"--root={tmp_path}", str(SYSTEMD / "sysusers.conf"))
+    assert made.code == 0, made.err
+    names = {line.split(":")[0] for line in (tmp_path / "etc/passwd").read_text().splitlines()}
+    for unit in SERVICES:
+        user = settings(unit).get("Service.User")
+        assert set(user) <= names if user else one(unit, "Service.DynamicUser") == "yes", unit
+        # What the fixed user writes lies where the unit lets it write.
+        assert not user or one(unit, "Service.StateDirectory") == "alluvium"
+    local = tomllib.loads((SYSTEMD / "embedded.toml").read_text())
+    for place in [local["state"]["uri"], *(local["pipeline"]["researchers"][at] for at in ("raw", "main"))]:
+        assert place.startswith("/var/lib/alluvium/"), place
 
 
 def test_the_timer_has_a_time():
@@ -316,18 +365,22 @@ def test_processes_answer_what_probes_and_prometheus_ask(make):
     port = free_port()
     cluster.coordinator()
     cluster.worker(env={"ALLUVIUM_WORKER__LISTEN": f"127.0.0.1:{port}"})
+    for at in (cluster.port, port):
+        for path in ["/livez", "/readyz", "/metrics"]:
+            assert cluster.wait(lambda: answer(at, path), 30), path
+        assert "alluvium_build_info" in answer(at, "/metrics")
+    # SIGTERM: the end that Kubernetes and systemd take for a good one.
+    assert [process.terminate(30) for process in reversed(cluster.processes)] == [0, 0]
 
-    def answer(path: str) -> str | None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as found:
-                return found.read().decode()
-        except OSError:
-            return None
 
-    for path in ["/livez", "/readyz", "/metrics"]:
-        assert cluster.wait(lambda: cluster.api(path), 30), path
-        assert cluster.wait(lambda: answer(path), 30), path
-    assert "alluvium_build_info" in answer("/metrics")
+def test_one_that_stands_by_is_ready(make):
+    cluster: Cluster = make()
+    other = free_port()
+    cluster.coordinator()
+    cluster.wait(lambda: cluster.api("/readyz") == "leads\n", 30)
+    cluster.coordinator(env={"ALLUVIUM_CLUSTER__LISTEN": f"127.0.0.1:{other}"})
+    cluster.wait(lambda: answer(other, "/readyz") == "stands by\n", 30)
+    assert answer(other, "/livez") == "ok\n"
 
 
 # --- pages ---
@@ -368,3 +421,19 @@ def test_links_and_files_of_a_page_are_there(page: Path):
         assert link.startswith("https://") or (page.parent / link).exists(), link
     for path in re.findall(r"(?:^|[ `])((?:deploy|scripts|tests)/[\w./@-]+\w)", text):
         assert (ROOT / path).exists(), path
+
+
+def wrong_names(text: str) -> list[str]:
+    """Error codes and settings of a page that the binary does not know."""
+    codes = {code for code in re.findall(r"AL-\d{4}", text) if files.run(files.binary(), "explain", code).code}
+    return sorted(codes | {name for name in files.named_settings(text) if name not in files.known_settings()})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_codes_and_settings_of_a_page_are_there(page: Path):
+    assert wrong_names(page.read_text()) == []
+
+
+def test_a_code_or_a_setting_that_is_not_there_would_be_noticed():
+    page = "AL-0301, AL-9999, `worker.slot`, `worker.slots`, `alert.lag = \"2h\"`, `ordr = \"arrival\"`, `ready = { quiet = \"60s\" }`"
+    assert wrong_names(page) == ["AL-9999", "ordr", "worker.slot"]

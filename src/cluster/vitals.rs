@@ -115,7 +115,9 @@ fn reason_to_rest(system: &System, limits: Limits) -> Option<String> {
     if let Some(why) = full_disk(limits.disk_free) {
         return Some(why);
     }
-    let free = system.available_memory();
+    // In a container its own limit counts, not the machine's memory.
+    let of_container = system.cgroup_limits().map(|limits| limits.free_memory);
+    let free = of_container.map_or(u64::MAX, |free| free).min(system.available_memory());
     // Zero: the system does not say.
     (free > 0 && free < limits.memory_free).then(|| {
         format!("{} of memory are free, a task may use {}", mib(free), mib(limits.memory_free))

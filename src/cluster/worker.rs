@@ -50,7 +50,7 @@ pub(crate) async fn run(file: Option<&Path>, arguments: &WorkerArguments) -> Res
         state: config.state.clone(),
     };
     let _beating = vitals.start(&services.links);
-    let _serving = config.listen.map(serve_metrics);
+    let _serving = config.listen.map(|at| serve_metrics(at, Some(services.clone())));
     let lanes = lanes_of(&arguments.steps);
     let names: Vec<&str> = lanes.iter().map(|lane| lane.as_str()).collect();
     printer::say(&format!(

@@ -28,7 +28,7 @@ pub(crate) async fn run(file: Option<&Path>, pipeline: Option<&str>, once: bool)
     let stopping = CancellationToken::new();
     let lost = stopping.child_token();
     let lock = lock::take(&config.state, lost.clone()).await?;
-    let _serving = config.listen.map(serve_metrics);
+    let _serving = config.listen.map(|at| serve_metrics(at, None));
     let was_interrupted = on_signals(stopping.clone())?;
     if !once {
         printer::say(&format!(

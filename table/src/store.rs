@@ -99,6 +99,11 @@ pub fn place_of(uri: &str) -> Result<Place> {
         Error::new(Code::ConfigInvalid, format!("{uri}: {why}")).with_help(help)
     };
     let Some((scheme, rest)) = uri.split_once("://") else {
+        // `dbfs:/x`, `hdfs:/x`: a place of another system, not a folder of that name.
+        let before = uri.split_once(":/").map_or("", |(scheme, _)| scheme);
+        if before.len() > 1 && before.chars().all(|c| c.is_ascii_alphanumeric()) {
+            return Err(refused(&format!("no storage for the scheme {before}:/")));
+        }
         return Ok(Place::Local(PathBuf::from(uri)));
     };
     match scheme {
@@ -232,6 +237,7 @@ mod tests {
         }
         for (bad, named) in [
             ("gs://bucket/a", "gs://"),
+            ("dbfs:/mnt/a", "dbfs:/"),
             ("abfss://c@a.dfs.core.windows.net/x", "abfss://"),
             ("s3:///a", "bucket"),
             ("s3://bucket/a?b", "`?`"),
