@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import json
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,29 @@ def test_a_receiver_that_is_down_gets_it_later(tmp_path: Path):
         assert len(receiver.requests) == 3
     stored = json.loads((tmp_path / "state/alerts/incidents.json").read_text())
     assert stored["outbox"] == [] and len(stored["open"]) == 1
+
+
+def test_a_full_disk_is_told_although_nothing_can_be_stored(tmp_path: Path):
+    state = tmp_path / "state"
+    state.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(state)]
+    assert subprocess.run(mount, check=False).returncode == 0, "run this as root: it mounts a tmpfs"
+    try:
+        with HttpReceiver() as receiver:
+            lake = lake_with(tmp_path, alert("webhook", receiver.url))
+            lake.deliver(10, [("a", 1, "U")])
+            lake.run()
+            with (state / "filler").open("wb", buffering=0) as file, pytest.raises(OSError):
+                while True:
+                    file.write(bytes(4096))
+            lake.deliver(20, [("a", 2, "U")])
+            lake.alluvium("run", "--once")
+            assert ("broken", "opened") in changes(receiver)
+            (state / "filler").unlink()
+            lake.run()
+            assert lake.main() == {"a": 2}
+    finally:
+        subprocess.run(["umount", str(state)], check=False)
 
 
 def test_a_receiver_that_is_gone_is_not_asked_again(tmp_path: Path):

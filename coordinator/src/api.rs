@@ -282,11 +282,9 @@ async fn notified(
         }
         Said::Nothing => Vec::new(),
     };
-    // Who stands by need not know: the one that leads polls.
-    if let Ok(asks) = api.asks()
-        && !woken.is_empty()
-    {
-        let _ = asks.send(Ask::Wake(woken.clone())).await;
+    if !woken.is_empty() {
+        // Who stands by answers 503: storage sends it again, sooner or later to the one that leads.
+        let _ = api.asks()?.send(Ask::Wake(woken.clone())).await;
     }
     Ok(Json(json!({ "woken": woken })))
 }

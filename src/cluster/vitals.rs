@@ -116,8 +116,9 @@ fn reason_to_rest(system: &System, limits: Limits) -> Option<String> {
         return Some(why);
     }
     // In a container its own limit counts, not the machine's memory.
-    let of_container = system.cgroup_limits().map(|limits| limits.free_memory);
-    let free = of_container.map_or(u64::MAX, |free| free).min(system.available_memory());
+    // What it counts as used holds the page cache, which gives way.
+    let of_container = system.cgroup_limits().map(|of| of.total_memory.saturating_sub(of.rss));
+    let free = of_container.unwrap_or(u64::MAX).min(system.available_memory());
     // Zero: the system does not say.
     (free > 0 && free < limits.memory_free).then(|| {
         format!("{} of memory are free, a task may use {}", mib(free), mib(limits.memory_free))

@@ -56,6 +56,9 @@ async fn list(config: &Config, output: Output) -> Result<Exit> {
             })
         })
         .collect();
+    if config.sinks.is_empty() {
+        printer::warn("no [alert.NAME] is configured: nobody is told, and nothing is kept here");
+    }
     if items.is_empty() && output == Output::Table {
         printer::say("no incident is open");
     } else {

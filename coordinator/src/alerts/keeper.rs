@@ -1,7 +1,7 @@
 //! The keeper: remembers open incidents and sends what is to be told, until it is taken.
 //!
-//! Incidents and outbox are one document below the state folder, written before anything is sent and
-//! after it was taken. A crash in between sends the same message, with the same id, again.
+//! Incidents and outbox are one document below the state folder, written before anything is sent (if it
+//! can be written at all) and after it was taken. A crash in between sends the same message, with the same id, again.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -91,34 +91,48 @@ pub struct Keeper {
     source: String,
     sinks: Arc<Vec<Sink>>,
     /// `None`: not read so far.
-    stored: Arc<Mutex<Option<Stored>>>,
+    held: Arc<Mutex<Option<Held>>>,
+    /// One sends at a time: a message that is on its way is not sent by the last words, too.
+    sending: Arc<Mutex<()>>,
+}
+
+/// The document in memory.
+struct Held {
+    stored: Stored,
+    /// Storage does not have it: the disk may be full, which people want to be told.
+    is_unwritten: bool,
 }
 
 impl Keeper {
     /// A keeper for these sinks. `source` names this installation in messages.
     pub fn open(state: &str, source: String, sinks: Vec<Sink>) -> Result<Self> {
         let (store, state) = (object_store_at(state)?, state.to_owned());
-        let stored = Arc::new(Mutex::new(None));
-        Ok(Self { store, state, source, sinks: Arc::new(sinks), stored })
+        let held = Arc::new(Mutex::new(None));
+        let (sinks, sending) = (Arc::new(sinks), Arc::default());
+        Ok(Self { store, state, source, sinks, held, sending })
     }
 
-    /// Looks at everything and stores what is to be told; sends nothing. Err: nothing of it counts, and
-    /// the next look finds it again.
+    /// Looks at everything and stores what is to be told; sends nothing. Err: it is kept in memory and
+    /// sent all the same; only a crash before it can be stored would tell it twice.
     pub async fn look(&self, books: &[Book], around: &Around, now: DateTime<Utc>) -> Result<()> {
-        let mut held = self.stored.lock().await;
-        let before = match held.take() {
-            Some(stored) => stored,
-            None => read(&self.state).await?,
-        };
-        let mut after = before.clone();
-        let found = look(books, around, &mut after.incidents, now);
-        let events = after.incidents.take(&found, now);
-        show(&after.incidents);
-        self.post(&mut after, &events, now);
-        *held = Some(before.clone());
-        if after != before {
-            self.store(&after).await?;
-            *held = Some(after);
+        let mut slot = self.held.lock().await;
+        if slot.is_none() {
+            *slot = Some(Held { stored: read(&self.state).await?, is_unwritten: false });
+        }
+        let Some(held) = slot.as_mut() else { return Ok(()) };
+        let before = held.stored.clone();
+        let found = look(books, around, &mut held.stored.incidents, now);
+        let events = held.stored.incidents.take(&found, now);
+        show(&held.stored.incidents);
+        self.post(&mut held.stored, &events, now);
+        held.is_unwritten |= held.stored != before;
+        self.write(held).await
+    }
+
+    async fn write(&self, held: &mut Held) -> Result<()> {
+        if held.is_unwritten {
+            self.store(&held.stored).await?;
+            held.is_unwritten = false;
         }
         Ok(())
     }
@@ -171,9 +185,10 @@ impl Keeper {
 
     /// Sends what is due, sinks side by side, each one's messages in order.
     async fn send_due(&self) -> Result<()> {
+        let _turn = self.sending.lock().await;
         let now = Utc::now();
         let mut by_sink: HashMap<String, Vec<Pending>> = HashMap::new();
-        for pending in self.stored.lock().await.iter().flat_map(|stored| &stored.outbox) {
+        for pending in self.held.lock().await.iter().flat_map(|held| &held.stored.outbox) {
             by_sink.entry(pending.sink.clone()).or_default().push(pending.clone());
         }
         // The first one waits: the others come after it.
@@ -186,8 +201,9 @@ impl Keeper {
             deliver(sink, messages, &self.source, now)
         });
         let sent = futures::future::join_all(sending).await;
-        let mut held = self.stored.lock().await;
-        let Some(stored) = held.as_mut() else { return Ok(()) };
+        let mut slot = self.held.lock().await;
+        let Some(held) = slot.as_mut() else { return Ok(()) };
+        let stored = &mut held.stored;
         for (id, left) in sent.into_iter().flatten() {
             match left {
                 None => stored.outbox.retain(|pending| pending.id != id),
@@ -198,7 +214,8 @@ impl Keeper {
                 }
             }
         }
-        self.store(stored).await
+        held.is_unwritten = true;
+        self.write(held).await
     }
 
     /// Sends what waits, for at most so long: a process that ends tells what it found.
@@ -206,14 +223,16 @@ impl Keeper {
         let finishing = async {
             loop {
                 let due = {
-                    let held = self.stored.lock().await;
-                    held.iter().flat_map(|s| &s.outbox).map(|pending| pending.not_before).min()
+                    let held = self.held.lock().await;
+                    held.iter()
+                        .flat_map(|held| &held.stored.outbox)
+                        .map(|pending| pending.not_before)
+                        .min()
                 };
                 let Some(due) = due else { return };
                 tokio::time::sleep((due - Utc::now()).to_std().unwrap_or_default()).await;
-                if self.send_due().await.is_err() {
-                    return;
-                }
+                // What cannot be noted as sent was sent.
+                let _ = self.send_due().await;
             }
         };
         // What is left is sent by the next process.
