@@ -178,8 +178,8 @@ pub struct Book {
     pub maintenance_failures: Option<u32>,
     /// What the last one of them said.
     pub maintenance_error: Option<String>,
-    /// The newest ingest here: epoch, rows refused, rows read.
-    pub last_refused: Option<(Epoch, u64, u64)>,
+    /// Ingests since the last look, and the newest one: rows refused, rows read.
+    pub refused: BTreeMap<Epoch, (u64, u64)>,
     /// When content came last.
     pub last_arrival: Option<DateTime<Utc>>,
     /// Something says that there is news in the source.
@@ -218,7 +218,7 @@ impl Book {
             hook: None,
             maintenance_failures: None,
             maintenance_error: None,
-            last_refused: None,
+            refused: BTreeMap::new(),
             last_arrival: None,
             is_woken: false,
             listed_at: None,

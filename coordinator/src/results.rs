@@ -106,7 +106,8 @@ fn done(
             }
             book.versions.0 = report.raw_version.or(book.versions.0);
             if !report.already {
-                book.last_refused = Some((*epoch, report.rows_quarantined, report.rows_read));
+                let counts = (report.rows_quarantined, report.rows_read);
+                book.refused.insert(*epoch, counts);
             }
             let target = book.markers.ingest.get(epoch).copied().unwrap_or(0);
             if let Some(entry) = book.entries.get_mut(epoch)

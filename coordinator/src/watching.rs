@@ -64,6 +64,12 @@ impl Coordinator {
             metrics().set("workers", &[], count as f64);
         }
         self.tell(now).await;
+        for book in &mut self.books {
+            // The newest one says how things are now.
+            while book.refused.len() > 1 {
+                book.refused.pop_first();
+            }
+        }
     }
 
     async fn tell(&self, now: DateTime<Utc>) {

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use alluvium_coordinator::alerts::Kind;
-use alluvium_coordinator::alerts::sinks::{Sink, SinkKind, check_url};
+use alluvium_coordinator::alerts::sinks::{
+    Sink, SinkKind, check_address, check_mail_url, check_url,
+};
 use alluvium_coordinator::hooks::{Call, Hook};
 use alluvium_coordinator::policy::Policy;
 use alluvium_coordinator::triggers::Schedule;
@@ -108,10 +110,16 @@ fn sink(section: &Section<'_>, pipelines: &[String], problems: &mut Vec<Problem>
                 let text = "required: smtp://USER:PASSWORD@HOST:587?tls=required, or smtps://…";
                 problems.push(section.problem("url", text));
             }
-            for key in ["from", "to"] {
-                if section.get(key).is_none() {
+            if let Err(text) = check_mail_url(&url) {
+                problems.push(section.problem("url", text));
+            }
+            let from: Vec<String> = section.text("from").into_iter().collect();
+            for (key, addresses) in [("from", from), ("to", section.list("to"))] {
+                if addresses.is_empty() {
                     problems.push(section.problem(key, "required for email"));
                 }
+                let wrong = addresses.iter().filter_map(|text| check_address(text).err());
+                problems.extend(wrong.map(|text| section.problem(key, text)));
             }
         }
         _ => {

@@ -61,7 +61,11 @@ pub fn look(
         .collect();
     look.found.unknown.extend(foreign);
     let Look { incidents, found, seen, .. } = look;
-    incidents.forget_unseen(|name| seen.iter().any(|seen| seen == name));
+    let is_judged = |name: &str| match name.split('/').nth(1) {
+        Some(id) => books.iter().any(|book| book.pipeline.id == id && book.error.is_none()),
+        None => true,
+    };
+    incidents.forget_unseen(|name| seen.iter().any(|seen| seen == name) || !is_judged(name));
     found
 }
 
@@ -120,7 +124,7 @@ impl Look<'_> {
                 let help = "it is called again by itself; see `after_merge`".to_owned();
                 self.add(Kind::Hook, id, BTreeMap::from([(id.to_owned(), text)]), help);
             }
-            Some(hook) if !hook.is_known => self.unknown(Kind::Hook, id),
+            Some(hook) if !hook.is_known || hook.is_behind() => self.unknown(Kind::Hook, id),
             Some(_) | None => {}
         }
     }
@@ -253,22 +257,20 @@ impl Look<'_> {
     fn quarantine(&mut self, book: &Book) {
         let id = book.pipeline.id.as_str();
         let Some(most) = book.policy.quarantine_share else { return };
-        let Some((epoch, refused, read)) = book.last_refused else {
+        if book.refused.is_empty() {
             return self.unknown(Kind::Quarantine, id);
-        };
-        let share = if read == 0 { 0.0 } else { refused as f64 / read as f64 };
-        if share > most {
-            let text = format!("{refused} of {read} rows ({:.1} %)", share * 100.0);
-            let help = format!(
-                "`alluvium query {id} \"SELECT reason, count(*) FROM quarantine GROUP BY 1\"`"
-            );
-            self.add(
-                Kind::Quarantine,
-                id,
-                BTreeMap::from([(format!("epoch {epoch}"), text)]),
-                help,
-            );
         }
+        let mut bad = BTreeMap::new();
+        for (epoch, (refused, read)) in &book.refused {
+            let share = if *read == 0 { 0.0 } else { *refused as f64 / *read as f64 };
+            if share > most {
+                let text = format!("{refused} of {read} rows ({:.1} %)", share * 100.0);
+                bad.insert(format!("epoch {epoch}"), text);
+            }
+        }
+        let help =
+            format!("`alluvium query {id} \"SELECT reason, count(*) FROM quarantine GROUP BY 1\"`");
+        self.add(Kind::Quarantine, id, bad, help);
     }
 
     fn at_cluster(&mut self, around: &Around) {

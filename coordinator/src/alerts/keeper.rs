@@ -35,6 +35,9 @@ const PAUSE_MAX: Duration = Duration::from_secs(600);
 /// Messages that wait at most: older ones go first, and are told in the log.
 const OUTBOX_MAX: usize = 1000;
 
+/// Incidents in one message: chats take some 28 kB.
+const EVENTS_MAX: usize = 8;
+
 /// What is stored.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stored {
@@ -142,8 +145,7 @@ impl Keeper {
         for sink in self.sinks.iter() {
             let wanted: Vec<Event> = events.iter().filter(|e| sink.wants(e)).cloned().collect();
             let groups: Vec<Vec<Event>> = match sink.groups() {
-                true if wanted.is_empty() => Vec::new(),
-                true => vec![wanted],
+                true => wanted.chunks(EVENTS_MAX).map(<[Event]>::to_vec).collect(),
                 false => wanted.into_iter().map(|event| vec![event]).collect(),
             };
             stored.outbox.extend(groups.into_iter().map(|events| Pending {

@@ -126,7 +126,7 @@ pub(super) fn teams(events: &[Event]) -> Value {
             .iter()
             .take(SHOWN)
             .filter(|_| event.change != Change::Resolved)
-            .map(|(name, text)| json!({"title": name, "value": cut(text, 500)}))
+            .map(|(name, text)| json!({"title": name, "value": cut(text, 200)}))
             .collect();
         if facts.is_empty() {
             let text = lines(event).join("\n\n");

@@ -251,6 +251,23 @@ impl reqwest::dns::Resolve for NotTheLink {
     }
 }
 
+/// A mail server that can be used; Err says why not. A password never goes in the clear.
+pub fn check_mail_url(text: &str) -> std::result::Result<(), String> {
+    let url = url::Url::parse(text).map_err(|e| format!("not a URL: {e}"))?;
+    AsyncSmtpTransport::<Tokio1Executor>::from_url(text).map_err(|e| e.to_string())?;
+    let is_safe =
+        url.scheme() == "smtps" || url.query_pairs().any(|(k, v)| k == "tls" && v == "required");
+    if url.password().is_some() && !is_safe {
+        return Err("a password needs smtps://, or `?tls=required`".to_owned());
+    }
+    Ok(())
+}
+
+/// An address of mail; Err says why it is none.
+pub fn check_address(text: &str) -> std::result::Result<(), String> {
+    text.parse::<Mailbox>().map(drop).map_err(|e| format!("{text:?} is no address: {e}"))
+}
+
 /// A URL that alerts and hooks may call; Err says why not.
 pub fn check_url(text: &str) -> std::result::Result<(), String> {
     let url = url::Url::parse(text).map_err(|e| format!("not a URL: {e}"))?;
@@ -262,16 +279,14 @@ pub fn check_url(text: &str) -> std::result::Result<(), String> {
         Some(url::Host::Ipv6(ip)) if is_of_link(ip.into()) => {
             return Err("an address of the link is not called".to_owned());
         }
-        Some(url::Host::Ipv4(ip)) => ip.is_loopback() || ip.is_private(),
+        Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
         Some(url::Host::Ipv6(ip)) => ip.is_loopback(),
         None => return Err("a URL with a host".to_owned()),
     };
     match url.scheme() {
         "https" => Ok(()),
         "http" if is_local => Ok(()),
-        "http" => {
-            Err("https://; plain http only goes to this machine or a private address".to_owned())
-        }
+        "http" => Err("https://; plain http only goes to this machine".to_owned()),
         other => Err(format!("https://; found {other}://")),
     }
 }
