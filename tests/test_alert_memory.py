@@ -1,0 +1,275 @@
+"""What opens an incident, and what must not close it: restarts, other pipelines, later epochs, clocks."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from lake import Lake
+from receivers import HttpReceiver, wait_for
+
+
+def webhook(url: str) -> str:
+    return f'[alert.team]\ntype = "webhook"\nurl = "{url}"\n'
+
+
+def changes(receiver: HttpReceiver, kind: str) -> list[str]:
+    events = [event for event in receiver.events() if event["data"]["kind"] == kind]
+    return [event["type"].split(".")[-2] for event in events]
+
+
+def stored(lake: Lake) -> dict:
+    return json.loads((lake.root / "state/alerts/incidents.json").read_text())
+
+
+def test_an_epoch_with_refused_rows_is_told_whatever_comes_after_it(tmp_path: Path):
+    """Both are ingested between two looks; the second one has no refused rows."""
+    with HttpReceiver() as receiver:
+        lake = Lake(tmp_path).pipeline()
+        lake.configure(webhook(receiver.url))
+        lake.deliver(10, [("a", 1, "U"), (None, 1, "U")])
+        lake.deliver(20, [("a", 2, "U")])
+        lake.run()
+        assert changes(receiver, "quarantine") == ["opened"]
+        assert "epoch 10" in receiver.events()[0]["data"]["subjects"]
+
+
+@pytest.mark.parametrize(("refused", "told"), [(1, []), (3, ["opened"])])
+def test_the_share_of_refused_rows_is_a_limit(tmp_path: Path, refused: int, told: list[str]):
+    with HttpReceiver() as receiver:
+        lake = Lake(tmp_path).pipeline(more='alert = { quarantine_share = "20%" }')
+        lake.configure(webhook(receiver.url))
+        rows = [(f"k{n}", 1, "U") for n in range(10 - refused)]
+        lake.deliver(10, [*rows, *[(None, 1, "U")] * refused])
+        lake.run()
+        assert changes(receiver, "quarantine") == told
+
+
+def test_a_hook_that_fails_in_every_run_is_one_alert(tmp_path: Path):
+    with HttpReceiver() as receiver, HttpReceiver(answers=[200]) as hooked:
+        lake = Lake(tmp_path).pipeline(more=f'after_merge = {{ url = "{hooked.url}" }}')
+        lake.configure(webhook(receiver.url))
+        lake.deliver(1, [("a", 1, "U")])
+        lake.run()
+        hooked.answers[:] = [500]
+        lake.deliver(2, [("a", 2, "U")])
+        lake.run()
+        assert changes(receiver, "hook") == ["opened"]
+        lake.run()
+        assert changes(receiver, "hook") == ["opened"], "nothing was repaired"
+        hooked.answers[:] = [200]
+        lake.run()
+        assert changes(receiver, "hook") == ["opened", "resolved"]
+
+
+def test_time_goes_on_while_another_pipeline_runs(tmp_path: Path):
+    """Since when a folder is incomplete is not forgotten by a process that does not look at it."""
+    with HttpReceiver() as receiver:
+        lake = Lake(tmp_path).pipeline("p", more='alert = { incomplete = "2s" }').pipeline("q")
+        lake.configure(webhook(receiver.url))
+        lake.deliver(10, [("a", 1, "U")], name="p", complete=False)
+        assert lake.alluvium("run", "--once", "p").code == 0
+        since = stored(lake)["first_seen"]
+        assert [name for name in since if name.startswith("incomplete/p/")]
+        assert lake.alluvium("run", "--once", "q").code == 0
+        assert stored(lake)["first_seen"] == since
+        time.sleep(2.1)
+        assert lake.alluvium("run", "--once", "p").code == 0
+        assert changes(receiver, "folder_incomplete") == ["opened"]
+
+
+def test_time_goes_on_while_the_source_cannot_be_read(tmp_path: Path):
+    with HttpReceiver() as receiver:
+        lake = Lake(tmp_path).pipeline("p", more='alert = { incomplete = "2s" }')
+        lake.configure(webhook(receiver.url))
+        lake.deliver(10, [("a", 1, "U")], complete=False)
+        lake.run()
+        (tmp_path / "in_p").rename(tmp_path / "away")
+        assert lake.alluvium("run", "--once").code != 0
+        (tmp_path / "away").rename(tmp_path / "in_p")
+        time.sleep(2.1)
+        lake.run()
+        assert changes(receiver, "folder_incomplete") == ["opened"]
+        assert changes(receiver, "broken") == ["opened", "resolved"]
+
+
+def test_another_pipelines_run_leaves_incidents_open(tmp_path: Path):
+    with HttpReceiver() as receiver:
+        lake = Lake(tmp_path).pipeline("p").pipeline("q")
+        lake.configure(webhook(receiver.url))
+        lake.deliver(10, [("a", 1, "U")], name="p")
+        (lake.folder(10, "p") / "part-0.parquet").write_bytes(b"no parquet")
+        assert lake.alluvium("run", "--once", "p").code == 1
+        assert lake.alluvium("run", "--once", "q").code == 0
+        assert changes(receiver, "blocked") == ["opened"]
+        listed = lake.alluvium("alerts", "list", "-o", "json").json()
+        assert [(item["kind"], item["pipeline"]) for item in listed] == [("blocked", "p")]
+
+
+@pytest.mark.parametrize("verb", ["retry", "replay"])
+def test_a_person_ends_an_incident(tmp_path: Path, verb: str):
+    with HttpReceiver() as receiver:
+        lake = Lake(tmp_path).pipeline()
+        lake.configure(webhook(receiver.url))
+        lake.deliver(10, [("a", 1, "U")])
+        (lake.folder(10) / "part-0.parquet").write_bytes(b"no parquet")
+        lake.run(code=1)
+        lake.deliver(10, [("a", 1, "U")])
+        done = lake.alluvium(verb, "p", "10", *([] if verb == "retry" else ["--yes"]))
+        assert done.code == 0, done.err
+        lake.run()
+        assert changes(receiver, "blocked") == ["opened", "resolved"]
+
+
+def test_a_document_that_nobody_understands_stops_no_data(tmp_path: Path):
+    with HttpReceiver() as receiver:
+        lake = Lake(tmp_path).pipeline()
+        lake.configure(webhook(receiver.url))
+        (tmp_path / "state/alerts").mkdir(parents=True)
+        (tmp_path / "state/alerts/incidents.json").write_text("{ half a doc")
+        lake.deliver(10, [("a", 1, "U")])
+        lake.deliver(20, [("a", 1, "U")])
+        (lake.folder(20) / "part-0.parquet").write_bytes(b"no parquet")
+        lake.run(code=1)
+        assert lake.main() == {"a": 1}
+        assert changes(receiver, "blocked") == ["opened"]
+
+
+def test_a_watching_run_tells_of_the_end_too(tmp_path: Path):
+    with HttpReceiver() as receiver:
+        lake = Lake(tmp_path).pipeline()
+        lake.configure(webhook(receiver.url) + '[run]\npoll = "200ms"\n')
+        lake.deliver(10, [("a", 1, "U")])
+        (lake.folder(10) / "part-0.parquet").write_bytes(b"no parquet")
+        process = lake.start("run")
+        try:
+            wait_for(lambda: changes(receiver, "blocked") == ["opened"], "opened", 20)
+            lake.deliver(10, [("a", 1, "U")])
+            assert lake.alluvium("retry", "p", "10").code == 0
+            wait_for(lambda: changes(receiver, "blocked") == ["opened", "resolved"], "resolved", 20)
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
+
+
+def test_delivered_by_another_clock(tmp_path: Path):
+    """`arrive_by` is a time of the pipeline's zone: the other side of the date line has another day."""
+    with HttpReceiver() as receiver:
+        lake = Lake(tmp_path)
+        for name, zone in (("p", "Pacific/Kiritimati"), ("q", "Pacific/Pago_Pago")):
+            more = f'alert = {{ arrive_by = "00:00" }}\ntimezone = "{zone}"'
+            lake.pipeline(name, more=more).deliver(10, [("a", 1, "U")], name=name)
+        lake.pipeline("r", more='alert = { arrive_by = "00:00" }')
+        lake.configure(webhook(receiver.url))
+        lake.run()
+        events = [event["data"] for event in receiver.events()]
+        assert [(e["kind"], e["pipeline"]) for e in events] == [("nothing_arrived", "r")]
+        lake.deliver(10, [("a", 1, "U")], name="r")
+        lake.run()
+        assert changes(receiver, "nothing_arrived") == ["opened", "resolved"]
+
+
+def test_the_next_coordinator_knows_what_was_told(make):
+    with HttpReceiver() as receiver:
+        cluster = make(more=webhook(receiver.url))
+        cluster.deliver(1, [("a", 1, "U")])
+        part = cluster.root / "in_p/1/part-0.parquet"
+        good = part.read_bytes()
+        part.write_bytes(b"no parquet")
+        first = cluster.coordinator()
+        cluster.worker()
+        wait_for(lambda: changes(receiver, "blocked"), "opened", 30)
+        first.kill()
+        second = cluster.coordinator()
+        cluster.wait(lambda: "leads" in second.text())
+        # Two looks later there is no second alert.
+        time.sleep(7)
+        assert [event["data"]["kind"] for event in receiver.events()] == ["blocked"]
+        part.write_bytes(good)
+        assert cluster.alluvium("retry", "p", "1").code == 0
+        wait_for(lambda: changes(receiver, "blocked") == ["opened", "resolved"], "resolved", 30)
+        opened, resolved = receiver.events()
+        assert opened["data"]["incident"] == resolved["data"]["incident"]
+
+
+def rewind(lake: Lake, change) -> None:
+    """Lets time pass: edits what is remembered."""
+    document = stored(lake)
+    change(document)
+    (lake.root / "state/alerts/incidents.json").write_text(json.dumps(document))
+
+
+def break_epoch(lake: Lake, epoch: int) -> None:
+    lake.deliver(epoch, [("a", 1, "U")])
+    (lake.folder(epoch) / "part-0.parquet").write_bytes(b"no parquet")
+
+
+def test_an_incident_that_grows_is_told_every_five_minutes_at_most(tmp_path: Path):
+    with HttpReceiver() as receiver:
+        lake = Lake(tmp_path).pipeline()
+        lake.configure(webhook(receiver.url))
+        for epoch in (10, 20, 30):
+            break_epoch(lake, epoch)
+            lake.run(code=1)
+        assert changes(receiver, "blocked") == ["opened"], "too soon"
+
+        def six_minutes(document: dict) -> None:
+            document["open"][0]["told_at"] = "2026-01-01T00:00:00Z"
+
+        rewind(lake, six_minutes)
+        lake.run(code=1)
+        assert changes(receiver, "blocked") == ["opened", "grew"]
+        first, grown = receiver.events()
+        assert grown["data"]["incident"] == first["data"]["incident"]
+        assert set(grown["data"]["subjects"]) == {"epoch 10", "epoch 20", "epoch 30"}
+        rewind(lake, six_minutes)
+        lake.run(code=1)
+        assert changes(receiver, "blocked") == ["opened", "grew"], "no news"
+        # Two of three are repaired: it is not over, and the one that is left is no news.
+        for epoch in (10, 20):
+            lake.deliver(epoch, [("a", 1, "U")])
+        rewind(lake, six_minutes)
+        lake.run(code=1)
+        assert changes(receiver, "blocked") == ["opened", "grew"]
+        listed = lake.alluvium("alerts", "list", "-o", "json").json()
+        assert [item["concerns"] for item in listed] == ["epoch 30"]
+
+
+def test_what_waits_too_long_or_for_nobody_is_given_up(tmp_path: Path):
+    with HttpReceiver(answers=[500]) as receiver:
+        lake = Lake(tmp_path).pipeline()
+        lake.configure(webhook(receiver.url))
+        break_epoch(lake, 10)
+        process = lake.start("run", "--once")
+        wait_for(lambda: receiver.requests, "the first attempt", 20)
+        process.kill()
+        process.communicate()
+
+        def a_day(document: dict) -> None:
+            (pending,) = document["outbox"]
+            pending |= {"since": "2026-01-01T00:00:00Z", "not_before": "2026-01-01T00:00:00Z"}
+            document["outbox"].append(pending | {"id": "other", "sink": "gone"})
+
+        rewind(lake, a_day)
+        told = lake.run(code=1).err
+        assert "given up" in told and "team" in told
+        assert stored(lake)["outbox"] == [] and len(receiver.requests) == 2
+        assert len(stored(lake)["open"]) == 1, "the trouble is still there"
+
+
+def test_an_epoch_that_kills_its_workers_is_told(make):
+    with HttpReceiver() as receiver:
+        cluster = make(more=webhook(receiver.url))
+        cluster.coordinator()
+        cluster.deliver(1, [("a", 1, "U")])
+        for _ in range(3):
+            victim = cluster.worker("--slots", "1", env={"ALLUVIUM_CRASH": "ingest.after_read"})
+            assert victim.popen.wait(60) == -signal.SIGKILL
+        cluster.worker()
+        wait_for(lambda: changes(receiver, "poison") == ["opened"], "poison", 30)
+        assert cluster.alluvium("retry", "p", "1").code == 0
+        wait_for(lambda: changes(receiver, "poison") == ["opened", "resolved"], "over", 30)
