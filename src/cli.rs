@@ -3,24 +3,11 @@
 use std::path::PathBuf;
 
 use alluvium_protocol::Epoch;
+use alluvium_protocol::state::State;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Where the demo goes unless somebody says otherwise.
 pub(crate) const DEMO_FOLDER: &str = "alluvium-demo";
-
-/// The words for an epoch's state.
-const STATES: [&str; 10] = [
-    "empty",
-    "incomplete",
-    "ready",
-    "ingesting",
-    "ingested",
-    "merging",
-    "processed",
-    "skipped",
-    "blocked",
-    "parked",
-];
 
 const OVERVIEW: &str = "Alluvium carries epoch folders from storage into Delta tables: exactly once \
 in effect, in order, right under any crash.";
@@ -135,7 +122,7 @@ pub(crate) enum Verb {
         /// Only this pipeline
         pipeline: Option<String>,
         /// Only epochs in this state
-        #[arg(long, value_parser = STATES)]
+        #[arg(long, value_parser = State::WORDS)]
         state: Option<String>,
         #[command(flatten)]
         output: OutputArgument,

@@ -27,7 +27,8 @@ CACHE = Path(
     os.environ.get("ALLUVIUM_TEST_DOCKER_CACHE") or Path.home() / ".cache/alluvium-test-docker"
 )
 SUITE, PYTHON = "bookworm", "3.11"
-MIRROR = os.environ.get("ALLUVIUM_TEST_DEBIAN_MIRROR", "http://deb.debian.org/debian")
+# Without one debootstrap knows where Debian is.
+MIRROR = os.environ.get("ALLUVIUM_TEST_DEBIAN_MIRROR", "").split()
 PACKAGES = [
     "ca-certificates", "curl", "wget", "procps", "python3", "rabbitmq-server", "redis-server",
     "prometheus",
@@ -164,7 +165,7 @@ def base_image() -> str:
     try:
         try:
             run("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, root,
-                MIRROR, seconds=BUILD_SECONDS)
+                *MIRROR, seconds=BUILD_SECONDS)
             run(sys.executable, "-m", "pip", "install", "-q", "--target", root / "opt/python",
                 "--python-version", PYTHON, "--implementation", "cp", "--only-binary=:all:",
                 *modules(), seconds=BUILD_SECONDS)

@@ -42,8 +42,28 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
+class Served:
+    """A server for as long as its `with` block."""
+
+    server: socketserver.BaseServer
+
+    def serve(self, server: socketserver.TCPServer) -> Any:
+        self.server = server
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.server.server_address[1]}"
+
+
 @dataclass
-class HttpReceiver:
+class HttpReceiver(Served):
     """Takes every request; answers with the next of `answers` (the last one for ever), and `files`."""
 
     answers: list[int] = field(default_factory=lambda: [200])
@@ -73,17 +93,7 @@ class HttpReceiver:
             def log_message(self, *_):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
-
-    @property
-    def host(self) -> str:
-        return f"127.0.0.1:{self.server.server_address[1]}"
+        return self.serve(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
 
     @property
     def url(self) -> str:
@@ -94,7 +104,7 @@ class HttpReceiver:
 
 
 @dataclass
-class MailReceiver:
+class MailReceiver(Served):
     """A mail server without TLS that takes everything."""
 
     mails: list[Message] = field(default_factory=list)
@@ -126,15 +136,8 @@ class MailReceiver:
                             outer.receivers.append(line)
                         self.say("250 ok")
 
-        self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+        return self.serve(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler))
 
     @property
     def url(self) -> str:
-        return f"smtp://127.0.0.1:{self.server.server_address[1]}"
+        return f"smtp://{self.host}"

@@ -267,28 +267,14 @@ def test_a_cluster_tells_of_workers_dead_letters_and_poison(make):
     with HttpReceiver() as receiver:
         cluster = make(more=alert("webhook", receiver.url))
         cluster.coordinator()
-        import pika
-
-        with pika.BlockingConnection(pika.URLParameters(cluster.services.rabbitmq.url)) as broker:
-            channel = broker.channel()
-            queue = f"{cluster.name}.v1.dead"
-            wait_for(lambda: declared(broker, queue), "the dead letters are declared")
-            channel.basic_publish("", queue, b"garbage")
+        rabbitmq, queue = cluster.services.rabbitmq, f"{cluster.name}.v1.dead"
+        wait_for(lambda: rabbitmq.queue_depth(queue) is not None, "the dead letters are declared")
+        with rabbitmq.connection() as broker:
+            broker.channel().basic_publish("", queue, b"garbage")
         wait_for(lambda: ("dead_letters", "opened") in changes(receiver), "dead letters")
         wait_for(lambda: ("no_workers", "opened") in changes(receiver), "no workers", 100)
         cluster.worker()
         wait_for(lambda: ("no_workers", "resolved") in changes(receiver), "a worker again")
-
-
-def declared(broker, queue: str) -> bool:
-    import pika
-
-    channel = broker.channel()
-    try:
-        channel.queue_declare(queue, passive=True)
-        return True
-    except pika.exceptions.ChannelClosedByBroker:
-        return False
 
 
 @pytest.mark.parametrize(

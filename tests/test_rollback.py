@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from lake import Lake
-
-HELD = "held"
+from receivers import wait_for
 
 
 def three(lake: Lake) -> Lake:
@@ -131,6 +130,11 @@ def test_points_are_kept_by_cleanup(tmp_path: Path):
     short = {"ALLUVIUM_TEST_SHORT_RETENTION": "1"}
     more = 'cleanup = { every = "1ms", retention = "1s" }'
     lake = Lake(tmp_path).pipeline(more=more)
+
+    def is_old() -> bool:
+        newest = max(path.stat().st_mtime for path in (tmp_path / "p").rglob("*.json"))
+        return time.time() - newest > 1.2
+
     lake.deliver(10, [("a", 1, "U"), ("b", 1, "U")])
     lake.run(env=short)
     assert lake.alluvium("rollback-point", "add", "p", "good", env=short).code == 0
@@ -138,11 +142,11 @@ def test_points_are_kept_by_cleanup(tmp_path: Path):
     assert version["name"] == "good" and "all" in version["files"]
     lake.deliver(20, [("a", 2, "U"), ("c", 2, "U")])
     lake.run(env=short)
-    time.sleep(1.2)
+    wait_for(is_old, "the retention is over")
     for epoch in (30, 40):
         lake.deliver(epoch, [("a", epoch, "U")])
         lake.run(env=short)
-        time.sleep(1.2)
+        wait_for(is_old, "the retention is over")
     lake.run(env=short)
     # The version after the point is no longer there, the point is.
     result = lake.alluvium(
@@ -160,7 +164,7 @@ def test_points_are_kept_by_cleanup(tmp_path: Path):
     assert lake.main() == {"a": 40, "b": 1, "c": 2}
     assert lake.alluvium("rollback-point", "remove", "p", "good", env=short).code == 0
     assert lake.alluvium("rollback-point", "remove", "p", "good", env=short).code == 2
-    time.sleep(1.2)
+    wait_for(is_old, "the retention is over")
     lake.run(env=short)
     again = lake.alluvium(
         "rollback", "p", "--to-version", str(version["version"]), "--yes", env=short

@@ -9,7 +9,6 @@ import signal
 import time
 from pathlib import Path
 
-import pika
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -30,16 +29,19 @@ NEVER = 'schedule = "0 0 1 1 *"'
 def test_a_schedule_lists_at_its_times_only(tmp_path: Path):
     lake = Lake(tmp_path).pipeline(more='schedule = "*/4 * * * * *"\ntimezone = "Europe/Berlin"')
     lake.configure('[run]\npoll = "100ms"\n')
+    lake.deliver(1, [("a", 1, "U")])
     process = lake.start("run")
     try:
-        time.sleep(1)
-        found = []
-        for epoch in (1, 2):
+        # The first listing comes at once; the next ones when the schedule says so.
+        wait_for(lambda: lake.states().get(1) == "processed", "the first listing")
+        for epoch in (2, 3):
             lake.deliver(epoch, [("a", epoch, "U")])
+            delivered = time.time()
             wait_for(lambda: lake.states().get(epoch) == "processed", "the schedule's time")
-            found.append(dt.datetime.now().timestamp() % 4)
-        # Each one was merged soon after a time of the schedule; states are asked for in between.
-        assert all(after < 2 for after in found), found
+            run = lake.alluvium("runs", "p", "--epoch", str(epoch), "-o", "json").json()[-1]
+            published = dt.datetime.fromisoformat(run["published_at"].replace("Z", "+00:00"))
+            # A time of the schedule lies in between; a poll would not have waited for one.
+            assert published.timestamp() // 4 > delivered // 4
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(30)
@@ -73,14 +75,18 @@ def test_wrong_settings_are_named(tmp_path: Path, more: str, says: str):
 def test_a_follower_is_listed_when_the_other_merged(tmp_path: Path):
     lake = Lake(tmp_path).pipeline("p").pipeline("q", more=f'{NEVER}\nafter = ["p"]')
     lake.configure('[run]\npoll = "200ms"\n')
+    lake.deliver(1, [("a", 1, "U")], name="q")
     process = lake.start("run")
     try:
-        time.sleep(1.5)
-        lake.deliver(1, [("a", 1, "U")], name="q")
-        time.sleep(1.5)
-        assert lake.states("q").get(1) != "processed"
+        wait_for(lambda: lake.states("q").get(1) == "processed", "the first listing")
+        lake.deliver(2, [("a", 2, "U")], name="q")
+        lake.deliver(1, [("a", 1, "U")], name="p", complete=False)
+        # p was listed after q got its folder, and says so.
+        line = iter(process.stderr.readline, "")
+        assert any("p 1  not complete" in text for text in line)
+        assert lake.states("q").get(2) != "processed"
         lake.deliver(1, [("a", 1, "U")], name="p")
-        wait_for(lambda: lake.states("q").get(1) == "processed", "q follows p", 20)
+        wait_for(lambda: lake.states("q").get(2) == "processed", "q follows p")
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(30)
@@ -147,7 +153,8 @@ def waiting(make):
         cluster.receiver = receiver
         cluster.coordinator(env={"ALLUVIUM_TEST_SNS_HOST": receiver.host})
         cluster.worker()
-        cluster.wait(lambda: cluster.api("/readyz") == "leads\n")
+        # The first listing is over.
+        cluster.wait(lambda: "alluvium_leading 1" in (cluster.api("/metrics") or ""))
         cluster.deliver(1, [("a", 1, "U")])
         yield cluster
 
@@ -159,7 +166,9 @@ def merged(cluster, epoch: int):
 def test_every_shape_wakes_the_pipeline_that_it_concerns(waiting):
     cluster = waiting
     bearer = {"Authorization": "Bearer let-me"}
-    time.sleep(2)
+    elsewhere = s3_event(cluster.bucket, "other/1/x")
+    code, answer = cluster.post("/api/v1/notify?token=let-me", elsewhere)
+    assert code == 200 and json.loads(answer) == {"woken": []}
     assert cluster.states().get(1) != "processed", "nobody polls"
     for number, body in enumerate(shapes(cluster.bucket, "in_p/1/part-0.parquet").values(), 1):
         cluster.deliver(number, [("a", number, "U")])
@@ -167,9 +176,6 @@ def test_every_shape_wakes_the_pipeline_that_it_concerns(waiting):
             code, answer = cluster.post("/api/v1/notify", body, bearer)
             assert code == 200 and json.loads(answer) == {"woken": ["p"]}, answer
         cluster.wait(merged(cluster, number))
-    elsewhere = s3_event(cluster.bucket, "other/1/x")
-    code, answer = cluster.post("/api/v1/notify?token=let-me", elsewhere)
-    assert code == 200 and json.loads(answer) == {"woken": []}
     assert cluster.expected() == {"a": 3}
 
 
@@ -212,22 +218,14 @@ def test_sns_is_believed_by_its_signature(waiting, version: str):
 def test_a_queue_of_rabbitmq_wakes_too(waiting):
     cluster = waiting
     queue = f"notes-{cluster.name}"
-    with pika.BlockingConnection(pika.URLParameters(cluster.services.rabbitmq.url)) as broker:
-        wait_for(lambda: is_there(broker, queue), "the coordinator declares the exchange")
+    rabbitmq = cluster.services.rabbitmq
+    wait_for(lambda: rabbitmq.queue_depth(queue) is not None, "the coordinator declares it")
+    with rabbitmq.connection() as broker:
         channel = broker.channel()
         for body in (b"garbage", json.dumps(s3_event(cluster.bucket, "in_p/1/x")).encode()):
             # To the exchange of the same name, as RustFS does.
             channel.basic_publish(queue, "", body)
     cluster.wait(merged(cluster, 1))
-
-
-def is_there(broker: pika.BlockingConnection, queue: str) -> bool:
-    channel = broker.channel()
-    try:
-        channel.queue_declare(queue, passive=True)
-        return True
-    except pika.exceptions.ChannelClosedByBroker:
-        return False
 
 
 def test_a_lost_notification_is_a_later_listing(make):

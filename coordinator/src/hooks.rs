@@ -13,7 +13,7 @@ use chrono::{DateTime, Utc};
 use object_store::{ObjectStoreExt, path::Path};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 
 use crate::alerts::sinks::client;
@@ -24,6 +24,8 @@ const SHOWN: usize = 300;
 /// Pause after the first failure; doubled up to the longest.
 const PAUSE: Duration = Duration::from_secs(5);
 const PAUSE_MAX: Duration = Duration::from_secs(600);
+/// How long the last words of a program that failed are waited for.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 /// Epochs that are named.
 const EPOCHS_MAX: usize = 1000;
 
@@ -119,11 +121,11 @@ pub(crate) async fn begin(
     if !state.is_known {
         state.told = read(&book.pipeline.state, &book.pipeline.id).await;
         state.is_known = true;
-        // A table that was there before the hook was asked for is no news.
-        if state.told.is_none() && state.epochs.is_empty() {
-            state.told = book.versions.1;
-        }
-        state.wanted = state.wanted.max(book.versions.1.filter(|_| state.told.is_some()));
+        // Nothing is known to have been told: the newest version is, be it once more. A table that was
+        // made anew has lower versions than the one that was told.
+        let newest = book.versions.1.filter(|_| book.has_main);
+        state.told = state.told.filter(|told| newest.is_some_and(|newest| *told <= newest));
+        state.wanted = state.wanted.max(newest);
     }
     let Some(version) = state.wanted.filter(|_| state.is_due(now)) else { return };
     state.is_running = true;
@@ -189,7 +191,7 @@ async fn run(
     };
     let call = async {
         match &hook.call {
-            Call::Url(url) => post(url, &body).await,
+            Call::Url(url) => post(url, &body, hook.deadline).await,
             Call::Command(words) => command(words, &body).await,
         }
     };
@@ -206,9 +208,10 @@ async fn run(
     Ok(())
 }
 
-async fn post(url: &str, body: &serde_json::Value) -> Result<(), String> {
+async fn post(url: &str, body: &serde_json::Value, most: Duration) -> Result<(), String> {
     let text = |e: reqwest::Error| e.without_url().to_string();
-    let answer = client().map_err(text)?.post(url).json(body).send().await.map_err(text)?;
+    let request = client().map_err(text)?.post(url).timeout(most).json(body);
+    let answer = request.send().await.map_err(text)?;
     let status = answer.status();
     if status.is_success() {
         return Ok(());
@@ -229,19 +232,60 @@ async fn command(words: &[String], body: &serde_json::Value) -> Result<(), Strin
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
-        .kill_on_drop(true)
+        .process_group(0)
         .spawn()
         .map_err(|e| format!("{program}: {e}"))?;
+    let mut group = Group(child.id());
+    let said = read_end(child.stderr.take());
+    tokio::pin!(said);
     if let Some(mut stdin) = child.stdin.take() {
         // A program that does not read its input has it its way.
         let _ = stdin.write_all(body.to_string().as_bytes()).await;
     }
-    let output = child.wait_with_output().await.map_err(|e| format!("{program}: {e}"))?;
-    if output.status.success() {
+    let mut heard = None;
+    let status = tokio::select! {
+        status = child.wait() => status,
+        text = &mut said => {
+            heard = Some(text);
+            child.wait().await
+        }
+    };
+    let status = status.map_err(|e| format!("{program}: {e}"))?;
+    // What it left behind may go on, and may hold its stderr open.
+    group.0 = None;
+    if status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let said: String = said.trim().chars().rev().take(SHOWN).collect();
-    let said: String = said.chars().rev().collect();
-    Err(format!("{program} ended with {}: {said}", output.status))
+    let heard = match heard {
+        Some(text) => text,
+        None => tokio::time::timeout(LAST_WORDS, said).await.unwrap_or_default(),
+    };
+    Err(format!("{program} ended with {status}: {heard}"))
+}
+
+/// The end of what a program says on stderr.
+async fn read_end(stderr: Option<tokio::process::ChildStderr>) -> String {
+    let Some(mut stderr) = stderr else { return String::new() };
+    let (mut kept, mut buffer) = (Vec::new(), [0; 4096]);
+    while let Ok(read @ 1..) = stderr.read(&mut buffer).await {
+        kept.extend_from_slice(&buffer[..read]);
+        let excess = kept.len().saturating_sub(4 * SHOWN);
+        kept.drain(..excess);
+    }
+    let text = String::from_utf8_lossy(&kept);
+    let skipped = text.trim().chars().count().saturating_sub(SHOWN);
+    text.trim().chars().skip(skipped).collect()
+}
+
+/// A program with its children, ended together unless it ended by itself.
+struct Group(Option<u32>);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let id = self.0.and_then(|id| i32::try_from(id).ok());
+        if let Some(group) = id.and_then(rustix::process::Pid::from_raw) {
+            // Gone already: nothing is to be ended.
+            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        }
+    }
 }

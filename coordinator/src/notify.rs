@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use alluvium_protocol::{Code, Error, Pipeline, Result};
-use alluvium_table::store::{Place, place_of};
+use alluvium_table::store::bucket_and_prefix;
 use aws_lc_rs::signature::{
     RSA_PKCS1_2048_8192_SHA1_FOR_LEGACY_USE_ONLY, RSA_PKCS1_2048_8192_SHA256, UnparsedPublicKey,
 };
@@ -45,12 +45,24 @@ fn refused(why: impl std::fmt::Display) -> Error {
 /// Reads a message that is no envelope, or the content of one.
 pub fn objects_of(message: &Value) -> Result<Said> {
     if let Some(records) = message["Records"].as_array() {
-        let objects = records.iter().filter_map(|record| {
+        let mut objects = Vec::new();
+        for record in records {
+            // A forwarder of SQS: the event is the text of its message.
+            if let Some(text) = record["body"].as_str() {
+                let inner =
+                    serde_json::from_str(text).map_err(|e| refused(format!("body: {e}")))?;
+                if let Said::Objects(found) = objects_of(&inner)? {
+                    objects.extend(found);
+                }
+                continue;
+            }
             let s3 = &record["s3"];
-            let bucket = s3["bucket"]["name"].as_str()?;
-            Some((bucket.to_owned(), decoded(s3["object"]["key"].as_str()?)))
-        });
-        return Ok(Said::Objects(objects.collect()));
+            let named = (s3["bucket"]["name"].as_str(), s3["object"]["key"].as_str());
+            if let (Some(bucket), Some(key)) = named {
+                objects.push((bucket.to_owned(), decoded(key)));
+            }
+        }
+        return Ok(Said::Objects(objects));
     }
     if message["Event"] == "s3:TestEvent" {
         return Ok(Said::Nothing);
@@ -75,11 +87,12 @@ fn decoded(key: &str) -> String {
 /// Pipelines whose source holds one of these objects.
 pub fn woken<'a>(pipelines: &'a [Pipeline], objects: &[(String, String)]) -> Vec<&'a str> {
     let is_in = |pipeline: &&Pipeline| {
-        let Ok(Place::Remote(source)) = place_of(&pipeline.source) else { return false };
-        let prefix = source.path().trim_start_matches('/');
-        objects
-            .iter()
-            .any(|(bucket, key)| source.host_str() == Some(bucket) && key.starts_with(prefix))
+        let Ok(Some((source, prefix))) = bucket_and_prefix(&pipeline.source) else { return false };
+        let below = |key: &str| {
+            let rest = key.strip_prefix(&prefix);
+            prefix.is_empty() || rest.is_some_and(|rest| rest.starts_with('/'))
+        };
+        objects.iter().any(|(bucket, key)| *bucket == source && below(key))
     };
     pipelines.iter().filter(is_in).map(|pipeline| pipeline.id.as_str()).collect()
 }

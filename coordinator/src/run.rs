@@ -89,6 +89,8 @@ pub struct Coordinator {
     /// Pipelines that merged something since the last look: others may wait for them.
     pub(crate) merged: Vec<String>,
     pub(crate) watched_at: DateTime<Utc>,
+    /// When pipelines that something woke are listed.
+    pub(crate) wake_due: Option<DateTime<Utc>>,
     pub(crate) hooks: (mpsc::UnboundedSender<HookEnded>, mpsc::UnboundedReceiver<HookEnded>),
 }
 
@@ -134,6 +136,7 @@ impl Coordinator {
             refused: Vec::new(),
             merged: Vec::new(),
             watched_at: DateTime::UNIX_EPOCH,
+            wake_due: None,
             hooks: mpsc::unbounded_channel(),
         }
     }
@@ -157,16 +160,20 @@ impl Coordinator {
             if self.stopping.is_cancelled() {
                 return Ok(());
             }
-            if self.clock.now() >= next_discovery {
+            let now = self.clock.now();
+            if now >= next_discovery {
                 self.carry_out_requests().await;
-                self.discover().await;
+                self.discover(Listed::WhoIsDue).await;
                 let poll = chrono::Duration::from_std(self.settings.poll).unwrap_or_default();
                 next_discovery = self.clock.now() + poll;
                 is_fresh = true;
+            } else if self.wake_due.is_some_and(|at| at <= now) {
+                self.discover(Listed::WhoIsWoken).await;
             }
             self.publish().await?;
             self.watch().await;
-            if std::mem::take(&mut self.is_asked_to_look) || self.wake_followers() {
+            self.wake_followers();
+            if std::mem::take(&mut self.is_asked_to_look) {
                 next_discovery = self.clock.now();
             }
             if self.settings.once && self.is_drained() {
@@ -183,10 +190,7 @@ impl Coordinator {
                     is_fresh = false;
                 }
                 Woken::Asked(Ask::Look) => next_discovery = self.clock.now(),
-                Woken::Asked(Ask::Wake(pipelines)) => {
-                    self.wake(&pipelines);
-                    next_discovery = next_discovery.min(self.soon());
-                }
+                Woken::Asked(Ask::Wake(pipelines)) => self.wake(&pipelines),
                 Woken::Hook(ended) => self.note_hook(ended),
                 Woken::Asked(ask) => self.answer(ask),
                 Woken::Stopped => {}
@@ -194,7 +198,7 @@ impl Coordinator {
                     self.find_lost_tasks().await?;
                     if self.wants_listing_now() {
                         // A settling folder wants its second listing.
-                        self.discover().await;
+                        self.discover(Listed::WhoIsDue).await;
                     }
                 }
             }
@@ -224,11 +228,14 @@ impl Coordinator {
         })
     }
 
-    async fn discover(&mut self) {
+    async fn discover(&mut self, listed: Listed) {
         let now = self.clock.now();
+        self.wake_due = None;
         let mut events = Vec::new();
         for book in &mut self.books {
-            if book.is_to_be_listed(now, self.settings.once) {
+            let is_due =
+                listed == Listed::WhoIsDue && book.is_to_be_listed(now, self.settings.once);
+            if is_due || book.is_woken {
                 discovering::discover(book, now, &self.notices).await;
             }
             events.append(&mut book.events);
@@ -295,10 +302,7 @@ impl Coordinator {
                 () = self.stopping.cancelled() => return Ok(()),
             }
         };
-        if !woken.is_empty() {
-            self.wake(&woken);
-            self.is_asked_to_look = true;
-        }
+        self.wake(&woken);
         for sent in sent {
             let (ready, sent): (Ready, Result<()>) = sent?;
             match sent {
@@ -403,7 +407,7 @@ impl Coordinator {
         let restoring = self.books.iter().filter_map(|book| book.restoring.as_ref()?.not_before);
         let now = self.clock.now();
         let listings = self.books.iter().filter_map(|book| book.next_listing(now));
-        let watching = [self.watched_at + WATCH_EVERY];
+        let watching = [self.watched_at + WATCH_EVERY].into_iter().chain(self.wake_due);
         let hooks = self.books.iter().filter_map(|book| book.hook.as_ref()?.not_before);
         let others = restoring.chain(listings).chain(watching).chain(hooks);
         let soonest = timers.chain(maintenance).chain(others).filter(|at| *at > now).min();
@@ -455,6 +459,13 @@ impl Coordinator {
             Err(error) => tracing::error!(%error, "requests cannot be read"),
         }
     }
+}
+
+/// Whose sources a discovery lists.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Listed {
+    WhoIsDue,
+    WhoIsWoken,
 }
 
 /// What woke the loop.

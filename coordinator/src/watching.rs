@@ -26,7 +26,7 @@ const UNIX_SECONDS: std::ops::Range<i64> = 1_000_000_000..4_000_000_000;
 const UNIX_MILLIS: std::ops::Range<i64> = 1_000_000_000_000..4_000_000_000_000;
 
 /// Gauges that only who leads can set.
-const OF_LEADER: [&str; 8] = [
+const OF_LEADER: [&str; 11] = [
     "epoch_lag_seconds",
     "oldest_waiting_seconds",
     "epochs",
@@ -35,6 +35,9 @@ const OF_LEADER: [&str; 8] = [
     "table_small_files",
     "leading",
     "alerts_open",
+    "queue_messages",
+    "dead_letters",
+    "workers",
 ];
 
 impl Coordinator {
@@ -98,30 +101,22 @@ impl Coordinator {
     }
 
     /// Pipelines that follow one that merged something are listed at once.
-    pub(crate) fn wake_followers(&mut self) -> bool {
+    pub(crate) fn wake_followers(&mut self) {
         let merged = std::mem::take(&mut self.merged);
-        let mut is_woken = false;
-        for book in &mut self.books {
-            if book.policy.after.iter().any(|name| merged.contains(name)) {
-                book.is_woken = true;
-                is_woken = true;
-            }
-        }
-        is_woken
+        let follows = |book: &&Book| book.policy.after.iter().any(|name| merged.contains(name));
+        let followers: Vec<String> =
+            self.books.iter().filter(follows).map(|book| book.pipeline.id.clone()).collect();
+        self.wake(&followers);
     }
 
-    /// Files came for these pipelines.
+    /// Something came for these pipelines: they are listed soon, the others when they are due.
     pub(crate) fn wake(&mut self, pipelines: &[String]) {
-        for book in &mut self.books {
-            book.is_woken |= pipelines.contains(&book.pipeline.id);
-        }
-    }
-
-    /// When a woken pipeline may be listed.
-    pub(crate) fn soon(&self) -> DateTime<Utc> {
-        let listed = self.books.iter().filter(|b| b.is_woken).filter_map(|b| b.listed_at).max();
         let now = self.clock.now();
-        listed.map_or(now, |at| now.max(at + WAKE_EVERY))
+        for book in self.books.iter_mut().filter(|book| pipelines.contains(&book.pipeline.id)) {
+            book.is_woken = true;
+            let at = book.listed_at.map_or(now, |listed| now.max(listed + WAKE_EVERY));
+            self.wake_due = Some(self.wake_due.map_or(at, |due| due.min(at)));
+        }
     }
 
     pub(crate) fn note_hook(&mut self, ended: HookEnded) {
@@ -161,7 +156,7 @@ fn show(book: &Book, now: DateTime<Utc>) {
     let oldest = waiting.filter_map(|entry| entry.found_at).min();
     let waited = oldest.map_or(0.0, |at| (now - at).as_seconds_f64());
     metrics().set("oldest_waiting_seconds", &id, waited);
-    for state in STATES {
+    for state in State::WORDS {
         let count = standing.epochs.get(state).copied().unwrap_or(0);
         metrics().set("epochs", &of("state", state), count as f64);
     }
@@ -173,17 +168,3 @@ fn show(book: &Book, now: DateTime<Utc>) {
     metrics().set("table_files", &id, standing.main_files as f64);
     metrics().set("table_small_files", &id, standing.main_small_files as f64);
 }
-
-/// The words for an epoch's state.
-const STATES: [&str; 10] = [
-    "empty",
-    "incomplete",
-    "ready",
-    "ingesting",
-    "ingested",
-    "merging",
-    "processed",
-    "skipped",
-    "blocked",
-    "parked",
-];

@@ -163,6 +163,20 @@ impl State {
         matches!(self, Self::Ingesting | Self::Merging)
     }
 
+    /// The words that people read.
+    pub const WORDS: [&str; 10] = [
+        "empty",
+        "incomplete",
+        "ready",
+        "ingesting",
+        "ingested",
+        "merging",
+        "processed",
+        "skipped",
+        "blocked",
+        "parked",
+    ];
+
     /// The word people read.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -264,6 +278,7 @@ mod tests {
     #[test]
     fn no_state_is_without_an_exit() {
         for state in STATES {
+            assert!(State::WORDS.contains(&state.as_str()));
             assert!(EVENTS.into_iter().any(|e| state.after(e).is_ok_and(|next| next != state)));
         }
     }

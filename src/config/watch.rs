@@ -102,8 +102,11 @@ fn sink(section: &Section<'_>, pipelines: &[String], problems: &mut Vec<Problem>
         }
     };
     let url = section.text("url").unwrap_or_default();
+    // A variable that is not set is told already.
+    let is_told = problems.iter().any(|problem| problem.path == section.problem("url", "").path);
     match kind {
         SinkKind::Log => {}
+        _ if is_told => {}
         SinkKind::PagerDuty if url.is_empty() => {}
         SinkKind::Email => {
             if !["smtp://", "smtps://"].iter().any(|scheme| url.starts_with(scheme)) {

@@ -180,6 +180,17 @@ pub(crate) fn log_store_at(uri: &str) -> Result<LogStoreRef> {
     }
 }
 
+/// Bucket and prefix of a remote location, decoded; `None`: it is on this machine.
+pub fn bucket_and_prefix(uri: &str) -> Result<Option<(String, String)>> {
+    match place_of(uri)? {
+        Place::Local(_) => Ok(None),
+        Place::Remote(url) => {
+            let bucket = url.host_str().unwrap_or_default().to_owned();
+            Ok(Some((bucket, prefix_of(&url)?.to_string())))
+        }
+    }
+}
+
 fn prefix_of(url: &Url) -> Result<Path> {
     Path::from_url_path(url.path())
         .map_err(|e| Error::new(Code::ConfigInvalid, format!("{url}: {e}")))

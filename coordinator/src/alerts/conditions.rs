@@ -157,6 +157,8 @@ impl Look<'_> {
             State::Blocked(_) if entry.late => Some(Kind::LateBlocked),
             State::Blocked(_) => Some(Kind::Blocked),
             State::Parked(_) => Some(Kind::Poison),
+            // Empty content has nothing to wait for, even before main exists.
+            State::Ingested if entry.is_empty && !book.has_main => None,
             state if state.is_end() => None,
             _ => [Kind::Blocked, Kind::LateBlocked, Kind::Poison].into_iter().find(|kind| {
                 let key = Key { kind: *kind, pipeline: book.pipeline.id.clone() };
@@ -219,10 +221,15 @@ impl Look<'_> {
             let zone = book.policy.timezone;
             let here = self.now.with_timezone(&zone);
             let is_due = here.time().num_seconds_from_midnight() > time.num_seconds_from_midnight();
-            let came_today =
-                newest.is_some_and(|at| at.with_timezone(&zone).date_naive() == here.date_naive());
-            if is_due && !came_today {
-                let day = here.date_naive();
+            let key = Key { kind: Kind::NothingArrived, pipeline: id.to_owned() };
+            // Before today's time, what was missing yesterday is missing still.
+            let day = match (is_due, self.incidents.get(&key)) {
+                (true, _) => Some(here.date_naive()),
+                (false, Some(_)) => here.date_naive().pred_opt(),
+                (false, None) => None,
+            };
+            let came = newest.map(|at| at.with_timezone(&zone).date_naive());
+            if let Some(day) = day.filter(|day| came.is_none_or(|came| came < *day)) {
                 late.insert(format!("{day}"), format!("due by {time} {zone}; {told}"));
             }
         }

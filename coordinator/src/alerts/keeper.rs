@@ -226,10 +226,13 @@ impl Keeper {
             loop {
                 let due = {
                     let held = self.held.lock().await;
-                    held.iter()
-                        .flat_map(|held| &held.stored.outbox)
-                        .map(|pending| pending.not_before)
-                        .min()
+                    let outbox = held.iter().flat_map(|held| &held.stored.outbox);
+                    // A sink's first message; the others come after it.
+                    let mut first: HashMap<&str, DateTime<Utc>> = HashMap::new();
+                    for pending in outbox {
+                        first.entry(&pending.sink).or_insert(pending.not_before);
+                    }
+                    first.into_values().min()
                 };
                 let Some(due) = due else { return };
                 tokio::time::sleep((due - Utc::now()).to_std().unwrap_or_default()).await;

@@ -89,6 +89,8 @@ pub struct RabbitQueue {
     publisher: Arc<Publisher>,
     publishing: Arc<Link>,
     consuming: Arc<Link>,
+    /// Apart: a queue of somebody else's making must not disturb ours.
+    hearing: Arc<Link>,
     runtime: Handle,
     closed: CancellationToken,
 }
@@ -100,9 +102,10 @@ impl RabbitQueue {
         let closed = CancellationToken::new();
         let publishing = Link::new(settings, "publish", names.clone());
         let consuming = Link::new(settings, "consume", names.clone());
+        let hearing = Link::new(settings, "notifications", names.clone());
         let publisher = Publisher::new(Arc::clone(&publishing), closed.clone(), runtime.clone());
         let publisher = Arc::new(publisher);
-        Self { names, publisher, publishing, consuming, runtime, closed }
+        Self { names, publisher, publishing, consuming, hearing, runtime, closed }
     }
 
     /// How the connections are. Before their first use they count as not connected.

@@ -40,7 +40,7 @@ impl RabbitQueue {
         sender: &mpsc::Sender<Vec<u8>>,
         pauses: &mut Pauses,
     ) -> Result<()> {
-        let channel = self.consuming.channel().await?;
+        let channel = self.hearing.channel().await?;
         declare(&channel, queue).await?;
         let qos = channel.basic_qos(AHEAD, BasicQosOptions::default()).await;
         qos.map_err(|e| failed("ask for notifications", &e))?;
