@@ -280,3 +280,30 @@ def test_an_epoch_that_kills_its_workers_is_told(make):
         wait_for(lambda: changes(receiver, "poison") == ["opened"], "poison", 30)
         assert cluster.alluvium("retry", "p", "1").code == 0
         wait_for(lambda: changes(receiver, "poison") == ["opened", "resolved"], "over", 30)
+
+
+def test_maintenance_that_fails_night_after_night_is_told(tmp_path: Path):
+    """Each `run --once` tries once; the count of one process would never get far."""
+    with HttpReceiver() as receiver:
+        lake = Lake(tmp_path).pipeline(more="optimize = { small_files = 2 }")
+        lake.configure(webhook(receiver.url))
+        lake.deliver(1, [("a", 1, "U")])
+        lake.run()
+        [file] = (tmp_path / "p/main").glob("*.parquet")
+        content = file.read_bytes()
+        file.write_bytes(content[:4] + bytes(40) + content[44:])  # its footer stays
+        lake.deliver(2, [("z", 2, "U")])
+        lake.run()
+        assert changes(receiver, "maintenance") == [], "one failure is no trouble yet"
+        path = lake.root / "state/alerts/incidents.json"
+        incidents = stored(lake)
+        first = dt.datetime.now(dt.timezone.utc) - dt.timedelta(hours=13)
+        incidents["first_seen"]["maintenance/p"] = first.strftime("%Y-%m-%dT%H:%M:%SZ")
+        path.write_text(json.dumps(incidents))
+        lake.run()
+        assert changes(receiver, "maintenance") == ["opened"]
+        lake.run()
+        assert changes(receiver, "maintenance") == ["opened"], "and once only"
+        file.write_bytes(content)
+        lake.run()
+        assert changes(receiver, "maintenance") == ["opened", "resolved"]

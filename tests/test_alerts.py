@@ -244,7 +244,7 @@ def test_kinds_that_a_drained_run_can_see(tmp_path: Path):
 
 
 def test_kinds_that_a_watching_run_sees(tmp_path: Path):
-    """Lag, a full disk, failing maintenance, and poison come with time or with a limit."""
+    """Lag, a full disk and deliveries that do not come are seen with time or with a limit."""
     with HttpReceiver() as receiver:
         more = 'alert = { lag = "1ms", no_arrival = "1ms" }\n'
         head = alert("webhook", receiver.url)
@@ -262,7 +262,7 @@ def test_kinds_that_a_watching_run_sees(tmp_path: Path):
             process.wait(30)
 
 
-def test_a_cluster_tells_of_workers_dead_letters_and_poison(make):
+def test_a_cluster_tells_of_workers_and_dead_letters(make):
     """No workers is told after a minute; a message that nobody understands at once."""
     with HttpReceiver() as receiver:
         cluster = make(more=alert("webhook", receiver.url))

@@ -158,15 +158,27 @@ class Player:
             self.model.clear(epoch)
 
     def _lose(self, what: str) -> None:
-        lost = self.home / ("state/ledger" if what == "ledger" else "state")
+        lost = self.home / ("state/ledger" if what == "ledger" else what)
         shutil.rmtree(lost, ignore_errors=True)
+        if what == "main":
+            self.checked.clear()
 
     def _rollback(self, action: Rollback) -> None:
         """What was killed is repeated plainly; it may have taken effect (then it is refused)."""
         self._invoke([(["run", "--once"], None)], {})
+        if not self._rollback_is_held(action):
+            if action.meanwhile:
+                self._verb(action.meanwhile)
+            return
+        self._invoke([(["resume", PIPELINE], action.resume_fault)], {})
+        if action.resume_fault:
+            self._invoke([(["resume", PIPELINE], None)], {})
+        self._invoke([(["run", "--once"], None)], {})
+
+    def _rollback_is_held(self, action: Rollback) -> bool:
         above = {epoch for epoch in self.complete if epoch > action.to}
         if not above or self._versions()["main"] is None:
-            return
+            return False
         version, rows = None, None
         if action.by_version and self.checked:
             version = min(self.checked, key=lambda known: (known * 7919 + action.to) % 101)
@@ -184,18 +196,18 @@ class Player:
         self.also_accepted = set()
         if not is_held(self.home / "main"):
             # Refused: the version holds what epochs said before they were replayed or undone.
-            return
+            return False
         kept = self.complete - above
         held = rows if version is not None else expected_main(self.model, kept)
         self._check_held(held)
         if action.lose:
             self._lose(action.lose)
+        if action.meanwhile:
+            self._verb(action.meanwhile)
+            self._check_held(held)
         self._invoke([(["run", "--once"], None)], {})
         self._check_held(held)
-        self._invoke([(["resume", PIPELINE], action.resume_fault)], {})
-        if action.resume_fault:
-            self._invoke([(["resume", PIPELINE], None)], {})
-        self._invoke([(["run", "--once"], None)], {})
+        return True
 
     def _check_held(self, expected: Main) -> None:
         if lines := check_held(self.home, self.shape.key, expected):

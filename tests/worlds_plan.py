@@ -22,8 +22,8 @@ from typing import Any
 
 Columns = dict[str, Any]
 
-INVOCATIONS_MIN, INVOCATIONS_MAX = 7, 14
-# A run, the verb, a run while held, resume.
+INVOCATIONS_MIN, INVOCATIONS_MAX = 8, 18
+# A run, the verb, a run while held, resume (what is asked meanwhile comes on top).
 ROLLBACK_INVOCATIONS = 4
 ROWS_MAX = 30
 # Bytewise order differs from natural order, from case-blind order and from folder order.
@@ -31,6 +31,7 @@ FILE_NAMES = (
     "part-0.parquet", "part-10.parquet", "part-2.parquet", "B.parquet", "a.parquet",
     "a-b.parquet", "a/b.parquet", "day=2/part-0.parquet",
 )  # fmt: skip
+LOST = {"ledger": "ledger", "state": "whole state folder", "main": "main table"}
 AWKWARD_KEYS = ("k1 ", "K1", "", "ключ", "k'1", 'k"1', "10", "9")
 
 
@@ -57,16 +58,19 @@ class File:
 
 @dataclass(frozen=True)
 class Fault:
-    """`crash` kills the process at a point, `fail` loses a reply there. `pick` chooses a point."""
+    """`crash` kills the process at a point, `fail` loses a reply there. `pick` chooses a point, among
+    those that begin with `near` if there are any."""
 
     kind: str
     pick: float
     nth: int
+    near: str = ""
 
     def point(self, points: list[str]) -> str:
         """The named point; without a list of points, where in the list it would lie."""
         if not points:
-            return f"<{self.pick:.0%} of the points>"
+            return f"<{self.pick:.0%} of the points {self.near}>"
+        points = [point for point in points if point.startswith(self.near)] or points
         return points[int(self.pick * len(points))]
 
     def describe(self, points: list[str]) -> str:
@@ -109,20 +113,21 @@ class Verb:
 class Rollback:
     """Everything ready is merged, main goes back, is looked at, and goes on.
 
-    `to` chooses an epoch; with `by_version` a version whose rows are known. `lose` (`ledger`, `state`
-    or nothing) is deleted while the pipeline is held.
+    `to` chooses an epoch; with `by_version` a version whose rows are known. While the pipeline is held
+    `lose` (`ledger`, `state` or nothing) is deleted, then `meanwhile` is asked.
     """
 
     to: int
     by_version: bool
     fault: Fault | None
     lose: str | None
+    meanwhile: Verb | None
     resume_fault: Fault | None
 
 
 @dataclass(frozen=True)
 class Lose:
-    """`ledger` or `state`: the folder is deleted."""
+    """`ledger`, `state` or `main`: the folder is deleted. A run that rebuilds main comes next."""
 
     what: str
 
@@ -165,18 +170,24 @@ def describe(action: Action, points: list[str]) -> str:
             faults = [fault.describe(points) for fault in action.faults if fault]
             return f"{what}, {', '.join(faults)}" if faults else what
         case Verb():
-            text = f"{action.name} {action.epoch}"
-            text += f", folder now: {_files(action.files)}" if action.files is not None else ""
-            return text + (f", {action.fault.describe(points)}" if action.fault else "")
+            return _verb_text(action, points)
         case Rollback():
             to = "to a version that was checked" if action.by_version else f"to epoch {action.to}"
             faults = [f.describe(points) for f in (action.fault, action.resume_fault) if f]
-            lost = f", the {action.lose} is lost meanwhile" if action.lose else ""
-            return ", ".join([f"rollback {to}, then resume", *faults]) + lost
+            meanwhile = [f"the {action.lose} is lost meanwhile"] if action.lose else []
+            if action.meanwhile:
+                meanwhile.append(f"meanwhile {_verb_text(action.meanwhile, points)}")
+            return ", ".join([f"rollback {to}, then resume", *faults, *meanwhile])
         case Lose():
-            return f"delete the {'ledger' if action.what == 'ledger' else 'whole state folder'}"
+            return f"delete the {LOST[action.what]}"
         case Check():
             return "check, then one more run changes nothing" if action.still else "check"
+
+
+def _verb_text(verb: Verb, points: list[str]) -> str:
+    text = f"{verb.name} {verb.epoch}"
+    text += f", folder now: {_files(verb.files)}" if verb.files is not None else ""
+    return text + (f", {verb.fault.describe(points)}" if verb.fault else "")
 
 
 def _files(files: tuple[File, ...]) -> str:
@@ -256,7 +267,8 @@ class _Planner:
             "verb": 6 if self.folders and not self._replay_is_open() else 0,
             "repeat": 4 if self.repeats else 0,
             "lose": 3 if self.begun else 0,
-            "rollback": 4 if len(self.sure) > 1 and not self.repeats and left >= 5 else 0,
+            "rebuild": 2 if self.sure else 0,
+            "rollback": 10 if len(self.sure) > 1 and not self.repeats and left >= 5 else 0,
         }
         match rng.choices(list(choices), list(choices.values()))[0]:
             case "plain":
@@ -274,6 +286,10 @@ class _Planner:
                 self._rollback()
             case "lose":
                 self.actions.append(Lose(rng.choice(("ledger", "state"))))
+            case "rebuild":
+                self.actions.append(Lose("main"))
+                self.sure.clear()
+                self._run((self._fault("crash") if left >= 2 and rng.random() < 0.5 else None,))
             case "repeat":
                 self._repeat(self.repeats.pop(0))
             case "verb":
@@ -284,14 +300,16 @@ class _Planner:
         self.begun |= self.folders.keys()
         self.sure |= self.folders.keys()
         faults = [self._fault(rng.choice(("crash", "crash", "fail"))) for _ in range(2)]
-        first, second = (fault if rng.random() < 0.5 else None for fault in faults)
+        near = [replace(fault, near=near, nth=1) for fault, near in zip(faults, ("restore.", "hold."))]
+        faults = [rng.choice((fault, close, None, None)) for fault, close in zip(faults, near)]
         self.actions.append(
             Rollback(
                 to=rng.choice(sorted(self.sure)[:-1]),
                 by_version=rng.random() < 0.3,
-                fault=first,
+                fault=faults[0],
                 lose=rng.choice((None, None, "ledger", "state")),
-                resume_fault=second,
+                meanwhile=self._some_verb(left=0) if rng.random() < 0.5 else None,
+                resume_fault=faults[1],
             )
         )
 
@@ -337,6 +355,14 @@ class _Planner:
     # --- verbs ---
 
     def _verb(self, left: int) -> None:
+        verb = self._some_verb(left)
+        if verb is None:
+            return self._run((None,))
+        self.actions.append(verb)
+        if verb.fault:
+            self.repeats.append(replace(verb, files=None, fault=None))
+
+    def _some_verb(self, left: int) -> Verb | None:
         rng = self.rng
         busy = {verb.epoch for verb in self.repeats}
         possible = [("skip", epoch) for epoch in self.folders if epoch not in self.emptied]
@@ -344,7 +370,7 @@ class _Planner:
         possible += [("replay", epoch) for epoch in self.begun for _ in range(3)]
         possible = sorted((name, epoch) for name, epoch in possible if epoch not in busy)
         if not possible:
-            return self._run((None,))
+            return None
         name, epoch = rng.choice(possible)
         fault = None
         if left >= 2 and rng.random() < 0.4:
@@ -352,11 +378,8 @@ class _Planner:
         files = None
         if name == "replay" and rng.random() < 0.85:
             files = self.folders[epoch] = self._changed_files(epoch)
-        verb = Verb(name, epoch, files, fault)
-        self.actions.append(verb)
         self.emptied = self.emptied - {epoch} if name == "replay" else self.emptied | {epoch}
-        if fault:
-            self.repeats.append(replace(verb, files=None, fault=None))
+        return Verb(name, epoch, files, fault)
 
     def _repeat(self, verb: Verb) -> None:
         self.actions.append(verb)

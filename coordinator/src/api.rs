@@ -268,7 +268,11 @@ async fn notified(
                     return Err(refused(StatusCode::UNAUTHORIZED, error));
                 }
             }
-            None => check_local(&headers)?,
+            None => check_local(&headers).map_err(|Failure(status, error)| {
+                let help = "set `token` or `topics` in [notify] to be notified from elsewhere";
+                let error = Error::new(Code::NotifyRefused, error.message).with_help(help);
+                refused(status, error)
+            })?,
         }
     }
     let woken: Vec<String> = match said {

@@ -31,15 +31,22 @@ pub(crate) fn is_of_storage(error: &(dyn StdError + 'static)) -> bool {
 }
 
 fn one_line(error: &(dyn StdError + 'static)) -> String {
-    let text = error.to_string();
+    let text = without_backtrace(error);
     let mut line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     if let Some(root) = causes(error).last() {
-        let root = root.to_string();
+        let root = without_backtrace(root);
         if !line.contains(&root) {
             line = format!("{line}: {root}");
         }
     }
     line
+}
+
+/// With `RUST_BACKTRACE` set, DataFusion's texts end in pages of frames.
+fn without_backtrace(error: &dyn StdError) -> String {
+    let text = error.to_string();
+    let end = text.find(DataFusionError::BACK_TRACE_SEP).unwrap_or(text.len());
+    text[..end].to_owned()
 }
 
 fn causes<'a>(

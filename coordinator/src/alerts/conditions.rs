@@ -14,6 +14,8 @@ use crate::book::{Book, Entry};
 const NO_WORKERS_FOR: Duration = Duration::seconds(60);
 /// Maintenance that failed so often in a row is worth a word.
 const MAINTENANCE_FAILURES: u32 = 3;
+/// So is what failed for so long, however seldom it is tried: a `run --once` each night tries once.
+const MAINTENANCE_FAILS_FOR: Duration = Duration::hours(12);
 
 /// What other processes and the queue say; `None`: they could not be asked.
 #[derive(Clone, Debug, Default)]
@@ -108,15 +110,7 @@ impl Look<'_> {
         self.folders(book);
         self.arrivals(book);
         self.lag(book);
-        match book.maintenance_failures {
-            Some(failures) if failures >= MAINTENANCE_FAILURES => {
-                let text = book.maintenance_error.clone().unwrap_or_default();
-                let help = format!("`alluvium runs {id}` shows the attempts");
-                self.add(Kind::Maintenance, id, BTreeMap::from([(id.to_owned(), text)]), help);
-            }
-            Some(_) => {}
-            None => self.unknown(Kind::Maintenance, id),
-        }
+        self.maintenance(book);
         self.quarantine(book);
         match &book.hook {
             Some(hook) if hook.failures > 0 => {
@@ -126,6 +120,27 @@ impl Look<'_> {
             }
             Some(hook) if !hook.is_known || hook.is_behind() => self.unknown(Kind::Hook, id),
             Some(_) | None => {}
+        }
+    }
+
+    fn maintenance(&mut self, book: &Book) {
+        let id = book.pipeline.id.as_str();
+        let name = format!("maintenance/{id}");
+        let Some(failures) = book.maintenance_failures else {
+            // Not tried yet by this process: what an earlier one saw still counts.
+            self.seen.push(name);
+            return self.unknown(Kind::Maintenance, id);
+        };
+        if failures == 0 {
+            return;
+        }
+        let failing_for = self.now - self.since(name);
+        let key = Key { kind: Kind::Maintenance, pipeline: id.to_owned() };
+        let is_told = self.incidents.get(&key).is_some();
+        if failures >= MAINTENANCE_FAILURES || failing_for >= MAINTENANCE_FAILS_FOR || is_told {
+            let text = book.maintenance_error.clone().unwrap_or_default();
+            let help = format!("`alluvium runs {id}` shows the attempts");
+            self.add(Kind::Maintenance, id, BTreeMap::from([(id.to_owned(), text)]), help);
         }
     }
 
