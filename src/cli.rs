@@ -213,6 +213,17 @@ pub(crate) enum Verb {
         #[command(flatten)]
         output: OutputArgument,
     },
+    /// Where a key's value comes from: epoch, file and row, and what each epoch said of it
+    #[command(after_help = LINEAGE_EXAMPLES)]
+    Lineage {
+        /// The pipeline
+        pipeline: String,
+        /// The key; for a key of several columns once for each, in their order
+        #[arg(long = "key", value_name = "VALUE", required = true, allow_hyphen_values = true)]
+        key: Vec<String>,
+        #[command(flatten)]
+        output: OutputArgument,
+    },
     /// What an error code means: what happened, what is still safe, what to do
     Explain {
         /// Such as AL-0301; without it all codes are listed
@@ -381,6 +392,13 @@ Examples:
   alluvium query researchers \"SELECT * FROM main WHERE pguid = 'x'\" --at-epoch 1700086400
   alluvium query researchers \"SELECT _epoch, _op, count(*) FROM raw GROUP BY 1, 2 ORDER BY 1\"
   alluvium query researchers \"SELECT reason, row FROM quarantine\" -o json";
+
+const LINEAGE_EXAMPLES: &str = "\
+Examples:
+  alluvium lineage researchers --key r-000042
+  alluvium lineage visits --key r-000042 --key 7        key = [\"pguid\", \"site\"]
+
+Exit code 3: main holds something else than its epochs say.";
 
 #[derive(Args)]
 #[command(after_help = DEMO_EXAMPLES)]

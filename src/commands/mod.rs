@@ -9,6 +9,7 @@ mod doctor;
 mod explain;
 mod health;
 mod history;
+mod lineage;
 mod query;
 mod rollback;
 pub(crate) mod run;
@@ -37,6 +38,7 @@ fn is_a_look(verb: &Verb) -> bool {
             | Verb::Workers { .. }
             | Verb::Audit { .. }
             | Verb::Tables { .. }
+            | Verb::Lineage { .. }
     )
 }
 
@@ -86,6 +88,9 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
         Verb::Query { pipeline, sql, at_version, at_epoch, output } => {
             let at = query::At { version: at_version, epoch: at_epoch };
             query::query(file, &pipeline, &sql, at, output.output).await
+        }
+        Verb::Lineage { pipeline, key, output } => {
+            lineage::lineage(file, &pipeline, &key, output.output).await
         }
         Verb::Explain { code } => explain::explain(code.as_deref()),
         Verb::Config { verb: ConfigVerb::Validate } => configuration::validate(file),

@@ -11,6 +11,7 @@ mod edit;
 pub mod incoming;
 pub mod ingest;
 mod keeper;
+pub mod lineage;
 pub mod merge;
 pub mod optimize;
 pub mod points;

@@ -59,6 +59,11 @@ impl Rule {
         quoted_list(self.columns.iter().map(String::as_str))
     }
 
+    /// `ORDER BY` that puts the last row of a key first.
+    pub fn last_first(&self) -> &str {
+        &self.last_first
+    }
+
     /// The last row per key of a relation: for epochs above all applied ones, without reverts.
     fn last_rows(&self, relation: &str) -> String {
         format!(
