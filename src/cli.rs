@@ -174,7 +174,7 @@ pub(crate) enum Verb {
         /// The pipeline
         pipeline: String,
     },
-    /// Go on after `pause`
+    /// Go on after `pause` or `rollback`: what waits merges, and what was asked for meanwhile is done
     Resume {
         /// The pipeline
         pipeline: String,
@@ -207,7 +207,7 @@ pub(crate) enum Verb {
         /// Main as it was at this version
         #[arg(long, value_name = "V", conflicts_with = "at_epoch")]
         at_version: Option<u64>,
-        /// Main as it was right after this epoch was merged
+        /// Main with the epochs up to this one only, as raw says them now
         #[arg(long, value_name = "EPOCH")]
         at_epoch: Option<Epoch>,
         #[command(flatten)]

@@ -307,3 +307,27 @@ def test_maintenance_that_fails_night_after_night_is_told(tmp_path: Path):
         file.write_bytes(content)
         lake.run()
         assert changes(receiver, "maintenance") == ["opened", "resolved"]
+
+
+def test_the_recovery_says_what_the_trouble_was(tmp_path: Path):
+    with HttpReceiver() as receiver:
+        lake = Lake(tmp_path).pipeline()
+        lake.configure(webhook(receiver.url))
+        lake.deliver(10, [("a", 1, "U")])
+        lake.run()
+        lake.deliver(20, [("a", 1, "U")])
+        (lake.folder(20) / "part-0.parquet").write_bytes(b"no parquet")
+        lake.run(code=1)
+        assert lake.alluvium("skip", "p", "20", "--yes").code == 0
+        told = [event["data"]["subjects"]["epoch 20"] for event in receiver.events()]
+        assert changes(receiver, "blocked") == ["opened", "resolved"]
+        assert all(text.startswith("AL-0301") for text in told), told
+
+
+def test_what_a_receiver_says_is_one_line_of_the_log(tmp_path: Path):
+    with HttpReceiver(answers=[500], files={"/in": b"oops \x1b[31mred\n second line"}) as receiver:
+        lake = Lake(tmp_path).pipeline()
+        lake.configure(webhook(receiver.url))
+        done = lake.alluvium("alerts", "test", "team")
+        assert done.code != 0 and "\x1b" not in done.err
+        assert "oops  [31mred  second line" in done.err, done.err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from lake import Lake
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +35,37 @@ def test_a_misspelt_setting_gets_a_suggestion_and_all_problems_come_at_once(lake
     assert result.code == 2
     for words in ["AL-0101", "pipeline.p.delete_wen", "did you mean `delete_when`", "run.poll", "60s"]:
         assert words in result.err, f"{words}\n{result.err}"
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ('after_merge = { deadline = "5s" }', "it calls nobody"),
+        ('after_merge = { url = "https://x.example", deadline = "0s" }', "more than no time"),
+        ('alert = { lag = "0s" }', "more than no time"),
+        ("after_merge = { command = [] }", "a list of texts that are not empty"),
+        ('sequence_by = ""', "a text in quotes that is not empty"),
+        ('after_merge = { url = "ftp://x.example" }', "expected https://; found ftp://"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(lake: Lake, setting: str, says: str):
+    lake.pipeline(more=setting)
+    done = lake.alluvium("config", "validate")
+    name = setting.split(" ")[0]
+    assert done.code == 2 and f"pipeline.p.{name}" in done.err and says in done.err, done.err
+
+
+def test_what_does_not_exist_is_named_with_what_does(lake: Lake):
+    lake.deliver(10, [("a", 1, "U")])
+    lake.run()
+    done = lake.alluvium("rollback-point", "add", "p", "x", "--version", "77")
+    assert done.code == 2 and "no version 77; the newest is" in done.err and "tables history p" in done.err
+    done = lake.alluvium("query", "p", "SELECT 1", "--at-version", "77")
+    assert done.code == 2 and "tables history p" in done.err
+    none = lake.alluvium("query", "p", "SELECT reason, row FROM quarantine", "-o", "json")
+    assert none.code == 0 and none.json() == [], "nothing was refused so far"
+    resumed = lake.alluvium("resume", "p")
+    assert "everything that is complete is in main" in resumed.err
 
 
 def test_a_misspelt_verb_gets_a_suggestion(tmp_path: Path):

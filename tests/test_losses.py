@@ -169,3 +169,20 @@ def test_a_request_carried_out_twice_changes_nothing_more(lake: Lake):
     lake.run()
     assert lake.version("main") == version
     assert lake.markers("main")["alluvium/p/20/merge"] == 2
+
+
+def test_without_the_state_nobody_seems_to_have_left_out_an_epoch_without_rows(lake: Lake):
+    """Only what somebody asked to leave out is `skipped`; raw's log says it when the manifests are gone."""
+    lake.deliver(10, [("a", 1, "U")])
+    lake.deliver(20, [])
+    lake.deliver(30, [(None, 1, "U")])
+    lake.deliver(40, [("b", 1, "U")])
+    lake.run()
+    assert lake.alluvium("skip", "p", "40", "--yes").code == 0
+    states = {10: "processed", 20: "processed", 30: "processed", 40: "skipped"}
+    assert lake.states() == states
+    shutil.rmtree(lake.root / "state")
+    assert lake.states() == states
+    lake.run()
+    assert lake.alluvium("ledger", "rebuild").code == 0
+    assert lake.states() == states

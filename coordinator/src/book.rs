@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use alluvium_protocol::manifest::Reason;
 use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id};
 use alluvium_protocol::queue::Lane;
 use alluvium_protocol::state::{Event, State};
@@ -274,9 +275,11 @@ impl Book {
             .chain(pinned.keys())
             .copied()
             .collect();
+        let emptied = self.emptied(raw.as_ref(), &contents).await?;
         for epoch in epochs {
             let content = contents.get(&epoch).copied().unwrap_or_default();
-            self.place(epoch, pinned.get(&epoch).copied(), content).await?;
+            let is_empty = emptied.contains(&epoch);
+            self.place(epoch, pinned.get(&epoch).copied(), content, is_empty).await?;
         }
         Ok(())
     }
@@ -286,12 +289,11 @@ impl Book {
         epoch: Epoch,
         pinned: Option<Generation>,
         content: RawContent,
+        is_empty: bool,
     ) -> Result<()> {
         if self.is_settled(epoch) && !self.markers.is_applied(epoch) {
             return Ok(());
         }
-        let is_ingested = self.markers.ingest.contains_key(&epoch);
-        let is_empty = is_ingested && !content.has_rows && self.is_empty_by_request(epoch).await;
         let found = State::from_tables(epoch, &self.markers, pinned, is_empty);
         let Some(state) = found else { return Ok(()) };
         // Content that waits for its ingest keeps its generation, also below what a rollback wants.
@@ -322,14 +324,43 @@ impl Book {
         Ok(())
     }
 
-    /// Raw holds no row of the epoch: somebody asked for that, unless the manifest says that its
-    /// folder held none.
-    async fn is_empty_by_request(&self, epoch: Epoch) -> bool {
-        let generation = self.markers.ingest.get(&epoch).copied().unwrap_or(0);
-        match self.manifests.load(epoch, generation).await {
-            Ok(Some(pinned)) => pinned.manifest.reason.is_empty_content(),
-            Ok(None) | Err(_) => true,
+    /// Ingested epochs without rows because somebody asked for that: so say their manifests or, where
+    /// these are lost, raw's commits. A folder may hold no rows, too.
+    async fn emptied(
+        &self,
+        raw: Option<&Table>,
+        contents: &BTreeMap<Epoch, RawContent>,
+    ) -> Result<BTreeSet<Epoch>> {
+        let (mut emptied, mut unknown) = (BTreeSet::new(), BTreeSet::new());
+        let has_rows = |epoch: &Epoch| contents.get(epoch).is_some_and(|content| content.has_rows);
+        for (epoch, generation) in &self.markers.ingest {
+            if has_rows(epoch) {
+                continue;
+            }
+            match self.manifests.load(*epoch, *generation).await {
+                Ok(Some(pinned)) if !pinned.manifest.reason.is_empty_content() => {}
+                Ok(Some(_)) => drop(emptied.insert(*epoch)),
+                Ok(None) | Err(_) => drop(unknown.insert(*epoch)),
+            }
         }
+        let (Some(raw), false) = (raw, unknown.is_empty()) else { return Ok(emptied) };
+        for commit in raw.history(0).await? {
+            let reason = serde_json::from_value::<Reason>(commit.info["reason"].clone()).ok();
+            for (app_id, _) in &commit.markers {
+                let epoch = unknown.iter().copied().find(|epoch| {
+                    *app_id == epoch_app_id(&self.pipeline.id, *epoch, EpochMarker::Ingest)
+                });
+                // The newest commit of an epoch comes first.
+                let Some(epoch) = epoch else { continue };
+                unknown.remove(&epoch);
+                if reason.is_none_or(Reason::is_empty_content) {
+                    emptied.insert(epoch);
+                }
+            }
+        }
+        // The log no longer reaches back: mostly somebody asked for it.
+        emptied.extend(unknown);
+        Ok(emptied)
     }
 
     /// The entry of an epoch, made when it is new.

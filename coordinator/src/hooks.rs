@@ -16,7 +16,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 
-use crate::alerts::sinks::client;
+use crate::alerts::sinks::{client, shown};
 use crate::book::Book;
 
 /// An answer or a last word of a command is shown so far.
@@ -216,7 +216,7 @@ async fn post(url: &str, body: &serde_json::Value, most: Duration) -> Result<(),
     if status.is_success() {
         return Ok(());
     }
-    let said: String = answer.text().await.unwrap_or_default().chars().take(SHOWN).collect();
+    let said = shown(&answer.text().await.unwrap_or_default(), SHOWN);
     Err(format!("it answered {status} {said}"))
 }
 
@@ -274,7 +274,7 @@ async fn read_end(stderr: Option<tokio::process::ChildStderr>) -> String {
     }
     let text = String::from_utf8_lossy(&kept);
     let skipped = text.trim().chars().count().saturating_sub(SHOWN);
-    text.trim().chars().skip(skipped).collect()
+    shown(&text.trim().chars().skip(skipped).collect::<String>(), SHOWN)
 }
 
 /// A program with its children, ended together unless it ended by itself.

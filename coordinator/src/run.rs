@@ -82,7 +82,7 @@ pub struct Coordinator {
     pub(crate) books: Vec<Book>,
     pub(crate) scribe: ScribeHandle,
     pub(crate) notices: mpsc::UnboundedSender<Notice>,
-    stopping: CancellationToken,
+    pub(crate) stopping: CancellationToken,
     turn: usize,
     /// Requests that could not be carried out, by id.
     pub(crate) refused: Vec<(String, Error)>,

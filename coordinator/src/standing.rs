@@ -246,7 +246,11 @@ pub fn plan_items(book: &Book, plan: &Plan, epochs: &[EpochStanding]) -> Vec<Val
         let is_due = plan.ingests.contains(&epoch.epoch);
         let is_next = epoch.state == "ready" && !is_due;
         if is_next || ["incomplete", "empty", "blocked", "parked"].contains(&epoch.state.as_str()) {
-            let otherwise = if is_next { "lower epochs go first" } else { epoch.state.as_str() };
+            let otherwise = match is_next {
+                true if book.markers.is_held() => "the pipeline is paused",
+                true => "lower epochs go first",
+                false => epoch.state.as_str(),
+            };
             let why = epoch.note.clone().unwrap_or_else(|| otherwise.to_owned());
             add("wait", Some(epoch.epoch.to_string()), &why);
         }

@@ -17,7 +17,7 @@ pub(crate) const WATCH_EVERY: TimeDelta = TimeDelta::seconds(5);
 /// Wakes within this time share a discovery: a delivery of a thousand files is one.
 const WAKE_EVERY: TimeDelta = TimeDelta::seconds(1);
 /// A process that ends tries so long to send what it has to tell.
-const LAST_WORDS: Duration = Duration::from_secs(30);
+const LAST_WORDS: Duration = Duration::from_secs(10);
 /// A drained run calls a failing hook so often.
 const HOOK_ATTEMPTS: u32 = 3;
 /// Epochs in this range are taken for seconds since 1970 (2001 to 2096).
@@ -92,7 +92,11 @@ impl Coordinator {
         if self.settings.once {
             self.tell(self.clock.now()).await;
             if let Some(keeper) = &self.settings.alerts {
-                keeper.finish(LAST_WORDS).await;
+                // Who is told to stop does not wait for a receiver.
+                tokio::select! {
+                    () = keeper.finish(LAST_WORDS) => {}
+                    () = self.stopping.cancelled() => {}
+                }
             }
         }
         for name in OF_LEADER {

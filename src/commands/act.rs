@@ -159,11 +159,17 @@ async fn tell(
     let id = &pipeline.id;
     match epoch {
         None => {
-            let is_held = standing.book.markers.is_held();
-            let text = if is_held {
+            let waiting = standing
+                .epochs()
+                .iter()
+                .filter(|e| ["ready", "ingested"].contains(&e.state.as_str()))
+                .count();
+            let text = if standing.book.markers.is_held() {
                 format!("{id} is paused; `alluvium resume {id}` goes on")
+            } else if waiting > 0 {
+                format!("{id} goes on; {waiting} epoch(s) wait: `alluvium plan {id}` says for what")
             } else {
-                format!("{id} is running; `alluvium run` processes it")
+                format!("{id} goes on; everything that is complete is in main")
             };
             printer::say(&text);
         }

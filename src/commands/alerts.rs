@@ -81,7 +81,7 @@ async fn test(config: &Config, name: &str) -> Result<Exit> {
         } else {
             format!("there are: {}", known.join(", "))
         };
-        return Err(Error::new(Code::ConfigInvalid, text).with_help(help));
+        return Err(Error::new(Code::NotPossibleNow, text).with_help(help));
     };
     let now = Utc::now();
     let incident = Incident {

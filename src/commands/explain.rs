@@ -13,7 +13,7 @@ pub(crate) fn explain(code: Option<&str>) -> Result<Exit> {
         return Ok(Exit::Ok);
     };
     let known = Code::parse(text).ok_or_else(|| {
-        Error::new(Code::ConfigInvalid, format!("there is no error code {text:?}"))
+        Error::new(Code::NotPossibleNow, format!("there is no error code {text:?}"))
             .with_help("`alluvium explain` lists all codes")
     })?;
     printer::data(known.page());

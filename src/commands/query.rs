@@ -3,11 +3,12 @@
 use std::path::Path;
 
 use alluvium_coordinator::ledger::LedgerTable;
-use alluvium_protocol::marker::{EpochMarker, epoch_app_id};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
 use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::session::query_session;
 use alluvium_table::{Table, arrow, query as sql_query};
+use alluvium_worker::as_of::{AsOf, as_of};
+use alluvium_worker::quarantine;
 
 use crate::cli::Output;
 use crate::config;
@@ -55,18 +56,28 @@ async fn register(
 ) -> Result<Vec<&'static str>> {
     let mut known = Vec::new();
     let version = match at.epoch {
-        Some(epoch) => Some(version_of(pipeline, epoch).await?),
         None => at.version,
+        Some(epoch) => match as_of(session, "main", pipeline, epoch).await? {
+            AsOf::Version(version) => Some(version),
+            AsOf::Computed => {
+                printer::say(&format!(
+                    "no version of main holds just the epochs up to {epoch}: it is computed from raw"
+                ));
+                known.push("main");
+                None
+            }
+        },
     };
-    if let Some(version) = version {
-        let newest = Table::open(&pipeline.main).await?.map(|table| table.version());
-        if newest.is_none_or(|newest| i64::try_from(version).unwrap_or(i64::MAX) > newest) {
-            let text = match newest {
-                Some(newest) => format!("main has no version {version}; the newest is {newest}"),
-                None => "main does not exist yet".to_owned(),
-            };
-            return Err(Error::new(Code::NotPossibleNow, text));
-        }
+    let newest = Table::open(&pipeline.main).await?.map(|table| table.version());
+    if let Some(version) = version
+        && newest.is_none_or(|newest| i64::try_from(version).unwrap_or(i64::MAX) > newest)
+    {
+        let text = match newest {
+            Some(newest) => format!("main has no version {version}; the newest is {newest}"),
+            None => "main does not exist yet".to_owned(),
+        };
+        return Err(Error::new(Code::NotPossibleNow, text)
+            .with_help(format!("`alluvium tables history {}` lists versions", pipeline.id)));
     }
     let tables = [
         ("main", pipeline.main.clone(), version),
@@ -75,27 +86,17 @@ async fn register(
     ];
     let ledger = LedgerTable::ALL.map(|table| (table.name(), table.uri(&pipeline.state), None));
     for (name, uri, version) in tables.into_iter().chain(ledger) {
+        if known.contains(&name) {
+            continue;
+        }
         if let Some(table) = Table::open_at(&uri, version).await? {
             table.register(session, name, None, false).await?;
+            known.push(name);
+        } else if name == "quarantine" {
+            // Nothing was refused so far.
+            quarantine::register_empty(session, name)?;
             known.push(name);
         }
     }
     Ok(known)
-}
-
-/// Main's version right after the epoch's last merge.
-async fn version_of(pipeline: &Pipeline, epoch: Epoch) -> Result<u64> {
-    let unknown = |why: &str| {
-        Error::new(Code::UnknownEpoch, format!("epoch {epoch} of {}: {why}", pipeline.id))
-            .with_help(format!("`alluvium epochs {}` lists them", pipeline.id))
-    };
-    let main = Table::open(&pipeline.main).await?.ok_or_else(|| unknown("main does not exist"))?;
-    let app_id = epoch_app_id(&pipeline.id, epoch, EpochMarker::Merge);
-    if main.transaction(&app_id).is_none() {
-        return Err(unknown("it was never merged"));
-    }
-    let commits = main.history(0).await?;
-    let merge = commits.iter().find(|c| c.markers.iter().any(|(id, _)| *id == app_id));
-    let merge = merge.ok_or_else(|| unknown("the log no longer reaches back to its merge"))?;
-    u64::try_from(merge.version).map_err(Error::internal)
 }

@@ -158,7 +158,7 @@ settings! {
     "pipeline.*.optimize.bin_size", Kind::Size, Some(r#""512MiB""#), "", r#""256MiB""#,
         "Most bytes that one optimize commit rewrites.";
     "pipeline.*.schedule", Kind::Text, None, "the source is listed at every poll", r#""0 6 * * MON-FRI""#,
-        "Cron expression (minute hour day month weekday): the source is listed at these times only, and when something wakes it.";
+        "Cron expression (minute hour day month weekday, or seconds first): the source is listed at these times only, and when something wakes it.";
     "pipeline.*.timezone", Kind::Text, Some(r#""UTC""#), "", r#""Europe/Berlin""#,
         "Time zone of `schedule` and `alert.arrive_by`, with its daylight saving.";
     "pipeline.*.after", Kind::Names, None, "it follows no other", r#"["orders"]"#,
@@ -199,7 +199,8 @@ impl Kind {
         match self {
             Self::Text | Self::Secret | Self::Location => match value.as_str() {
                 Some(text) if !text.is_empty() => Ok(()),
-                _ => expected("a text in quotes"),
+                Some(_) => Err("expected a text in quotes that is not empty".to_owned()),
+                None => expected("a text in quotes"),
             },
             Self::Percent => match value.as_str().and_then(share_of) {
                 Some(_) => Ok(()),
@@ -236,7 +237,7 @@ impl Kind {
                 if names == Some(true) {
                     Ok(())
                 } else {
-                    expected("a list of names such as [\"id\"]")
+                    expected("a list of texts that are not empty, such as [\"id\", \"site\"]")
                 }
             }
             Self::OneOf(words) => match value.as_str() {

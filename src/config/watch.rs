@@ -126,9 +126,11 @@ fn sink(section: &Section<'_>, pipelines: &[String], problems: &mut Vec<Problem>
             }
         }
         _ => {
-            if let Err(text) = check_url(&url) {
-                problems.push(section.problem("url", format!("required: {text}")));
-            }
+            let checked = match url.is_empty() {
+                true => Err("required: where the alerts go".to_owned()),
+                false => check_url(&url),
+            };
+            problems.extend(checked.err().map(|text| section.problem("url", text)));
         }
     }
     if kind == SinkKind::PagerDuty && section.get("key").is_none() {
@@ -173,6 +175,13 @@ pub(super) fn policies(
 
 fn policy(section: &Section<'_>, names: &[String], problems: &mut Vec<Problem>) -> Policy {
     let zone = section.text("timezone").unwrap_or_default();
+    for key in ["alert.lag", "alert.no_arrival", "alert.incomplete", "after_merge.deadline"] {
+        if section.duration(key).is_some_and(|limit| limit.is_zero()) {
+            problems.push(
+                section.problem(key, "expected more than no time; leave it out for no limit"),
+            );
+        }
+    }
     let timezone = zone.parse::<Tz>().unwrap_or_else(|_| {
         let text = format!("no time zone {zone:?}; expected a name such as \"Europe/Berlin\"");
         problems.push(section.problem("timezone", text));
@@ -213,7 +222,14 @@ fn policy(section: &Section<'_>, names: &[String], problems: &mut Vec<Problem>) 
 fn hook(section: &Section<'_>, problems: &mut Vec<Problem>) -> Option<Hook> {
     let (url, command) = (section.text("after_merge.url"), section.list("after_merge.command"));
     let call = match (url, command.is_empty()) {
-        (None, true) => return None,
+        (None, true) => {
+            if section.source.leaves.contains_key(&section.problem("after_merge.deadline", "").path)
+            {
+                let text = "it calls nobody: set after_merge.url or after_merge.command";
+                problems.push(section.problem("after_merge", text));
+            }
+            return None;
+        }
         (Some(_), false) => {
             problems.push(section.problem("after_merge", "either url or command, not both"));
             return None;

@@ -5,6 +5,7 @@
 //! Never: lists a source, decides order, retries a task, writes the ledger, or knows a coordinator.
 
 mod answers;
+pub mod as_of;
 mod checks;
 pub mod cleanup;
 mod edit;

@@ -65,6 +65,11 @@ pub async fn add(
     }
     let newest = main.version();
     let version = version.unwrap_or(newest);
+    if version > newest {
+        let text = format!("{} has no version {version}; the newest is {newest}", main.uri());
+        return Err(Error::new(Code::NotPossibleNow, text)
+            .with_help(format!("`alluvium tables history {}` lists versions", pipeline.id)));
+    }
     if version == newest {
         // Later cleanups of the log leave a shortcut to it.
         main.checkpoint().await?;

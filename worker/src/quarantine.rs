@@ -11,6 +11,7 @@ use alluvium_table::arrow::array::{
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, TimeUnit};
 use alluvium_table::arrow::json::LineDelimitedWriter;
 use alluvium_table::commit::{Change, CommitOutcome, Operation};
+use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::pause::Pauses;
 use alluvium_table::spool::Spool;
 use alluvium_table::write::{FileWriter, Written};
@@ -39,6 +40,13 @@ fn spec() -> TableSpec {
         partition_by: vec![EPOCH.to_owned()],
         properties: Vec::new(),
     }
+}
+
+/// A quarantine without rows, for queries, where none was made so far.
+pub fn register_empty(session: &SessionContext, name: &str) -> Result<()> {
+    let none = session.read_batch(RecordBatch::new_empty(spec().schema));
+    let none = none.map_err(Error::internal)?.into_view();
+    session.register_table(name, none).map(drop).map_err(Error::internal)
 }
 
 /// Makes the quarantine of an epoch exactly `refused`. Returns the number of rows.

@@ -169,12 +169,7 @@ impl RestorePlan {
             let text = format!("epoch {epoch} lies below the floor, which is in main for good");
             return Err(Error::new(Code::EpochSettled, text));
         }
-        for version in candidates(main, pipeline, &out).await? {
-            let Ok(at) = markers_at(main, pipeline, version).await else { continue };
-            let is_it = at.applied() == kept && kept.iter().all(|e| has_content(&at, &markers, *e));
-            if !is_it {
-                continue;
-            }
+        for (version, at) in versions_with(main, pipeline, &markers, &kept, &out).await? {
             match files_to_bring_back(main, pipeline, version).await {
                 Ok(files) => return Ok(Self::by_version(markers, &at, pinned, version, files)),
                 Err(error) => tracing::info!(%error, "computes the rows from raw"),
@@ -458,7 +453,8 @@ pub(crate) async fn files_to_bring_back(
     let then =
         then.map_err(|error| impossible(format!("it cannot be read ({})", error.message)))?;
     let then = then.ok_or_else(|| impossible("there is none".to_owned()))?;
-    if !kept_versions(main).contains(&at) && version < main.version() {
+    let adds = then.adds().await?;
+    if !adds.is_empty() && !kept_versions(main).contains(&at) && version < main.version() {
         let next = main.commit_record(version + 1).await?;
         let age = next.map(|next| Utc::now() - next.at);
         let most = chrono::Duration::from_std(pipeline.sizes.vacuum_retention * 3 / 4);
@@ -470,7 +466,6 @@ pub(crate) async fn files_to_bring_back(
             return Err(impossible(text));
         }
     }
-    let adds = then.adds().await?;
     let live = main.files().await?;
     let paths: BTreeSet<&str> = live.iter().map(|file| file.path.as_str()).collect();
     let returning: Vec<Add> =
@@ -482,6 +477,25 @@ pub(crate) async fn files_to_bring_back(
     }
     let leaving = live.into_iter().filter(|file| !adds.contains_key(&file.path)).collect();
     Ok((returning, leaving))
+}
+
+/// Versions of main that hold exactly the epochs `kept`, with what raw says of them now, as far as they
+/// are easily found. Their files may be gone.
+pub(crate) async fn versions_with(
+    main: &Table,
+    pipeline: &Pipeline,
+    markers: &Markers,
+    kept: &BTreeSet<Epoch>,
+    out: &BTreeSet<Epoch>,
+) -> Result<Vec<(i64, Markers)>> {
+    let mut found = Vec::new();
+    for version in candidates(main, pipeline, out).await? {
+        let Ok(at) = markers_at(main, pipeline, version).await else { continue };
+        if at.applied() == *kept && kept.iter().all(|e| has_content(&at, markers, *e)) {
+            found.push((version, at));
+        }
+    }
+    Ok(found)
 }
 
 /// Versions right before the epochs' last merges, and right before their first: one of them holds

@@ -76,6 +76,29 @@ impl Rule {
         )
     }
 
+    /// Main as the fold of `applied` over `base`, whole; these are its columns.
+    pub(crate) fn whole(&self, columns: &[String], has_base: bool) -> String {
+        let op = quoted(raw::OP);
+        let of_raw = |name: &String| match self.columns.contains(name) {
+            true => quoted(name),
+            false => format!("NULL AS {}", quoted(name)),
+        };
+        let rest = format!(
+            " UNION ALL SELECT {} FROM base b LEFT ANTI JOIN mentioned m ON {}",
+            quoted_list(columns.iter().map(String::as_str)),
+            self.keys_equal("b", "m"),
+        );
+        format!(
+            "WITH mentioned AS (SELECT * FROM applied WHERE {op} <> '{revert}'), last AS ({last}) \
+             SELECT {columns} FROM last WHERE {op} = '{upsert}'{rest}",
+            revert = raw::REVERT,
+            last = self.last_rows("mentioned"),
+            columns = columns.iter().map(of_raw).collect::<Vec<_>>().join(", "),
+            upsert = raw::UPSERT,
+            rest = if has_base { rest } else { String::new() },
+        )
+    }
+
     /// One row per key of `changes`, by the formula over `applied`; what no row speaks of falls
     /// back to `base`, or is absent.
     fn reconciled_rows(&self, has_base: bool) -> String {

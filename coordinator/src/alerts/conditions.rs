@@ -150,10 +150,14 @@ impl Look<'_> {
         for (epoch, entry) in &book.entries {
             if let Some(kind) = self.kind_of(book, *epoch, entry) {
                 let subject = format!("epoch {epoch}");
-                let text = entry
-                    .error
-                    .as_ref()
-                    .map_or_else(|| "it is tried again".to_owned(), |error| format!("{error}"));
+                // What is tried again is still what it was, until it is at its end.
+                let key = Key { kind, pipeline: id.to_owned() };
+                let told = self.incidents.get(&key).and_then(|open| open.subjects.get(&subject));
+                let text = match (&entry.error, told) {
+                    (Some(error), _) => error.to_string(),
+                    (None, Some(told)) => told.clone(),
+                    (None, None) => "it is tried again".to_owned(),
+                };
                 by_kind.entry(kind).or_default().insert(subject, text);
             }
         }

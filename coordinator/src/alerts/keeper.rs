@@ -220,8 +220,9 @@ impl Keeper {
         self.write(held).await
     }
 
-    /// Sends what waits, for at most so long: a process that ends tells what it found.
+    /// Sends what waits and is due, for at most so long: a process that ends tells what it found.
     pub async fn finish(&self, most: Duration) {
+        let end = Utc::now() + most;
         let finishing = async {
             loop {
                 let due = {
@@ -234,14 +235,18 @@ impl Keeper {
                     }
                     first.into_values().min()
                 };
-                let Some(due) = due else { return };
+                let Some(due) = due.filter(|due| *due < end) else { return };
                 tokio::time::sleep((due - Utc::now()).to_std().unwrap_or_default()).await;
                 // What cannot be noted as sent was sent.
                 let _ = self.send_due().await;
             }
         };
-        // What is left is sent by the next process.
         let _ = tokio::time::timeout(most, finishing).await;
+        let left =
+            self.held.lock().await.iter().map(|held| held.stored.outbox.len()).sum::<usize>();
+        if left > 0 {
+            tracing::warn!("{left} alert(s) were not taken so far; the next process sends them");
+        }
     }
 }
 
