@@ -224,6 +224,12 @@ pub(crate) enum Verb {
         #[command(flatten)]
         output: OutputArgument,
     },
+    /// Refused rows: which, why, and what can be done about them
+    #[command(after_help = QUARANTINE_HELP)]
+    Quarantine {
+        #[command(subcommand)]
+        verb: QuarantineVerb,
+    },
     /// What an error code means: what happened, what is still safe, what to do
     Explain {
         /// Such as AL-0301; without it all codes are listed
@@ -392,6 +398,46 @@ Examples:
   alluvium query researchers \"SELECT * FROM main WHERE pguid = 'x'\" --at-epoch 1700086400
   alluvium query researchers \"SELECT _epoch, _op, count(*) FROM raw GROUP BY 1, 2 ORDER BY 1\"
   alluvium query researchers \"SELECT reason, row FROM quarantine\" -o json";
+
+const QUARANTINE_HELP: &str = "\
+Reasons: null_key (a NULL in the key), duplicate_key (`on_duplicate`), expect:NAME (an expectation).
+
+Examples:
+  alluvium quarantine list                     how many, by epoch and reason
+  alluvium quarantine show researchers 1700086400
+  alluvium quarantine replay researchers 1700086400    read the folder again: after it was delivered
+                                               again, or the configuration was corrected
+  alluvium quarantine drop researchers 1700086400      forget them";
+
+#[derive(Subcommand)]
+pub(crate) enum QuarantineVerb {
+    /// How many rows, by epoch and reason
+    List {
+        /// Only this pipeline
+        pipeline: Option<String>,
+        #[command(flatten)]
+        output: OutputArgument,
+    },
+    /// The rows as they came, with file and position
+    Show {
+        /// The pipeline
+        pipeline: String,
+        /// Only this epoch
+        epoch: Option<Epoch>,
+        /// Only this reason
+        #[arg(long)]
+        reason: Option<String>,
+        /// At most so many
+        #[arg(long, default_value_t = 20)]
+        limit: usize,
+        #[command(flatten)]
+        output: OutputArgument,
+    },
+    /// Read the epoch's folder again: every row is judged anew
+    Replay(OfEpoch),
+    /// Forget an epoch's refused rows
+    Drop(OfEpoch),
+}
 
 const LINEAGE_EXAMPLES: &str = "\
 Examples:

@@ -78,7 +78,17 @@ fn line_of(notice: &Notice) -> Option<(bool, String)> {
                 0 => String::new(),
                 rows => format!(", {rows} refused into quarantine"),
             };
-            Some((false, format!("{pipeline} {epoch}  read {} rows{refused}", report.rows_read)))
+            let failed: Vec<String> = report
+                .expectations
+                .iter()
+                .filter(|(_, failed)| *failed > 0)
+                .map(|(name, failed)| format!(", {name} does not hold for {failed}"))
+                .collect();
+            let (read, failed) = (report.rows_read, failed.concat());
+            Some((
+                !failed.is_empty(),
+                format!("{pipeline} {epoch}  read {read} rows{refused}{failed}"),
+            ))
         }
         Notice::EpochsMerged { pipeline, epochs, late, report } => {
             Some((false, merged_line(pipeline, epochs, late, report)))

@@ -38,7 +38,8 @@ def test_a_schedule_lists_at_its_times_only(tmp_path: Path):
             lake.deliver(epoch, [("a", epoch, "U")])
             delivered = time.time()
             wait_for(lambda: lake.states().get(epoch) == "processed", "the schedule's time")
-            run = lake.alluvium("runs", "p", "--epoch", str(epoch), "-o", "json").json()[-1]
+            runs = ["runs", "p", "--epoch", str(epoch), "-o", "json"]
+            run = wait_for(lambda: lake.alluvium(*runs).json(), "the ledger's rows")[-1]
             published = dt.datetime.fromisoformat(run["published_at"].replace("Z", "+00:00"))
             # A time of the schedule lies in between; a poll would not have waited for one.
             assert published.timestamp() // 4 > delivered // 4
@@ -154,7 +155,7 @@ def waiting(make):
         cluster.coordinator(env={"ALLUVIUM_TEST_SNS_HOST": receiver.host})
         cluster.worker()
         # The first listing is over.
-        cluster.wait(lambda: "alluvium_leading 1" in (cluster.api("/metrics") or ""))
+        cluster.wait(lambda: "alluvium_leading{} 1" in (cluster.api("/metrics") or ""))
         cluster.deliver(1, [("a", 1, "U")])
         yield cluster
 

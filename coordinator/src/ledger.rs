@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use alluvium_protocol::marker::Generation;
 use alluvium_protocol::{Epoch, Error, Result, crash};
-use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
+use alluvium_table::arrow::datatypes::{DataType, Field, Fields, Schema, SchemaRef, TimeUnit};
 use alluvium_table::arrow::json::ReaderBuilder;
 use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
 use alluvium_table::pause::Pauses;
@@ -103,6 +103,7 @@ impl LedgerTable {
                 number("rows_deleted"),
                 number("bytes_written"),
                 flag("reconciled"),
+                text("expectations"),
             ],
             Self::AuditLog => vec![
                 instant("at"),
@@ -157,6 +158,7 @@ impl Ledger {
             )],
         };
         let mut table = Table::create_or_open(&uri, &spec).await?;
+        with_columns(&mut table, &spec.schema).await?;
         self.batches += 1;
         let marker = Marker {
             app_id: format!("alluvium/ledger/{}/{}", self.writer, to.name()),
@@ -273,6 +275,24 @@ impl Ledger {
     /// Manual acts, newest first.
     pub async fn audit(&self) -> Result<Vec<Value>> {
         self.select(LedgerTable::AuditLog, "SELECT * FROM t ORDER BY at DESC").await
+    }
+}
+
+/// An earlier version made the table with fewer columns.
+async fn with_columns(table: &mut Table, schema: &Schema) -> Result<()> {
+    let mut pauses = Pauses::for_at_most(APPEND_PATIENCE);
+    loop {
+        let held = table.schema();
+        let lacks = |field: &&Arc<Field>| held.index_of(field.name()).is_err();
+        let missing: Fields = schema.fields().iter().filter(lacks).cloned().collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        match table.add_columns(&missing).await? {
+            CommitOutcome::Landed => {}
+            CommitOutcome::Lost(error) if !pauses.wait().await => return Err(error),
+            CommitOutcome::Lost(_) => table.refresh().await?,
+        }
     }
 }
 

@@ -331,7 +331,15 @@ fn events(book: &Book, result: &TaskResult, now: DateTime<Utc>) -> Vec<Value> {
             "rows_deleted": count(report.rows_deleted),
             "bytes_written": count(report.bytes_written),
             "reconciled": report.reconciled,
+            "expectations": expectations(report),
         })
     };
     subjects.into_iter().enumerate().map(row).collect()
+}
+
+/// Rows for which each expectation did not hold, as a JSON object; NULL: the step has none.
+fn expectations(report: &Report) -> Option<String> {
+    let by_name: serde_json::Map<String, Value> =
+        report.expectations.iter().map(|(name, failed)| (name.clone(), json!(failed))).collect();
+    (!by_name.is_empty()).then(|| Value::Object(by_name).to_string())
 }

@@ -77,6 +77,8 @@ codes! {
     ExpressionInvalid = "AL-0304", Permanent, "An SQL expression of the pipeline cannot be evaluated";
     ReservedColumn = "AL-0305", Permanent, "A column uses a reserved name";
     SequenceColumnMissing = "AL-0306", Permanent, "The sequence_by column is missing";
+    ExpectationFailed = "AL-0307", Permanent, "Rows are not as the pipeline expects them";
+    DuplicateKey = "AL-0308", Permanent, "A key occurs more than once in an epoch";
     StorageUnavailable = "AL-0401", Transient, "Storage did not answer as it should";
     StorageDenied = "AL-0402", Permanent, "Storage refused access";
     StorageFull = "AL-0403", Transient, "Storage is full";

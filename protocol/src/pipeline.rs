@@ -37,6 +37,42 @@ pub enum Ready {
     Quiet(Duration),
 }
 
+/// What becomes of rows, or of their epoch, that are not as they should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// They are counted.
+    Warn,
+    /// They are refused, and kept in quarantine.
+    Quarantine,
+    /// The epoch is blocked, and no table is touched.
+    Fail,
+}
+
+/// What must be true of every row.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Expectation {
+    /// Unique in its pipeline.
+    pub name: String,
+    /// SQL over the incoming row; a row for which it is false or NULL fails.
+    pub sql: String,
+    /// What becomes of such rows.
+    pub action: Action,
+}
+
+/// What becomes of rows of an epoch whose key occurs again later in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnDuplicate {
+    /// They stay in raw; the last row decides.
+    #[default]
+    Last,
+    /// They are refused; the last row decides.
+    Quarantine,
+    /// The epoch is blocked.
+    Fail,
+}
+
 /// What a row of an incoming file is named after.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Content {
@@ -46,6 +82,12 @@ pub struct Content {
     pub sequence_by: Option<String>,
     /// SQL over the incoming row: true makes it a delete.
     pub delete_when: Option<String>,
+    /// What must be true of every row.
+    #[serde(default)]
+    pub expectations: Vec<Expectation>,
+    /// What becomes of earlier rows of a key.
+    #[serde(default)]
+    pub on_duplicate: OnDuplicate,
 }
 
 /// Sizes and limits of the work on a pipeline.

@@ -178,6 +178,9 @@ pub struct Report {
     pub rows_written: u64,
     /// Rows refused.
     pub rows_quarantined: u64,
+    /// Rows for which each expectation did not hold, in the order of the configuration.
+    #[serde(default)]
+    pub expectations: Vec<(String, u64)>,
     /// Rows whose key occurs again later in the epoch.
     pub rows_superseded: u64,
     /// Rows that main gained.

@@ -10,6 +10,7 @@ mod explain;
 mod health;
 mod history;
 mod lineage;
+mod quarantine;
 mod query;
 mod rollback;
 pub(crate) mod run;
@@ -92,6 +93,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
         Verb::Lineage { pipeline, key, output } => {
             lineage::lineage(file, &pipeline, &key, output.output).await
         }
+        Verb::Quarantine { verb } => quarantine::quarantine(file, &verb).await,
         Verb::Explain { code } => explain::explain(code.as_deref()),
         Verb::Config { verb: ConfigVerb::Validate } => configuration::validate(file),
         Verb::Config { verb: ConfigVerb::Show { output } } => {

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use alluvium_protocol::Pipeline;
-use alluvium_protocol::pipeline::{Content, OnBlock, Order, Ready, Sizes};
+use alluvium_protocol::pipeline::{Content, OnBlock, OnDuplicate, Order, Ready, Sizes};
 use alluvium_table::store::{Place, StorageOptions, place_of};
 use toml::Value;
 
-use super::settings::{Kind, SETTINGS};
+use super::settings::{Kind, SETTINGS, expectations};
 use super::value::{bytes_of, duration_of};
 use super::{Config, Problem, cluster, watch};
 
@@ -323,6 +323,15 @@ fn pipeline(source: &Source, name: &str, state: &str, memory: u64) -> Pipeline {
             key: key.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
             sequence_by: section.text("sequence_by"),
             delete_when: section.text("delete_when"),
+            expectations: section
+                .get("expect")
+                .and_then(|value| expectations(&value).ok())
+                .unwrap_or_default(),
+            on_duplicate: match section.text("on_duplicate").as_deref() {
+                Some("quarantine") => OnDuplicate::Quarantine,
+                Some("fail") => OnDuplicate::Fail,
+                _ => OnDuplicate::Last,
+            },
         },
         order: if is_arrival { Order::Arrival } else { Order::Sequential },
         on_block: if goes_on { OnBlock::Continue } else { OnBlock::Stop },

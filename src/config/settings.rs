@@ -1,5 +1,8 @@
 //! Every setting, once: validation, defaults and `config reference` are made from this table.
 
+use alluvium_protocol::pipeline::Expectation;
+use alluvium_table::query::check_expression;
+
 use super::value::{bytes_of, duration_of, share_of};
 
 /// What a setting holds.
@@ -27,6 +30,8 @@ pub(crate) enum Kind {
     Size,
     /// A list of texts, not empty.
     Names,
+    /// A list of tables with name, sql and action.
+    Expectations,
     /// One of these words.
     OneOf(&'static [&'static str]),
 }
@@ -135,6 +140,10 @@ settings! {
         "SQL over the incoming row; true makes it a delete of its key. Names are case-sensitive.";
     "pipeline.*.sequence_by", Kind::Text, None, "file name, then position in the file", r#""updated_at""#,
         "Column that orders rows of one key within an epoch; the largest wins, NULL is lowest.";
+    "pipeline.*.on_duplicate", Kind::OneOf(&["last", "quarantine", "fail"]), Some(r#""last""#), "", r#""quarantine""#,
+        "Rows of an epoch whose key comes again later in it: they stay in raw, are refused, or block the epoch. The last one decides.";
+    "pipeline.*.expect", Kind::Expectations, None, "nothing is expected", r#"[{ name = "paid", sql = "amount >= 0", action = "quarantine" }]"#,
+        "What must be true of every row (false and NULL are not); also as [[pipeline.NAME.expect]]. Action: `warn` counts, `quarantine` refuses the row, `fail` blocks the epoch.";
     "pipeline.*.order", Kind::OneOf(&["sequential", "arrival"]), Some(r#""sequential""#), "", r#""arrival""#,
         "`sequential`: epoch n+1 merges after n. `arrival`: as they come. The result is the same.";
     "pipeline.*.on_block", Kind::OneOf(&["stop", "continue"]), Some(r#""stop""#), "", r#""continue""#,
@@ -229,6 +238,7 @@ impl Kind {
                 Some(_) => Ok(()),
                 None => expected("a size such as \"64KiB\", \"128MiB\" or \"2GiB\""),
             },
+            Self::Expectations => expectations(value).map(drop),
             Self::Names => {
                 let names = value.as_array().map(|list| {
                     !list.is_empty()
@@ -249,6 +259,37 @@ impl Kind {
             },
         }
     }
+}
+
+/// Reads a list of expectations; Err says what was expected.
+pub(crate) fn expectations(value: &toml::Value) -> Result<Vec<Expectation>, String> {
+    let example = r#"{ name = "paid", sql = "amount >= 0", action = "quarantine" }"#;
+    let list =
+        value.as_array().ok_or_else(|| format!("expected a list of tables such as {example}"))?;
+    let mut found: Vec<Expectation> = Vec::new();
+    for item in list {
+        let keys = item.as_table().into_iter().flat_map(|table| table.keys());
+        if let Some(key) =
+            keys.into_iter().find(|key| !["name", "sql", "action"].contains(&key.as_str()))
+        {
+            return Err(format!(
+                "unknown setting {key:?}; an expectation has name, sql and action"
+            ));
+        }
+        let item: Expectation = item.clone().try_into().map_err(|error: toml::de::Error| {
+            format!("{}; expected a table such as {example}", error.message())
+        })?;
+        let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+        if item.name.is_empty() || !item.name.chars().all(is_name) {
+            return Err(format!("{:?} is no name: lower-case letters, digits and _", item.name));
+        }
+        if found.iter().any(|known| known.name == item.name) {
+            return Err(format!("two expectations are called {:?}", item.name));
+        }
+        check_expression(&item.sql).map_err(|error| format!("{}: {}", item.name, error.message))?;
+        found.push(item);
+    }
+    Ok(found)
 }
 
 /// The setting that stands for a path such as `pipeline.orders.key`.

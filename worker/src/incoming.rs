@@ -25,6 +25,11 @@ use futures::StreamExt;
 use crate::raw::{FILE, ROW};
 use crate::source::{SourceFile, read_error};
 
+/// The last column of refused rows: why.
+pub const REASON: &str = "_reason";
+/// Why a row is in quarantine: a NULL in its key.
+pub const NULL_KEY: &str = "null_key";
+
 /// Rows of one epoch, ready to be read.
 pub struct Incoming {
     folder: String,
@@ -36,14 +41,28 @@ pub struct Incoming {
 
 /// Rows that were refused, in the order of reading, and the first error of a file.
 pub struct Aside {
-    /// Rows with `_file` and `_row`, as they came.
-    pub refused: Spool,
+    /// Rows with `_file`, `_row` and [`REASON`], as they came.
+    refused: Spool,
     /// DataFusion passes errors on as text: the coded one waits here.
     pub error: Option<Error>,
 }
 
 /// Shared between the streams of one reading.
 pub type AsideRef = Arc<Mutex<Aside>>;
+
+impl Aside {
+    /// Keeps refused rows.
+    pub fn keep(&mut self, rows: &RecordBatch) -> Result<()> {
+        let rows = conform(rows, self.refused.schema()).map_err(Error::internal)?;
+        self.refused.push(rows)
+    }
+
+    /// All that were kept.
+    pub fn take(&mut self) -> Spool {
+        let none = Spool::new(Arc::clone(self.refused.schema()));
+        std::mem::replace(&mut self.refused, none)
+    }
+}
 
 impl Incoming {
     /// The rows of `files` with the data columns `columns`. Values of the columns `exact` decide
@@ -62,6 +81,16 @@ impl Incoming {
         Self { folder: folder.to_owned(), files, key: key.to_vec(), exact, schema }
     }
 
+    /// The epoch's folder.
+    pub fn folder(&self) -> &str {
+        &self.folder
+    }
+
+    /// The columns of the rows as they are read, their places last.
+    pub fn schema(&self) -> &Schema {
+        &self.schema
+    }
+
     /// Rows of all files, by their footers.
     pub fn rows(&self) -> u64 {
         self.files.iter().map(|file| file.rows).sum()
@@ -69,7 +98,10 @@ impl Incoming {
 
     /// A place for what one reading sets aside.
     pub fn aside(&self) -> AsideRef {
-        Arc::new(Mutex::new(Aside { refused: Spool::new(Arc::clone(&self.schema)), error: None }))
+        let reason = Arc::new(Field::new(REASON, DataType::Utf8, true));
+        let fields = self.schema.fields().iter().cloned().chain([reason]);
+        let schema = Schema::new(fields.collect::<Vec<_>>());
+        Arc::new(Mutex::new(Aside { refused: Spool::new(Arc::new(schema)), error: None }))
     }
 
     /// Registers the rows as table `name`. Each reading starts from the files; refused rows go to
@@ -183,7 +215,12 @@ impl Reading {
             Some(refused) => {
                 let keep = not(&refused).map_err(Error::internal)?;
                 let aside = filter_record_batch(&batch, &refused).map_err(Error::internal)?;
+                let reasons: ArrayRef =
+                    Arc::new(StringArray::from(vec![NULL_KEY; aside.num_rows()]));
                 let mut shared = self.aside.lock().unwrap_or_else(PoisonError::into_inner);
+                let columns = aside.columns().iter().cloned().chain([reasons]).collect();
+                let schema = Arc::clone(shared.refused.schema());
+                let aside = RecordBatch::try_new(schema, columns).map_err(Error::internal)?;
                 shared.refused.push(aside)?;
                 filter_record_batch(&batch, &keep).map_err(Error::internal)
             }

@@ -14,7 +14,7 @@ use alluvium_protocol::pipeline::full_hash;
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
 use alluvium_table::Table;
-use alluvium_table::arrow::datatypes::{DataType, Field};
+use alluvium_table::arrow::datatypes::Field;
 use alluvium_table::classify::foreign;
 use alluvium_table::commit::CommitOutcome;
 use alluvium_table::datafusion::dataframe::DataFrame;
@@ -29,6 +29,7 @@ use object_store::ObjectStoreExt;
 use crate::checks::{agree, read_back};
 use crate::incoming::{AsideRef, Incoming, first_error};
 use crate::raw_commit::{Prepared, RawCommit, already, partition_paths};
+use crate::refusals::{Judged, judge};
 use crate::source::SourceFile;
 use crate::{Permit, Workshop, quarantine, raw};
 
@@ -80,16 +81,15 @@ pub async fn ingest(
     let void = raw::void_columns(&columns, &files);
     let all = [columns.as_slice(), void.as_slice()].concat();
     let incoming = Incoming::new(&manifest.folder, files, &pipeline.content.key, exact, all);
-    check_condition(pipeline, &incoming).await?;
+    let judged = judge(pipeline, &incoming).await?;
     let table = prepare_table(workshop, pipeline, present, &columns).await?;
-    let prepared = write_files(workshop, task, wanted, &table, &incoming).await?;
+    let prepared = write_files(workshop, task, wanted, &table, &incoming, &judged).await?;
     crash::point("ingest.after_write")?;
     permit.check()?;
 
     let refused = {
         let mut aside = prepared.aside.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let schema = aside.refused.schema().clone();
-        std::mem::replace(&mut aside.refused, alluvium_table::spool::Spool::new(schema))
+        aside.take()
     };
     let now = workshop.clock.now();
     let rows_quarantined = quarantine::replace(
@@ -112,6 +112,7 @@ pub async fn ingest(
         rows_read: incoming.rows(),
         rows_written: prepared.written.rows,
         rows_quarantined,
+        expectations: judged.failed,
         files_added: prepared.written.adds.len() as u64,
         bytes_written: alluvium_table::bytes_of(&prepared.written.adds),
         ..Report::default()
@@ -266,11 +267,15 @@ async fn write_files(
     wanted: &Wanted<'_>,
     table: &Table,
     incoming: &Incoming,
+    judged: &Judged,
 ) -> Result<Prepared> {
     let pipeline = &task.pipeline;
     let session = work_session(pipeline.sizes.memory_bytes);
     let aside = incoming.aside();
-    incoming.register(&session, "incoming", &aside)?;
+    incoming.register(&session, "incoming", &incoming.aside())?;
+    judged.set_aside(pipeline, &session, &aside).await?;
+    // Read once with the aside: rows without a key go there.
+    read_with(&session, pipeline, incoming, judged, &aside).await?;
     let now = workshop.clock.now().timestamp_micros();
     let own = format!(
         "CAST({} AS BIGINT) AS {}, CAST({now} AS BIGINT) AS {}, CAST({} AS BIGINT) AS {}",
@@ -290,14 +295,26 @@ async fn write_files(
     if !previous.is_empty() {
         // Read again only for the keys; what it refuses was kept by the first reading.
         let unheeded = incoming.aside();
-        session.deregister_table("incoming").map_err(|e| foreign("read the folder", &e))?;
-        incoming.register(&session, "incoming", &unheeded)?;
+        read_with(&session, pipeline, incoming, judged, &unheeded).await?;
         table.register(&session, "previous", Some(&previous), false).await?;
         let reverts = revert_rows(&session, pipeline, table, &own, &unheeded).await?;
         written.adds.extend(reverts.adds);
         written.rows += reverts.rows;
     }
     Ok(Prepared { written, content_rows, aside, previous })
+}
+
+/// Registers `incoming`, which refuses into `aside`, and `accepted` over it.
+async fn read_with(
+    session: &SessionContext,
+    pipeline: &Pipeline,
+    incoming: &Incoming,
+    judged: &Judged,
+    aside: &AsideRef,
+) -> Result<()> {
+    session.deregister_table("incoming").map_err(|e| foreign("read the folder", &e))?;
+    incoming.register(session, "incoming", aside)?;
+    judged.register(pipeline, session).await
 }
 
 /// The epoch's rows with their `_op`, sorted by key and then as the rule orders them.
@@ -322,38 +339,12 @@ async fn content_rows(
     };
     let place = quoted_list([raw::FILE, raw::ROW]);
     let sql = format!(
-        "SELECT *, {op} AS {}, {own} FROM incoming ORDER BY {key}, {sequence}{place}",
+        "SELECT *, {op} AS {}, {own} FROM accepted ORDER BY {key}, {sequence}{place}",
         quoted(raw::OP)
     );
     let doing = "sort the folder's rows";
     let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
     write_rows(frame, doing, pipeline, table, aside).await
-}
-
-/// `delete_when` is true, false or NULL of a row, and the same each time it is asked. Before raw is
-/// touched: an epoch that is blocked by it leaves no column behind.
-async fn check_condition(pipeline: &Pipeline, incoming: &Incoming) -> Result<()> {
-    let Some(condition) = &pipeline.content.delete_when else { return Ok(()) };
-    if incoming.rows() == 0 {
-        return Ok(());
-    }
-    let session = work_session(pipeline.sizes.memory_bytes);
-    incoming.register(&session, "incoming", &incoming.aside())?;
-    let invalid = |why: String| {
-        let help = format!("correct `delete_when` of pipeline.{}", pipeline.id);
-        Error::new(Code::ExpressionInvalid, format!("delete_when = {condition:?}: {why}"))
-            .with_help(help)
-    };
-    let sql = format!("SELECT ({condition}) FROM incoming");
-    let frame = session.sql(&sql).await.map_err(|e| invalid(e.to_string()))?;
-    let kind = frame.schema().field(0).data_type();
-    if !matches!(kind, DataType::Boolean | DataType::Null) {
-        return Err(invalid(format!("it gives a value of type {kind}, not true or false")));
-    }
-    if frame.logical_plan().expressions().iter().any(|expression| expression.is_volatile()) {
-        return Err(invalid("it gives another answer each time".to_owned()));
-    }
-    Ok(())
 }
 
 /// A revert row for each key of the previous content that the new one lacks.
@@ -370,7 +361,7 @@ async fn revert_rows(
     let sql = format!(
         "SELECT p.*, '{revert}' AS {op}, '' AS {file}, CAST(0 AS BIGINT) AS {row}, {own} \
          FROM (SELECT DISTINCT {key} FROM previous) p \
-         LEFT ANTI JOIN incoming i ON {on} ORDER BY {key}",
+         LEFT ANTI JOIN accepted i ON {on} ORDER BY {key}",
         revert = raw::REVERT,
         op = quoted(raw::OP),
         file = quoted(raw::FILE),

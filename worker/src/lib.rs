@@ -19,6 +19,7 @@ pub mod points;
 pub mod quarantine;
 pub mod raw;
 mod raw_commit;
+pub mod refusals;
 pub mod restore;
 pub mod slots;
 pub mod source;

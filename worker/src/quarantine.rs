@@ -22,9 +22,6 @@ use crate::ingest::COMMIT_PATIENCE;
 use crate::raw::{EPOCH, FILE, GENERATION, ROW};
 use crate::tables::Tables;
 
-/// Why a row is in quarantine: a NULL in its key.
-pub const NULL_KEY: &str = "null_key";
-
 fn spec() -> TableSpec {
     let instant = DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()));
     TableSpec {
@@ -100,6 +97,38 @@ pub async fn replace(
     Ok(rows)
 }
 
+/// Takes an epoch's rows out. Returns how many these were.
+pub async fn forget(pipeline: &Pipeline, epoch: Epoch) -> Result<u64> {
+    let Some(mut table) = Table::open(&pipeline.quarantine).await? else { return Ok(0) };
+    let mut pauses = Pauses::for_at_most(COMMIT_PATIENCE);
+    loop {
+        let value = epoch.to_string();
+        let files = table
+            .files_where(|partition| partition.get(EPOCH) == Some(&Some(value.clone())))
+            .await?;
+        if files.is_empty() {
+            return Ok(0);
+        }
+        let rows = files.iter().filter_map(|file| file.rows).sum();
+        let change = Change {
+            operation: Operation::Overwrite { predicate: format!("{EPOCH} = {epoch}") },
+            adds: Vec::new(),
+            removes: files.into_iter().map(|file| file.remove).collect(),
+            others: Vec::new(),
+            markers: Vec::new(),
+            info: serde_json::json!({
+                "pipeline": pipeline.id, "epoch": epoch, "step": "quarantine drop", "rows": rows,
+            }),
+        };
+        crash::point("quarantine.before_commit")?;
+        match table.commit(change).await? {
+            CommitOutcome::Landed => return Ok(rows),
+            CommitOutcome::Lost(error) if !pauses.wait().await => return Err(error),
+            CommitOutcome::Lost(_) => table.refresh().await?,
+        }
+    }
+}
+
 async fn write(
     table: &Table,
     refused: Spool,
@@ -121,7 +150,7 @@ fn as_kept(
     now: DateTime<Utc>,
 ) -> Result<RecordBatch> {
     let rows = batch.num_rows();
-    let data = batch.num_columns() - 2;
+    let data = batch.num_columns() - 3;
     let data_columns: Vec<usize> = (0..data).collect();
     let texts = json_lines(&batch.project(&data_columns).map_err(Error::internal)?)?;
     let constant = |value: i64| Arc::new(Int64Array::from(vec![value; rows])) as ArrayRef;
@@ -129,7 +158,7 @@ fn as_kept(
     let columns: Vec<ArrayRef> = vec![
         Arc::clone(batch.column(data)),
         Arc::clone(batch.column(data + 1)),
-        Arc::new(StringArray::from(vec![NULL_KEY; rows])),
+        Arc::clone(batch.column(data + 2)),
         Arc::new(texts),
         constant(generation),
         Arc::new(at.with_timezone("UTC")),

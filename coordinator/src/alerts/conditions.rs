@@ -294,8 +294,7 @@ impl Look<'_> {
                 bad.insert(format!("epoch {epoch}"), text);
             }
         }
-        let help =
-            format!("`alluvium query {id} \"SELECT reason, count(*) FROM quarantine GROUP BY 1\"`");
+        let help = format!("`alluvium quarantine list {id}`");
         self.add(Kind::Quarantine, id, bad, help);
     }
 
