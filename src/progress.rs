@@ -84,11 +84,13 @@ fn line_of(notice: &Notice) -> Option<(bool, String)> {
                 .filter(|(_, failed)| *failed > 0)
                 .map(|(name, failed)| format!(", {name} does not hold for {failed}"))
                 .collect();
-            let (read, failed) = (report.rows_read, failed.concat());
-            Some((
-                !failed.is_empty(),
-                format!("{pipeline} {epoch}  read {read} rows{refused}{failed}"),
-            ))
+            let left_out = match report.columns_left_out.as_slice() {
+                [] => String::new(),
+                names => format!(", left out new column(s) {}", names.join(", ")),
+            };
+            let told = format!("{}{left_out}", failed.concat());
+            let read = report.rows_read;
+            Some((!told.is_empty(), format!("{pipeline} {epoch}  read {read} rows{refused}{told}")))
         }
         Notice::EpochsMerged { pipeline, epochs, late, report } => {
             Some((false, merged_line(pipeline, epochs, late, report)))

@@ -36,6 +36,7 @@ from oracle_reading import (
 
 Key = tuple[Any, ...]
 Main = dict[Key, Columns]
+Refused = dict[tuple[str, int], str]
 
 UPSERT, DELETE, REVERT = "upsert", "delete", "revert"
 SYSTEM_COLUMNS = ("_epoch", "_op", "_file", "_row", "_generation", "_ingested_at")
@@ -63,9 +64,14 @@ class World:
     key: tuple[str, ...]
     sequence_by: str | None = None
     content: dict[int, list[Row]] = field(default_factory=dict)
+    # Columns that stay in raw.
+    ignore: tuple[str, ...] = ()
+    # Epoch → (file, row) → why the row is not content.
+    refused: dict[int, Refused] = field(default_factory=dict)
 
-    def set_content(self, epoch: int, rows: Iterable[Row]) -> None:
+    def set_content(self, epoch: int, rows: Iterable[Row], refused: Refused | None = None) -> None:
         """The epoch's next generation. Keys that an earlier generation had become reverts."""
+        self.refused[epoch] = refused or {}
         rows = list(rows)
         earlier = {key_of(row.columns, self.key) for row in self.content.get(epoch, [])}
         present = {key_of(row.columns, self.key) for row in rows}
@@ -101,6 +107,48 @@ def content_of(
     ]
 
 
+@dataclass(frozen=True)
+class Demands:
+    """What a row must be, beyond having a key: named conditions, in order, and keys that occur once."""
+
+    conditions: tuple[tuple[str, Callable[[Columns], bool | None]], ...] = ()
+    refuse_duplicates: bool = False
+
+
+def judged(
+    rows: Iterable[SourceRow],
+    key: tuple[str, ...],
+    sequence_by: str | None,
+    demands: Demands,
+    delete_when: Callable[[Columns], bool] = op_column_deletes,
+) -> tuple[list[Row], Refused]:
+    """An epoch's content, and what is refused: a NULL key, then the first condition that is not true,
+    then all but the last row of a key."""
+    rows = list(rows)
+    refused: Refused = {}
+    for row in rows:
+        if any(row.columns.get(column) is None for column in key):
+            refused[row.file, row.row] = "null_key"
+            continue
+        failing = (name for name, holds in demands.conditions if holds(row.columns) is not True)
+        if name := next(failing, None):
+            refused[row.file, row.row] = f"expect:{name}"
+    content = [row for row in content_of(rows, key, delete_when) if (row.file, row.row) not in refused]
+    if not demands.refuse_duplicates:
+        return content, refused
+    last: dict[Key, tuple] = {}
+    for row in content:
+        place = (_sequence(row, sequence_by), row.file.encode(), row.row)
+        last[key_of(row.columns, key)] = max(place, last.get(key_of(row.columns, key), place))
+    kept = []
+    for row in content:
+        if last[key_of(row.columns, key)] == (_sequence(row, sequence_by), row.file.encode(), row.row):
+            kept.append(row)
+        else:
+            refused[row.file, row.row] = "duplicate_key"
+    return kept, refused
+
+
 def key_of(columns: Columns, key: tuple[str, ...]) -> Key:
     """The key values of a row, in the order of the key's columns."""
     return tuple(normal(columns.get(column)) for column in key)
@@ -127,7 +175,7 @@ def expected_main(
         if row.op == DELETE:
             main.pop(key, None)
         else:
-            main[key] = row.columns
+            main[key] = {k: v for k, v in row.columns.items() if k not in model.ignore}
     return main
 
 
@@ -292,6 +340,7 @@ def main_from_raw(
     key: tuple[str, ...],
     sequence_by: str | None = None,
     base_rows: Mapping[Key, Columns] | None = None,
+    ignore: tuple[str, ...] = (),
 ) -> list[str]:
     """Main against raw's content and main's own markers; differences as `compare` gives them.
 
@@ -301,6 +350,7 @@ def main_from_raw(
     markers = read_markers(main_uri)
     pending = epochs_needing_merge(markers, read_markers(raw_uri), pipeline_id)
     world = world_from_raw(raw_uri, key, sequence_by)
+    world.ignore = ignore
     expected = expected_main(world, applied_epochs(markers, pipeline_id), base_rows)
     return pending + compare(expected, read_main(main_uri, key))
 

@@ -50,8 +50,11 @@ def check_world(home: Path, model: World, complete: set[int]) -> list[str]:
         lines += _prefixed("main log", marker_disagreements(main))
         found = read_main(main, model.key)
         lines += _prefixed("main by model", compare(expected_main(model, complete), found))
-        by_raw = main_from_raw(raw, main, pipeline_id, model.key, model.sequence_by)
+        by_raw = main_from_raw(
+            raw, main, pipeline_id, model.key, model.sequence_by, ignore=model.ignore
+        )
         lines += _prefixed("main by raw", by_raw)
+        lines += _prefixed("quarantine", _quarantine(home / "raw_quarantine", model))
         lines += _prefixed("raw by model", _raw(raw, model, markers["raw"], pipeline_id))
         if complete:
             applied = step_markers(markers["main"], pipeline_id, "merge")
@@ -121,6 +124,20 @@ def _raw(raw: Path, model: World, markers: dict[str, int], pipeline_id: str) -> 
                 f"epoch {epoch} holds rows of generation {generation}, "
                 f"its ingest marker says {ingested.get(int(epoch))}"
             )
+    return lines
+
+
+def _quarantine(table: Path, model: World) -> list[str]:
+    """Exactly the rows that are refused, each with its reason."""
+    expected = {
+        (epoch, *place): why for epoch, refused in model.refused.items() for place, why in refused.items()
+    }
+    rows = read_table(table) if table_exists(table) else []
+    found = {(row["_epoch"], row["_file"], row["_row"]): row["reason"] for row in rows}
+    lines = [f"{len(rows) - len(found)} rows stand twice"] if len(rows) != len(found) else []
+    for place in sorted(expected.keys() | found.keys()):
+        if expected.get(place) != found.get(place):
+            lines.append(f"{place}: expected {expected.get(place)}, found {found.get(place)}")
     return lines
 
 

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from oracle import Main, World, content_of, expected_main
+from oracle import Main, World, expected_main, judged
 from oracle_reading import read_source_folder, table_version
 from worlds_check import check_held, check_world, is_held
-from worlds_files import PIPELINE, complete_folder, config_text, write_files, write_junk
+from worlds_files import PIPELINE, complete_folder, demands_of, config_text, write_files, write_junk
 from worlds_plan import (
-    Action, Check, Deliver, Fault, Lose, Plan, Rollback, Run, Shape, Verb, describe,
+    Action, Change, Check, Deliver, Fault, File, Lose, Plan, Rollback, Run, Shape, Verb, describe,
 )  # fmt: skip
 
 TIMEOUT_SECONDS = 120
@@ -103,7 +103,7 @@ class Player:
     also_accepted: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.model = World(self.shape.key, self.shape.sequence_by)
+        self.model = World(self.shape.key, self.shape.sequence_by, ignore=self.shape.ignore)
         for folder in ("incoming", "logs"):
             (self.home / folder).mkdir(parents=True)
         (self.home / "alluvium.toml").write_text(config_text(self.shape))
@@ -116,6 +116,9 @@ class Player:
                 self._run(action)
             case Verb():
                 self._verb(action)
+            case Change():
+                self._rewrite(action.epoch, action.files)
+                self.model.set_content(action.epoch, *self._folder_content(action.epoch))
             case Rollback():
                 self._rollback(action)
             case Lose():
@@ -133,7 +136,7 @@ class Player:
         if action.complete:
             complete_folder(folder)
             self.complete.add(action.epoch)
-            self.model.set_content(action.epoch, self._folder_content(action.epoch))
+            self.model.set_content(action.epoch, *self._folder_content(action.epoch))
 
     def _run(self, action: Run) -> None:
         calls = [(["run", "--once"], fault) for fault in action.faults]
@@ -141,10 +144,7 @@ class Player:
 
     def _verb(self, action: Verb) -> None:
         if action.files is not None:
-            folder = self._folder(action.epoch)
-            shutil.rmtree(folder)
-            write_files(folder, action.files, self.shape.key)
-            complete_folder(folder)
+            self._rewrite(action.epoch, action.files)
         name, epoch = action.name, action.epoch
         self.unrepeated.discard((name, epoch))
         args = [name, PIPELINE, str(epoch), "--yes"]
@@ -153,9 +153,15 @@ class Player:
             # Whether it took effect is not known; the plan repeats it before it checks.
             self.unrepeated.add((name, epoch))
         elif name == "replay":
-            self.model.set_content(epoch, self._folder_content(epoch))
+            self.model.set_content(epoch, *self._folder_content(epoch))
         else:
             self.model.clear(epoch)
+
+    def _rewrite(self, epoch: int, files: tuple[File, ...]) -> None:
+        folder = self._folder(epoch)
+        shutil.rmtree(folder)
+        write_files(folder, files, self.shape.key)
+        complete_folder(folder)
 
     def _lose(self, what: str) -> None:
         lost = self.home / ("state/ledger" if what == "ledger" else what)
@@ -295,8 +301,9 @@ class Player:
     def _folder(self, epoch: int) -> Path:
         return self.home / "incoming" / str(epoch)
 
-    def _folder_content(self, epoch: int) -> list:
-        return content_of(read_source_folder(self._folder(epoch)), self.shape.key)
+    def _folder_content(self, epoch: int) -> tuple:
+        rows = read_source_folder(self._folder(epoch))
+        return judged(rows, self.shape.key, self.shape.sequence_by, demands_of(self.shape))
 
     def _versions(self) -> dict[str, int | None]:
         return {name: table_version(self.home / name) for name in ("raw", "main")}

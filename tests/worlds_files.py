@@ -5,15 +5,19 @@ Owns: how a planned file becomes bytes. Never: chooses rows or reads anything ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from oracle import Demands
 from worlds_plan import File, Shape
 
 PIPELINE = "p"
+# The same twice: in SQL, and in Python for the oracle. One refuses NULL, one does not.
+EXPECTATIONS = (("positive", "amount > -1"), ("known", "seq IS NULL OR seq <> 3"))
 MARKER = "_SUCCESS"
 COLUMN_TYPES = {
     "pguid": pa.string(),
@@ -49,7 +53,33 @@ def config_text(shape: Shape) -> str:
         lines.append(f"optimize = {{ small_files = {shape.small_files} }}")
     if shape.batch_epochs:
         lines.append(f"merge = {{ batch_epochs = {shape.batch_epochs} }}")
+    if shape.ignore:
+        names = ", ".join(f'"{column}"' for column in shape.ignore)
+        lines.append(f"columns = {{ ignore = [{names}] }}")
+    if shape.replay_changed:
+        lines.append('on_changed = "replay"')
+    if shape.refuse_duplicates:
+        lines.append('on_duplicate = "quarantine"')
+    if shape.expects:
+        for name, sql in EXPECTATIONS:
+            lines += [f"[[pipeline.{PIPELINE}.expect]]", f'name = "{name}"', f'sql = "{sql}"']
+            lines.append('action = "quarantine"')
     return "\n".join(lines) + "\n"
+
+
+def demands_of(shape: Shape) -> Demands:
+    """What the configuration demands of rows, for the oracle."""
+    return Demands(CONDITIONS if shape.expects else (), shape.refuse_duplicates)
+
+
+def _positive(columns: dict) -> bool | None:
+    """NaN is greater than every number, as in DataFusion."""
+    amount = columns["amount"]
+    return None if amount is None else math.isnan(amount) or amount > -1
+
+
+def _known(columns: dict) -> bool:
+    return columns["seq"] is None or columns["seq"] != 3
 
 
 def write_files(folder: Path, files: Iterable[File], key: tuple[str, ...]) -> None:
@@ -82,3 +112,6 @@ def _table(file: File, key: tuple[str, ...]) -> pa.Table:
     return pa.table(
         {name: pa.array([row.get(name) for row in file.rows], kind) for name, kind in types.items()}
     )
+
+
+CONDITIONS = (("positive", _positive), ("known", _known))

@@ -4,7 +4,7 @@ Owns: the shape of a world (configuration), its folders' rows and its actions, i
 Never: touches a disk, starts a process or looks at an outcome: one seed is always one plan.
 
 The rules of the game (a plan never leaves them):
-- a folder changes only together with `replay`: a changed folder alone is ignored by the product;
+- a folder changes only together with `replay`, or where `on_changed` reads it again by itself;
 - a verb that was killed, or whose reply was lost, is repeated plainly before anything is checked;
 - while a replay is to be repeated no other verb is asked;
 - `undo` is asked only of an epoch that a plain run has surely merged, `replay` also of one that
@@ -45,6 +45,10 @@ class Shape:
     slots: int
     batch_epochs: int | None
     small_files: int | None
+    expects: bool
+    refuse_duplicates: bool
+    ignore: tuple[str, ...]
+    replay_changed: bool
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,14 @@ class Verb:
 
 
 @dataclass(frozen=True)
+class Change:
+    """A processed folder changes; the next runs read it again by themselves."""
+
+    epoch: int
+    files: tuple[File, ...]
+
+
+@dataclass(frozen=True)
 class Rollback:
     """Everything ready is merged, main goes back, is looked at, and goes on.
 
@@ -139,7 +151,7 @@ class Check:
     still: bool = False
 
 
-Action = Deliver | Run | Verb | Rollback | Lose | Check
+Action = Deliver | Run | Verb | Change | Rollback | Lose | Check
 
 
 @dataclass(frozen=True)
@@ -171,6 +183,8 @@ def describe(action: Action, points: list[str]) -> str:
             return f"{what}, {', '.join(faults)}" if faults else what
         case Verb():
             return _verb_text(action, points)
+        case Change():
+            return f"folder {action.epoch} changes: {_files(action.files)}"
         case Rollback():
             to = "to a version that was checked" if action.by_version else f"to epoch {action.to}"
             faults = [f.describe(points) for f in (action.fault, action.resume_fault) if f]
@@ -221,6 +235,10 @@ class _Planner:
             slots=rng.randint(1, 4),
             batch_epochs=rng.choice((None, 1, 3, 100)),
             small_files=2 if rng.random() < 0.4 else None,
+            expects=rng.random() < 0.3,
+            refuse_duplicates=rng.random() < 0.3,
+            ignore=("op", "seq") if rng.random() < 0.3 else (),
+            replay_changed=rng.random() < 0.3,
         )
         self.pool = [f"k{n}" for n in range(rng.randint(3, 12))]
         if rng.random() < 0.3:
@@ -266,6 +284,7 @@ class _Planner:
             "twice": (3 if work else 1) if left >= 2 else 0,
             "verb": 6 if self.folders and not self._replay_is_open() else 0,
             "repeat": 4 if self.repeats else 0,
+            "change": 3 if self._changeable() else 0,
             "lose": 3 if self.begun else 0,
             "rebuild": 2 if self.sure else 0,
             "rollback": 10 if len(self.sure) > 1 and not self.repeats and left >= 5 else 0,
@@ -286,6 +305,12 @@ class _Planner:
                 self._rollback()
             case "lose":
                 self.actions.append(Lose(rng.choice(("ledger", "state"))))
+            case "change":
+                epoch = rng.choice(self._changeable())
+                self.folders[epoch] = self._changed_files(epoch)
+                self.actions.append(Change(epoch, self.folders[epoch]))
+                self.sure.discard(epoch)
+                self._run((self._fault("crash") if rng.random() < 0.3 else None,))
             case "rebuild":
                 self.actions.append(Lose("main"))
                 self.sure.clear()
@@ -312,6 +337,15 @@ class _Planner:
                 resume_fault=faults[1],
             )
         )
+
+    def _changeable(self) -> list[int]:
+        """What was surely processed, and not left out by somebody. With the manifests nobody knows any
+        more what was read."""
+        losses = [a for a in self.actions if isinstance(a, (Lose, Rollback))]
+        is_lost = any("state" in (getattr(a, "what", ""), getattr(a, "lose", "")) for a in losses)
+        if not self.shape.replay_changed or self.repeats or is_lost:
+            return []
+        return sorted(self.sure - self.emptied)
 
     def _replay_is_open(self) -> bool:
         """Then a folder differs from what was pinned, and may rightly stop other requests."""

@@ -15,7 +15,7 @@ use chrono::{DateTime, Utc};
 use futures::{FutureExt, StreamExt};
 use tokio::sync::mpsc;
 
-use crate::book::Book;
+use crate::book::{Book, Entry};
 use crate::discovery::{Contents, Listing};
 use crate::notice::Notice;
 use crate::pinning::{Gathered, gather, note_gathered};
@@ -100,16 +100,63 @@ async fn try_discover(
     }
     noted?;
     forget_vanished(book, &listing);
-    if book.compared_at.is_none_or(|at| now - at >= CHANGE_CHECK_EVERY) {
-        book.compared_at = Some(now);
-        // Work goes on; a person decides on a replay.
-        for text in mark_changes(book, &listing).await {
-            let _ = notices.send(Notice::Warning { pipeline: book.pipeline.id.clone(), text });
-        }
-    }
+    look_for_changes(book, &listing, now, notices).await?;
     let (waiting, known) = (book.waiting(), book.entries.len());
     let pipeline = book.pipeline.id.clone();
     let _ = notices.send(Notice::Discovered { pipeline, waiting, known });
+    Ok(())
+}
+
+/// Processed folders that are no longer what was read: told, and read again if that is wished.
+async fn look_for_changes(
+    book: &mut Book,
+    listing: &Listing,
+    now: DateTime<Utc>,
+    notices: &mpsc::UnboundedSender<Notice>,
+) -> Result<()> {
+    let settles = |entry: &Entry| entry.changed.is_some() && entry.settles_at.is_some();
+    let is_due = book.compared_at.is_none_or(|at| now - at >= CHANGE_CHECK_EVERY)
+        || book.entries.values().any(settles);
+    if !is_due {
+        return Ok(());
+    }
+    book.compared_at = Some(now);
+    let changes = mark_changes(book, listing).await;
+    for change in changes.iter().filter(|change| change.is_new) {
+        let text = change.text.clone();
+        let _ = notices.send(Notice::Warning { pipeline: book.pipeline.id.clone(), text });
+    }
+    // A rollback gives out generations, too.
+    if !book.policy.replay_changed || book.restoring.is_some() {
+        return Ok(());
+    }
+    let mut complete = Vec::new();
+    for Change { epoch, folder, contents, .. } in changes {
+        let ready = book.pipeline.ready.clone();
+        let entry = book.entry(epoch, State::Processed);
+        entry.settles_at = None;
+        match readiness::judge(&ready, &contents, entry.quiet.as_ref(), now) {
+            Judgement::Open => {
+                complete.push(Complete { epoch, folder, reason: Reason::Changed });
+            }
+            Judgement::Settling { until, quiet } => {
+                entry.settles_at = Some(until);
+                entry.quiet = Some(quiet);
+            }
+            Judgement::Empty | Judgement::Incomplete { .. } => {}
+        }
+    }
+    for (epoch, gathered) in gather_all(book, complete, now).await {
+        book.entry(epoch, State::Processed).quiet = None;
+        match gathered.and_then(|gathered| note_gathered(book, epoch, gathered, now)) {
+            Err(error) if error.class() != alluvium_protocol::Class::Permanent => {
+                return Err(error);
+            }
+            // It stays told as changed, and what was read stays in main.
+            Err(error) => tracing::warn!(%error, %epoch, "a changed folder is not read again"),
+            Ok(()) => {}
+        }
+    }
     Ok(())
 }
 
@@ -395,13 +442,24 @@ fn forget_vanished(book: &mut Book, listing: &Listing) {
     });
 }
 
+/// A processed folder that no longer holds what was read.
+pub(crate) struct Change {
+    epoch: Epoch,
+    folder: String,
+    contents: Contents,
+    /// It was not told so far.
+    is_new: bool,
+    /// What is told.
+    pub(crate) text: String,
+}
+
 /// What is to be said of a processed folder that no longer holds what was read.
 async fn change_of(
     book: &Book,
     epoch: Epoch,
     folder: &str,
     generation: Generation,
-) -> Option<String> {
+) -> Option<(Contents, String)> {
     // What cannot be compared (a damaged manifest, a folder that cannot be listed) is done all the
     // same: it is left to who asks for it again.
     let pinned = book.manifests.load(epoch, generation).await.ok().flatten()?;
@@ -410,20 +468,27 @@ async fn change_of(
     }
     let contents = book.source.contents(folder).await.ok()?;
     let id = &book.pipeline.id;
-    (!is_as_read(&book.pipeline.ready, &pinned.manifest, &contents)).then(|| {
-        format!(
+    if is_as_read(&book.pipeline.ready, &pinned.manifest, &contents) {
+        return None;
+    }
+    let text = match book.policy.replay_changed {
+        true => format!("folder {folder} changed after it was read; it is read again"),
+        false => format!(
             "folder {folder} changed after it was read; `alluvium replay {id} {epoch}` reads it again"
-        )
-    })
+        ),
+    };
+    Some((contents, text))
 }
 
-/// Marks processed epochs whose folders changed; returns those that were not marked before.
-pub(crate) async fn mark_changes(book: &mut Book, listing: &Listing) -> Vec<String> {
+/// Marks processed epochs whose folders changed; returns those that were not marked before and, where
+/// they are to be read again, the others.
+pub(crate) async fn mark_changes(book: &mut Book, listing: &Listing) -> Vec<Change> {
+    let is_wanted = |entry: &Entry| entry.changed.is_none() || book.policy.replay_changed;
     let candidates: Vec<(Epoch, String, Generation)> = book
         .entries
         .iter()
         .rev()
-        .filter(|(_, entry)| entry.state == State::Processed && entry.changed.is_none())
+        .filter(|(_, entry)| entry.state == State::Processed && is_wanted(entry))
         .filter_map(|(epoch, entry)| {
             let names = listing.folders.get(epoch)?;
             // A rollback raises the generation, not the content.
@@ -435,16 +500,24 @@ pub(crate) async fn mark_changes(book: &mut Book, listing: &Listing) -> Vec<Stri
     let mut comparing = Vec::with_capacity(candidates.len());
     for (epoch, folder, generation) in candidates {
         let book = &*book;
-        let one = async move { (epoch, change_of(book, epoch, &folder, generation).await) };
+        let one = async move {
+            let found = change_of(book, epoch, &folder, generation).await;
+            (epoch, folder, found)
+        };
         comparing.push(one.boxed());
     }
-    let compared: Vec<(Epoch, Option<String>)> =
+    let compared: Vec<(Epoch, String, Option<(Contents, String)>)> =
         futures::stream::iter(comparing).buffered(AT_ONCE).collect().await;
     let mut found = Vec::new();
-    for (epoch, text) in compared {
-        let Some(text) = text else { continue };
-        book.entry(epoch, State::Processed).changed = Some(text.clone());
-        found.push(text);
+    for (epoch, folder, change) in compared {
+        let entry = book.entry(epoch, State::Processed);
+        let Some((contents, text)) = change else {
+            // It is again what was read.
+            entry.changed = None;
+            continue;
+        };
+        let is_new = entry.changed.replace(text.clone()).is_none();
+        found.push(Change { epoch, folder, contents, is_new, text });
     }
     found
 }

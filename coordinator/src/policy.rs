@@ -1,6 +1,6 @@
 //! What a team wants of a pipeline beside its data: when it is looked at, and when somebody is told.
 //!
-//! Nothing here changes a row, so none of it travels in tasks.
+//! Nothing here says what a row means, so none of it travels in tasks.
 
 use std::time::Duration;
 
@@ -31,6 +31,8 @@ pub struct Policy {
     pub incomplete: Option<Duration>,
     /// Of an epoch's rows, 0 to 1, so many may be refused.
     pub quarantine_share: Option<f64>,
+    /// A processed folder that changes is read again by itself.
+    pub replay_changed: bool,
 }
 
 impl Default for Policy {
@@ -45,6 +47,7 @@ impl Default for Policy {
             timezone: Tz::UTC,
             incomplete: None,
             quarantine_share: None,
+            replay_changed: false,
         }
     }
 }

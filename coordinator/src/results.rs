@@ -302,6 +302,9 @@ fn events(book: &Book, result: &TaskResult, now: DateTime<Utc>) -> Vec<Value> {
         let beside = first.filter(|_| index > 0 && error.is_none());
         let message = match error {
             Some(error) => Some(error.message.clone()),
+            None if !report.columns_left_out.is_empty() => {
+                Some(format!("left out new column(s) {}", report.columns_left_out.join(", ")))
+            }
             None => beside.map(|first| format!("in one commit with epoch {first}")),
         };
         let count = |value: u64| if index == 0 { value } else { 0 };

@@ -79,6 +79,7 @@ codes! {
     SequenceColumnMissing = "AL-0306", Permanent, "The sequence_by column is missing";
     ExpectationFailed = "AL-0307", Permanent, "Rows are not as the pipeline expects them";
     DuplicateKey = "AL-0308", Permanent, "A key occurs more than once in an epoch";
+    NewColumn = "AL-0309", Permanent, "A folder has a column that the tables do not have";
     StorageUnavailable = "AL-0401", Transient, "Storage did not answer as it should";
     StorageDenied = "AL-0402", Permanent, "Storage refused access";
     StorageFull = "AL-0403", Transient, "Storage is full";

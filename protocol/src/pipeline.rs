@@ -73,6 +73,19 @@ pub enum OnDuplicate {
     Fail,
 }
 
+/// What becomes of a column that the tables do not have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NewColumns {
+    /// It is added to them.
+    #[default]
+    Evolve,
+    /// It is left out, and named.
+    Freeze,
+    /// The epoch is blocked.
+    Fail,
+}
+
 /// What a row of an incoming file is named after.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Content {
@@ -82,6 +95,12 @@ pub struct Content {
     pub sequence_by: Option<String>,
     /// SQL over the incoming row: true makes it a delete.
     pub delete_when: Option<String>,
+    /// What becomes of columns that the tables do not have.
+    #[serde(default)]
+    pub new_columns: NewColumns,
+    /// Columns that stay in raw.
+    #[serde(default)]
+    pub ignore: Vec<String>,
     /// What must be true of every row.
     #[serde(default)]
     pub expectations: Vec<Expectation>,
@@ -150,6 +169,9 @@ pub struct Pipeline {
     pub sizes: Sizes,
 }
 
+/// Property of main: columns that it leaves out. Absent: none.
+pub const IGNORE: &str = "alluvium.ignore";
+
 impl Pipeline {
     /// The settings that define content, as kept in the properties of raw and main. A table made
     /// with others must not be written.
@@ -159,6 +181,17 @@ impl Pipeline {
             ("alluvium.key", self.content.key.join(",")),
             ("alluvium.mode", "upsert".to_owned()),
         ]
+    }
+
+    /// The same for main alone: it can be made anew from raw.
+    pub fn main_properties(&self) -> Vec<(&'static str, String)> {
+        let ignored = (IGNORE, self.content.ignore.join(","));
+        self.content_properties().into_iter().chain([ignored]).collect()
+    }
+
+    /// The column stays in raw (Delta's columns are case-insensitive).
+    pub fn is_ignored(&self, column: &str) -> bool {
+        self.content.ignore.iter().any(|name| name.eq_ignore_ascii_case(column))
     }
 
     /// A short hash of the whole definition, for `commitInfo`.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use alluvium_protocol::Pipeline;
-use alluvium_protocol::pipeline::{Content, OnBlock, OnDuplicate, Order, Ready, Sizes};
+use alluvium_protocol::pipeline::{Content, NewColumns, OnBlock, OnDuplicate, Order, Ready, Sizes};
 use alluvium_table::store::{Place, StorageOptions, place_of};
 use toml::Value;
 
@@ -215,6 +215,15 @@ fn check_pipeline(source: &Source, name: &str, problems: &mut Vec<Problem>) {
     {
         problem("delete_when", error.message);
     }
+    for name in names_of(section.get("columns.ignore")) {
+        let keys = names_of(section.get("key"));
+        if keys.iter().any(|key| key.eq_ignore_ascii_case(&name)) {
+            problem("columns.ignore", format!("{name:?} is a column of the key: main needs it"));
+        }
+        if name.contains(',') {
+            problem("columns.ignore", format!("{name:?}: a name with a comma cannot be kept"));
+        }
+    }
     let own = ["_epoch", "_op", "_file", "_row", "_generation", "_ingested_at"];
     let keys = section.get("key").and_then(|value| value.as_array().cloned()).unwrap_or_default();
     for (index, key) in keys.iter().filter_map(Value::as_str).enumerate() {
@@ -300,7 +309,6 @@ fn pipeline(source: &Source, name: &str, state: &str, memory: u64) -> Pipeline {
     let quarantine = section
         .location("quarantine")
         .unwrap_or_else(|| format!("{}_quarantine", raw.trim_end_matches('/')));
-    let key = section.get("key").and_then(|value| value.as_array().cloned()).unwrap_or_default();
     let ready = if let Some(marker) = section.text("ready.marker") {
         Ready::Marker(marker)
     } else if let Some(manifest) = section.text("ready.manifest") {
@@ -320,13 +328,19 @@ fn pipeline(source: &Source, name: &str, state: &str, memory: u64) -> Pipeline {
         raw,
         state: state.to_owned(),
         content: Content {
-            key: key.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+            key: names_of(section.get("key")),
             sequence_by: section.text("sequence_by"),
             delete_when: section.text("delete_when"),
             expectations: section
                 .get("expect")
                 .and_then(|value| expectations(&value).ok())
                 .unwrap_or_default(),
+            new_columns: match section.text("schema").as_deref() {
+                Some("freeze") => NewColumns::Freeze,
+                Some("fail") => NewColumns::Fail,
+                _ => NewColumns::Evolve,
+            },
+            ignore: names_of(section.get("columns.ignore")),
             on_duplicate: match section.text("on_duplicate").as_deref() {
                 Some("quarantine") => OnDuplicate::Quarantine,
                 Some("fail") => OnDuplicate::Fail,
@@ -353,6 +367,11 @@ fn pipeline(source: &Source, name: &str, state: &str, memory: u64) -> Pipeline {
             memory_bytes: usize::try_from(memory).unwrap_or(usize::MAX),
         },
     }
+}
+
+fn names_of(value: Option<Value>) -> Vec<String> {
+    let list = value.and_then(|value| value.as_array().cloned()).unwrap_or_default();
+    list.iter().filter_map(Value::as_str).map(str::to_owned).collect()
 }
 
 /// Every setting's effective value with its origin.

@@ -140,6 +140,12 @@ settings! {
         "SQL over the incoming row; true makes it a delete of its key. Names are case-sensitive.";
     "pipeline.*.sequence_by", Kind::Text, None, "file name, then position in the file", r#""updated_at""#,
         "Column that orders rows of one key within an epoch; the largest wins, NULL is lowest.";
+    "pipeline.*.columns.ignore", Kind::Names, None, "all columns enter main", r#"["op"]"#,
+        "Columns that stay in raw and do not enter main. Kept in main: changing it means rebuilding main from raw.";
+    "pipeline.*.schema", Kind::OneOf(&["evolve", "freeze", "fail"]), Some(r#""evolve""#), "", r#""fail""#,
+        "A column that the tables do not have is added to them, is left out and named, or blocks its epoch.";
+    "pipeline.*.on_changed", Kind::OneOf(&["alert", "replay"]), Some(r#""alert""#), "", r#""replay""#,
+        "A processed folder whose files changed is an alert, or is read again by itself.";
     "pipeline.*.on_duplicate", Kind::OneOf(&["last", "quarantine", "fail"]), Some(r#""last""#), "", r#""quarantine""#,
         "Rows of an epoch whose key comes again later in it: they stay in raw, are refused, or block the epoch. The last one decides.";
     "pipeline.*.expect", Kind::Expectations, None, "nothing is expected", r#"[{ name = "paid", sql = "amount >= 0", action = "quarantine" }]"#,

@@ -215,6 +215,7 @@ fn policy(section: &Section<'_>, names: &[String], problems: &mut Vec<Problem>) 
         arrive_by,
         timezone,
         incomplete: section.duration("alert.incomplete"),
+        replay_changed: section.text("on_changed").as_deref() == Some("replay"),
         quarantine_share: section.text("alert.quarantine_share").as_deref().and_then(share_of),
     }
 }

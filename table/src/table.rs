@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use alluvium_protocol::pipeline::IGNORE;
 use alluvium_protocol::{Code, Error, Pipeline, Result, crash};
 use deltalake::arrow::datatypes::{Schema, SchemaRef};
 use deltalake::kernel::transaction::CommitProperties;
@@ -182,19 +183,31 @@ impl Table {
     /// Refuses a table that was made with other content-defining settings.
     pub fn check_settings(&self, pipeline: &Pipeline) -> Result<()> {
         let properties = self.properties();
-        for (name, wanted) in pipeline.content_properties() {
-            let Some(found) = properties.get(name).filter(|found| **found != wanted) else {
-                continue;
-            };
+        let is_main = self.uri == pipeline.main && properties.contains_key("alluvium.pipeline");
+        let wanted = match is_main {
+            true => pipeline.main_properties(),
+            false => pipeline.content_properties().to_vec(),
+        };
+        for (name, wanted) in wanted {
+            let none = String::new();
+            let held = properties.get(name).or((name == IGNORE).then_some(&none));
+            let Some(found) = held.filter(|found| **found != wanted) else { continue };
             let setting = name.trim_start_matches("alluvium.");
             let text = format!(
                 "{} was made with {setting} = {found:?}, the configuration says {wanted:?}",
                 self.uri
             );
-            let help = format!(
-                "set {setting} back; or rebuild: move the folders of raw and main away, then \
-                 `alluvium run --once`"
-            );
+            let help = match name == IGNORE {
+                true => {
+                    "set columns.ignore back; or rebuild main from raw: move main's folder away, \
+                         then `alluvium run --once`"
+                        .to_owned()
+                }
+                false => format!(
+                    "set {setting} back; or rebuild: move the folders of raw and main away, then \
+                     `alluvium run --once`"
+                ),
+            };
             return Err(Error::new(Code::SettingsMismatch, text).with_help(help));
         }
         Ok(())

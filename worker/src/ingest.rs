@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use alluvium_protocol::manifest::Manifest;
 use alluvium_protocol::marker::{Generation, Markers};
-use alluvium_protocol::pipeline::full_hash;
+use alluvium_protocol::pipeline::{NewColumns, full_hash};
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
 use alluvium_table::Table;
@@ -73,13 +73,28 @@ pub async fn ingest(
         // Main was there before raw: its columns and their types stand.
         None => workshop.tables.open(&pipeline.main).await?.map(|main| main.schema()),
     };
-    let columns = raw::union_columns(schema.as_ref(), &files, wanted.epoch)?;
+    let mut columns = raw::union_columns(schema.as_ref(), &files, wanted.epoch)?;
+    let known = schema.as_ref().map_or(columns.len(), |schema| raw::data_fields(schema).len());
+    let new = columns.split_off(known);
+    match pipeline.content.new_columns {
+        NewColumns::Evolve => columns.extend(new.iter().cloned()),
+        NewColumns::Fail if !new.is_empty() => {
+            return Err(new_columns(pipeline, &manifest.folder, &names_of(&new)));
+        }
+        NewColumns::Freeze | NewColumns::Fail => {}
+    }
+    let left_out = match pipeline.content.new_columns {
+        NewColumns::Freeze => new,
+        NewColumns::Evolve | NewColumns::Fail => Vec::new(),
+    };
     crash::point("ingest.after_read")?;
     permit.check()?;
 
     let exact = [pipeline.content.key.as_slice(), pipeline.content.sequence_by.as_slice()].concat();
-    let void = raw::void_columns(&columns, &files);
-    let all = [columns.as_slice(), void.as_slice()].concat();
+    // Expressions may speak of columns that do not enter the table.
+    let read = [columns.as_slice(), left_out.as_slice()].concat();
+    let void = raw::void_columns(&read, &files);
+    let all = [read.as_slice(), void.as_slice()].concat();
     let incoming = Incoming::new(&manifest.folder, files, &pipeline.content.key, exact, all);
     let judged = judge(pipeline, &incoming).await?;
     let table = prepare_table(workshop, pipeline, present, &columns).await?;
@@ -113,6 +128,7 @@ pub async fn ingest(
         rows_written: prepared.written.rows,
         rows_quarantined,
         expectations: judged.failed,
+        columns_left_out: names_of(&left_out),
         files_added: prepared.written.adds.len() as u64,
         bytes_written: alluvium_table::bytes_of(&prepared.written.adds),
         ..Report::default()
@@ -120,6 +136,20 @@ pub async fn ingest(
     let age_max = pipeline.sizes.vacuum_retention / 4;
     let commit = RawCommit { workshop, task, wanted, manifest: &manifest, started, age_max };
     commit.land(table, prepared, report, permit).await
+}
+
+fn names_of(columns: &[Field]) -> Vec<String> {
+    columns.iter().map(|field| field.name().clone()).collect()
+}
+
+fn new_columns(pipeline: &Pipeline, folder: &str, names: &[String]) -> Error {
+    let text =
+        format!("{folder} has columns that {} does not have: {}", pipeline.raw, names.join(", "));
+    let help = format!(
+        "set `schema` of pipeline.{} to \"evolve\" or \"freeze\", then `alluvium retry`",
+        pipeline.id
+    );
+    Error::new(Code::NewColumn, text).with_help(help)
 }
 
 /// Content after the first takes back what the first said: without that in raw, nobody knows it.
@@ -275,7 +305,7 @@ async fn write_files(
     incoming.register(&session, "incoming", &incoming.aside())?;
     judged.set_aside(pipeline, &session, &aside).await?;
     // Read once with the aside: rows without a key go there.
-    read_with(&session, pipeline, incoming, judged, &aside).await?;
+    read_with(&session, incoming, judged, &aside).await?;
     let now = workshop.clock.now().timestamp_micros();
     let own = format!(
         "CAST({} AS BIGINT) AS {}, CAST({now} AS BIGINT) AS {}, CAST({} AS BIGINT) AS {}",
@@ -295,7 +325,7 @@ async fn write_files(
     if !previous.is_empty() {
         // Read again only for the keys; what it refuses was kept by the first reading.
         let unheeded = incoming.aside();
-        read_with(&session, pipeline, incoming, judged, &unheeded).await?;
+        read_with(&session, incoming, judged, &unheeded).await?;
         table.register(&session, "previous", Some(&previous), false).await?;
         let reverts = revert_rows(&session, pipeline, table, &own, &unheeded).await?;
         written.adds.extend(reverts.adds);
@@ -307,14 +337,13 @@ async fn write_files(
 /// Registers `incoming`, which refuses into `aside`, and `accepted` over it.
 async fn read_with(
     session: &SessionContext,
-    pipeline: &Pipeline,
     incoming: &Incoming,
     judged: &Judged,
     aside: &AsideRef,
 ) -> Result<()> {
     session.deregister_table("incoming").map_err(|e| foreign("read the folder", &e))?;
     incoming.register(session, "incoming", aside)?;
-    judged.register(pipeline, session).await
+    judged.register(session).await
 }
 
 /// The epoch's rows with their `_op`, sorted by key and then as the rule orders them.

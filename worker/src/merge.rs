@@ -308,14 +308,11 @@ async fn open_raw(workshop: &Workshop, pipeline: &Pipeline) -> Result<Table> {
 async fn prepare_main(workshop: &Workshop, task: &Task) -> Result<Table> {
     let pipeline = &task.pipeline;
     let raw = open_raw(workshop, pipeline).await?;
-    let data = raw::data_fields(&raw.schema());
+    let data = raw::main_fields(pipeline, &raw.schema());
     let spec = || TableSpec {
         schema: std::sync::Arc::new(Schema::new(data.clone())),
         partition_by: Vec::new(),
-        properties: pipeline
-            .content_properties()
-            .map(|(name, value)| (name.to_owned(), value))
-            .to_vec(),
+        properties: properties_of(pipeline),
     };
     if pipeline.adopt && workshop.tables.open(&pipeline.main).await?.is_none() {
         return Err(Table::nothing_to_adopt(pipeline));
@@ -342,14 +339,18 @@ async fn prepare_main(workshop: &Workshop, task: &Task) -> Result<Table> {
     }
 }
 
+fn properties_of(pipeline: &Pipeline) -> Vec<(String, String)> {
+    let properties = pipeline.main_properties().into_iter().filter(|(_, value)| !value.is_empty());
+    properties.map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
 /// Makes an existing table the base: its properties say so, and the floor settles older epochs.
 async fn adopt(main: &mut Table, raw: &Table, pipeline: &Pipeline) -> Result<CommitOutcome> {
     if !pipeline.adopt {
         return Err(Table::not_ours(pipeline));
     }
     check_adoptable(main, raw, pipeline).await?;
-    let mut properties: Vec<(String, String)> =
-        pipeline.content_properties().map(|(name, value)| (name.to_owned(), value)).to_vec();
+    let mut properties = properties_of(pipeline);
     properties.push((BASE_VERSION.to_owned(), main.version().to_string()));
     let properties: Vec<(String, Option<String>)> =
         properties.into_iter().map(|(name, value)| (name, Some(value))).collect();
@@ -383,6 +384,15 @@ async fn check_adoptable(main: &Table, raw: &Table, pipeline: &Pipeline) -> Resu
         if raw::OWN.contains(&field.name().to_lowercase().as_str()) {
             let text = format!("{}: the column {:?} has a reserved name", main.uri(), field.name());
             return Err(Error::new(Code::ReservedColumn, text));
+        }
+        if pipeline.is_ignored(field.name()) {
+            let text = format!(
+                "{} has the column {:?}, which columns.ignore keeps out of main",
+                main.uri(),
+                field.name()
+            );
+            let help = format!("take it out of `columns.ignore` of pipeline.{}", pipeline.id);
+            return Err(Error::new(Code::SettingsMismatch, text).with_help(help));
         }
         let at = find_column(&held, field.name());
         if at.is_none_or(|at| !widens_to(held.field(at).data_type(), field.data_type())) {

@@ -53,6 +53,12 @@ pub fn data_fields(schema: &Schema) -> Vec<Field> {
     fields.map(|field| field.as_ref().clone().with_nullable(true)).collect()
 }
 
+/// Those of them that enter main.
+pub fn main_fields(pipeline: &Pipeline, schema: &Schema) -> Vec<Field> {
+    let fields = data_fields(schema);
+    fields.into_iter().filter(|field| !pipeline.is_ignored(field.name())).collect()
+}
+
 /// The error of a raw table that lacks epochs which main has.
 pub fn lost(pipeline: &Pipeline, epochs: &[Epoch]) -> Error {
     let names: Vec<String> = epochs.iter().take(5).map(Epoch::to_string).collect();

@@ -33,6 +33,8 @@ pub struct Judged {
     pub failed: Vec<(String, u64)>,
     /// SQL that is true of rows which are refused; `None`: none is.
     refused_when: Option<String>,
+    /// Earlier rows of a key are refused.
+    only_last: bool,
 }
 
 /// Columns of the folder in SQL.
@@ -77,7 +79,9 @@ pub fn reason_of(expectation: &Expectation) -> String {
 pub async fn judge(pipeline: &Pipeline, incoming: &Incoming) -> Result<Judged> {
     let content = &pipeline.content;
     let names = Names::new(pipeline, incoming.schema());
-    let mut judged = Judged { names, failed: Vec::new(), refused_when: None };
+    // A folder without rows has perhaps no columns to speak of.
+    let only_last = content.on_duplicate == OnDuplicate::Quarantine && incoming.rows() > 0;
+    let mut judged = Judged { names, failed: Vec::new(), refused_when: None, only_last };
     let is_asked = content.delete_when.is_some() || !content.expectations.is_empty();
     if incoming.rows() == 0 || (!is_asked && content.on_duplicate == OnDuplicate::Last) {
         let none = content.expectations.iter().map(|e| (e.name.clone(), 0));
@@ -135,7 +139,7 @@ impl Judged {
             );
             keep(session, &sql, aside).await?;
         }
-        if pipeline.content.on_duplicate == OnDuplicate::Quarantine {
+        if self.only_last {
             let sql = format!(
                 "SELECT {}, '{DUPLICATE_KEY}' AS {} FROM {} WHERE _later IS NOT NULL ORDER BY {place}",
                 self.names.all,
@@ -148,13 +152,13 @@ impl Judged {
     }
 
     /// Registers the rows of `incoming` that are content, as `accepted`.
-    pub async fn register(&self, pipeline: &Pipeline, session: &SessionContext) -> Result<()> {
+    pub async fn register(&self, session: &SessionContext) -> Result<()> {
         let doing = "leave refused rows out";
-        let relation = match pipeline.content.on_duplicate {
-            OnDuplicate::Quarantine => {
+        let relation = match self.only_last {
+            true => {
                 format!("(SELECT {} FROM {} WHERE _later IS NULL)", self.names.all, self.ranked())
             }
-            OnDuplicate::Last | OnDuplicate::Fail => self.expected(),
+            false => self.expected(),
         };
         session.deregister_table("accepted").map_err(|e| foreign(doing, &e))?;
         let frame = session.sql(&format!("SELECT * FROM {relation}")).await;

@@ -18,7 +18,7 @@ use crate::raw;
 pub struct Rule {
     /// The key's columns.
     pub key: Vec<String>,
-    /// All data columns.
+    /// The data columns that enter main.
     pub columns: Vec<String>,
     /// `ORDER BY` that puts the last row of a key first.
     last_first: String,
@@ -28,7 +28,8 @@ impl Rule {
     /// The rule of a pipeline over its raw table.
     pub fn new(pipeline: &Pipeline, table: &Table) -> Self {
         let schema = table.schema();
-        let columns = raw::data_fields(&schema).into_iter().map(|f| f.name().clone()).collect();
+        let columns =
+            raw::main_fields(pipeline, &schema).iter().map(|f| f.name().clone()).collect();
         let mut last_first = format!("{} DESC", quoted(raw::EPOCH));
         // Raw lacks the column as long as no file had a value in it.
         if let Some(sequence) = &pipeline.content.sequence_by

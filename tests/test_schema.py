@@ -1,0 +1,71 @@
+"""A column that the tables do not have: added, left out, or a reason to stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+from deltalake import DeltaTable
+
+from lake import Lake
+
+WIDER = pa.schema(
+    [("id", pa.string()), ("value", pa.int64()), ("op", pa.string()), ("email", pa.string()), ("n", pa.int32())]
+)
+
+
+def columns(lake: Lake, table: str) -> list[str]:
+    return [field.name for field in DeltaTable(lake.root / "p" / table).schema().fields if field.name[0] != "_"]
+
+
+def begun(tmp_path: Path, more: str) -> Lake:
+    lake = Lake(tmp_path).pipeline(more=more)
+    lake.deliver(10, [("a", 1, "U")])
+    lake.run()
+    lake.deliver(20, [("b", 2, "U", "b@x", 3), ("c", 3, "U", None, 4)], schema=WIDER)
+    return lake
+
+
+def test_evolve_adds_it_to_both_tables(tmp_path: Path):
+    lake = begun(tmp_path, "")
+    lake.run()
+    assert columns(lake, "raw") == columns(lake, "main") == ["id", "value", "op", "email", "n"]
+    rows = DeltaTable(tmp_path / "p/main").to_pyarrow_table().sort_by("id").to_pylist()
+    assert [row["email"] for row in rows] == [None, "b@x", None]
+
+
+def test_freeze_leaves_it_out_and_names_it(tmp_path: Path):
+    expect = 'expect = [{ name = "mail", sql = "email IS NOT NULL", action = "warn" }]'
+    lake = begun(tmp_path, 'schema = "freeze"')
+    lake.pipeline(more=f'schema = "freeze"\n{expect}')
+    done = lake.run()
+    assert "left out new column(s) email, n" in done.err
+    assert "mail does not hold for 1" in done.err, "expressions may speak of it"
+    assert columns(lake, "raw") == columns(lake, "main") == ["id", "value", "op"]
+    assert lake.main() == {"a": 1, "b": 2, "c": 3}
+    runs = lake.alluvium("runs", "p", "--epoch", "20", "-o", "json").json()
+    assert "left out new column(s) email, n" in [run["message"] for run in runs]
+    # Whoever wants it later reads the folder again.
+    lake.pipeline(more='schema = "evolve"')
+    assert lake.alluvium("replay", "p", "20", "--yes").code == 0
+    assert columns(lake, "main") == ["id", "value", "op", "email", "n"]
+
+
+def test_fail_blocks_the_epoch_and_touches_no_table(tmp_path: Path):
+    lake = begun(tmp_path, 'schema = "fail"')
+    before = lake.version("raw"), lake.version("main")
+    done = lake.run(code=1)
+    assert "AL-0309" in done.err and "email, n" in done.err and "evolve" in done.err
+    assert (lake.version("raw"), lake.version("main")) == before
+    lake.pipeline(more='schema = "evolve"')
+    lake.run()
+    assert lake.main() == {"a": 1, "b": 2, "c": 3}
+
+
+def test_the_first_epoch_says_which_columns_there_are(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more='schema = "fail"')
+    lake.deliver(10, [("a", 1, "U", "x", 1)], schema=WIDER)
+    lake.run()
+    lake.deliver(20, [("b", 2, "U")])  # one that lacks columns is no news
+    lake.run()
+    assert columns(lake, "main") == ["id", "value", "op", "email", "n"] and lake.main() == {"a": 1, "b": 2}
