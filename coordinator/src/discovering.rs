@@ -506,8 +506,7 @@ pub(crate) async fn mark_changes(book: &mut Book, listing: &Listing) -> Vec<Chan
         };
         comparing.push(one.boxed());
     }
-    let compared: Vec<(Epoch, String, Option<(Contents, String)>)> =
-        futures::stream::iter(comparing).buffered(AT_ONCE).collect().await;
+    let compared: Vec<_> = futures::stream::iter(comparing).buffered(AT_ONCE).collect().await;
     let mut found = Vec::new();
     for (epoch, folder, change) in compared {
         let entry = book.entry(epoch, State::Processed);

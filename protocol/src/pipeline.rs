@@ -87,7 +87,7 @@ pub enum NewColumns {
 }
 
 /// What a row of an incoming file is named after.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Content {
     /// Columns that identify a row. All of them; order matters for sorting only.
     pub key: Vec<String>,

@@ -26,7 +26,7 @@ fn pipeline(folder: &std::path::Path) -> Pipeline {
         main: path("main"),
         quarantine: path("quarantine"),
         state: path("state"),
-        content: Content { key: vec!["id".to_owned()], sequence_by: None, delete_when: None },
+        content: Content { key: vec!["id".to_owned()], ..Content::default() },
         order: Order::Sequential,
         on_block: OnBlock::Stop,
         hold_for_earlier: Duration::ZERO,

@@ -13,7 +13,7 @@ fn pipeline() -> Pipeline {
         main: "main".to_owned(),
         quarantine: "quarantine".to_owned(),
         state: "state".to_owned(),
-        content: Content { key: vec!["k".to_owned()], sequence_by: None, delete_when: None },
+        content: Content { key: vec!["k".to_owned()], ..Content::default() },
         order: Order::Sequential,
         on_block: OnBlock::Stop,
         hold_for_earlier: Duration::ZERO,
