@@ -187,6 +187,11 @@ pub(crate) enum Verb {
         #[command(subcommand)]
         verb: PointVerb,
     },
+    /// The columns of a pipeline's tables
+    Schema {
+        #[command(subcommand)]
+        verb: SchemaVerb,
+    },
     /// The tables of a pipeline
     Tables {
         #[command(subcommand)]
@@ -375,6 +380,17 @@ pub(crate) enum AlertsVerb {
     Test {
         /// The NAME of [alert.NAME]
         sink: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum SchemaVerb {
+    /// Which columns raw and main were made with, and which came later, with which epoch
+    History {
+        /// The pipeline
+        pipeline: String,
+        #[command(flatten)]
+        output: OutputArgument,
     },
 }
 

@@ -69,3 +69,18 @@ def test_the_first_epoch_says_which_columns_there_are(tmp_path: Path):
     lake.deliver(20, [("b", 2, "U")])  # one that lacks columns is no news
     lake.run()
     assert columns(lake, "main") == ["id", "value", "op", "email", "n"] and lake.main() == {"a": 1, "b": 2}
+
+
+def test_schema_history_says_which_epoch_brought_a_column(tmp_path: Path):
+    lake = begun(tmp_path, "")
+    lake.run()
+    items = lake.alluvium("schema", "history", "p", "-o", "json").json()
+    told = [(item["table"], item["epoch"], item["change"]) for item in items]
+    own = "_op string, _file string, _row long, _generation long, _ingested_at timestamp, _epoch long"
+    columns = "id string, value long, op string"
+    assert told == [
+        ("raw", 10, f"made with {own}, {columns}"),
+        ("raw", 20, "added email string, n integer"),
+        ("main", 10, f"made with {columns}"),
+        ("main", 20, "added email string, n integer"),
+    ]

@@ -56,3 +56,11 @@ def test_readme_and_changelog_are_there_and_true():
     assert "cargo run --release -- demo" in readme and "scripts/test" in readme
     assert "## Unreleased" in (ROOT / "CHANGELOG.md").read_text()
     assert len((ROOT / "ARCHITECTURE.md").read_text().splitlines()) <= 200
+
+
+def test_each_trap_is_marked_with_tests_that_exist():
+    named = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+){2,})`", (ROOT / "docs/traps.md").read_text()))
+    sources = [*ROOT.glob("tests/*.py"), *(path for path in ROOT.rglob("*.rs") if "target" not in path.parts)]
+    text = "\n".join(path.read_text() for path in sources)
+    missing = {name for name in named if not re.search(rf"(def|fn) {name}\(", text)}
+    assert len(named) > 50 and not missing, missing

@@ -14,6 +14,7 @@ mod quarantine;
 mod query;
 mod rollback;
 pub(crate) mod run;
+mod schema;
 pub(crate) mod signals;
 mod stand;
 
@@ -21,7 +22,7 @@ use alluvium_coordinator::requests::Verb as Asked;
 use alluvium_protocol::{Result, crash};
 use alluvium_table::store::be_brief;
 
-use crate::cli::{Arguments, AuditVerb, ConfigVerb, LedgerVerb, TablesVerb, Verb};
+use crate::cli::{Arguments, AuditVerb, ConfigVerb, LedgerVerb, SchemaVerb, TablesVerb, Verb};
 use crate::cluster;
 use crate::printer::{self, Exit};
 
@@ -39,6 +40,7 @@ fn is_a_look(verb: &Verb) -> bool {
             | Verb::Workers { .. }
             | Verb::Audit { .. }
             | Verb::Tables { .. }
+            | Verb::Schema { .. }
             | Verb::Lineage { .. }
     )
 }
@@ -83,6 +85,9 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
         Verb::Alerts { verb } => alerts::alerts(file, &verb).await,
         Verb::Rollback(rollback) => rollback::rollback(file, &rollback).await,
         Verb::RollbackPoint { verb } => rollback::point(file, &verb).await,
+        Verb::Schema { verb: SchemaVerb::History { pipeline, output } } => {
+            schema::history(file, &pipeline, output.output).await
+        }
         Verb::Tables { verb: TablesVerb::History { pipeline, limit, output } } => {
             history::of_table(file, &pipeline, limit, output.output).await
         }

@@ -26,6 +26,8 @@ pub struct CommitRecord {
     pub info: Value,
     /// Markers that landed with it.
     pub markers: Vec<(String, i64)>,
+    /// Name and type of each column, where the commit states the schema.
+    pub columns: Option<Vec<(String, String)>>,
 }
 
 impl Table {
@@ -58,10 +60,12 @@ impl Table {
             engine: String::new(),
             info: Value::Null,
             markers: Vec::new(),
+            columns: None,
         };
         for line in body.split(|byte| *byte == b'\n') {
             let line = line.trim_ascii_start();
-            if !line.starts_with(b"{\"txn\"") && !line.starts_with(b"{\"commitInfo\"") {
+            let kinds: [&[u8]; 3] = [b"{\"txn\"", b"{\"commitInfo\"", b"{\"metaData\""];
+            if !kinds.iter().any(|kind| line.starts_with(kind)) {
                 continue;
             }
             let action: Value = serde_json::from_slice(line)
@@ -76,6 +80,17 @@ fn read_action(action: &Value, record: &mut CommitRecord) {
     let txn = &action["txn"];
     if let (Some(app_id), Some(version)) = (txn["appId"].as_str(), txn["version"].as_i64()) {
         record.markers.push((app_id.to_owned(), version));
+    }
+    let schema = action["metaData"]["schemaString"].as_str();
+    if let Some(schema) = schema.and_then(|text| serde_json::from_str::<Value>(text).ok()) {
+        let fields = schema["fields"].as_array().into_iter().flatten();
+        let column = |field: &Value| {
+            let kind = &field["type"];
+            // Nested types are objects; their outer word is what fits a line.
+            let kind = kind.as_str().or(kind["type"].as_str()).unwrap_or_default();
+            (field["name"].as_str().unwrap_or_default().to_owned(), kind.to_owned())
+        };
+        record.columns = Some(fields.map(column).collect());
     }
     let commit_info = &action["commitInfo"];
     if commit_info.is_object() {
