@@ -84,3 +84,14 @@ def test_schema_history_says_which_epoch_brought_a_column(tmp_path: Path):
         ("main", 10, f"made with {columns}"),
         ("main", 20, "added email string, n integer"),
     ]
+
+
+def test_the_sequence_column_is_never_left_out(tmp_path: Path):
+    """The first epoch gave it no type; without it in raw the order within later epochs would be lost."""
+    lake = Lake(tmp_path).pipeline(more='schema = "freeze"\nsequence_by = "value"')
+    untyped = pa.schema([("id", pa.string()), ("value", pa.null()), ("op", pa.string())])
+    lake.deliver(10, [("a", None, "U")], schema=untyped)
+    lake.run()
+    lake.deliver(20, [("a", 9, "U"), ("a", 5, "U")])
+    lake.run()
+    assert columns(lake, "main") == ["id", "op", "value"] and lake.main() == {"a": 9}

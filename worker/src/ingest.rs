@@ -75,7 +75,13 @@ pub async fn ingest(
     };
     let mut columns = raw::union_columns(schema.as_ref(), &files, wanted.epoch)?;
     let known = schema.as_ref().map_or(columns.len(), |schema| raw::data_fields(schema).len());
-    let new = columns.split_off(known);
+    // The rule needs the sequence column, also where no earlier file gave it a type.
+    let (needed, new): (Vec<Field>, Vec<Field>) =
+        columns.split_off(known).into_iter().partition(|f| {
+            let sequence = pipeline.content.sequence_by.as_deref();
+            sequence.is_some_and(|name| name.eq_ignore_ascii_case(f.name()))
+        });
+    columns.extend(needed);
     match pipeline.content.new_columns {
         NewColumns::Evolve => columns.extend(new.iter().cloned()),
         NewColumns::Fail if !new.is_empty() => {
