@@ -12,7 +12,6 @@ import email.policy
 import ipaddress
 import socketserver
 import ssl
-import threading
 from dataclasses import dataclass, field
 from email.message import Message
 from pathlib import Path
@@ -21,6 +20,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from receivers import Served
 
 
 def certificates(folder: Path) -> Path:
@@ -54,7 +55,7 @@ def certificates(folder: Path) -> Path:
 
 
 @dataclass
-class MailServer:
+class MailServer(Served):
     """Takes mail; `refusal` is what it says to DATA instead."""
 
     pem: Path | None = None
@@ -120,15 +121,4 @@ class MailServer:
                     else:
                         self.say("250 ok")
 
-        self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.server.server_address[1]}"
+        return self.serve(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler))

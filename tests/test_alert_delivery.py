@@ -7,13 +7,12 @@ import resource
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
 from lake import Lake
 from mail_server import MailServer, certificates
-from receivers import HttpReceiver
+from receivers import HttpReceiver, Served
 
 SLACK_BLOCKS, SLACK_SECTION, TEAMS_BYTES = 50, 3000, 28_000
 MAIL = 'from = "Alluvium <alluvium@example.com>"\nto = ["x@example.com"]'
@@ -36,7 +35,7 @@ def broken_lake(root: Path, head: str, names: tuple[str, ...] = ("p",), epochs: 
     return lake
 
 
-class Answers:
+class Answers(Served):
     """An HTTP server that gives each request the next of (status, headers), then 200 for ever."""
 
     def __init__(self, *answers: tuple[int, dict[str, str]], pause: float = 0):
@@ -61,23 +60,17 @@ class Answers:
             def log_message(self, *_):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+        return self.serve(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
 
     @property
-    def host(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}"
+    def url(self) -> str:
+        return f"http://{self.host}"
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_is_a_refusal(tmp_path: Path, status: int):
     with Answers((status, {"location": "/elsewhere"})) as server:
-        lake = broken_lake(tmp_path, alert("slack", f"{server.host}/in"))
+        lake = broken_lake(tmp_path, alert("slack", f"{server.url}/in"))
         refused = lake.alluvium("alerts", "test", "team")
         assert refused.code == 4 and "AL-0601" in refused.err and str(status) in refused.err
         assert [path for _, path, _ in server.came] == ["/in"]
@@ -85,7 +78,7 @@ def test_a_redirect_is_a_refusal(tmp_path: Path, status: int):
 
 def test_a_busy_receiver_is_asked_again_when_it_says_without_work_meanwhile(tmp_path: Path):
     with Answers((429, {"retry-after": "3"})) as server:
-        lake = broken_lake(tmp_path, alert("webhook", server.host), names=("p", "q"))
+        lake = broken_lake(tmp_path, alert("webhook", server.url), names=("p", "q"))
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         lake.run(code=1)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -101,7 +94,7 @@ def test_a_busy_receiver_is_asked_again_when_it_says_without_work_meanwhile(tmp_
 def test_a_slow_receiver_gets_it_once(tmp_path: Path):
     """Receivers other than webhooks cannot tell a second copy from a second alert."""
     with Answers(pause=1.5) as server:
-        broken_lake(tmp_path, alert("slack", server.host)).run(code=1)
+        broken_lake(tmp_path, alert("slack", server.url)).run(code=1)
         assert len(server.came) == 1
 
 
@@ -161,7 +154,7 @@ def test_what_files_are_called_cannot_write_markup(tmp_path: Path):
     for kind in ("slack", "email"):
         root = tmp_path / kind
         with HttpReceiver() as receiver, MailServer() as mail:
-            url = receiver.url if kind == "slack" else f"smtp://{mail.address}"
+            url = receiver.url if kind == "slack" else f"smtp://{mail.host}"
             lake = broken_lake(root, alert(kind, url, MAIL if kind == "email" else ""))
             (lake.folder(1) / "part-0.parquet").rename(lake.folder(1) / name)
             lake.run(code=1)
@@ -177,7 +170,7 @@ def test_what_files_are_called_cannot_write_markup(tmp_path: Path):
 def test_mail_goes_over_tls_that_the_system_trusts(tmp_path: Path, how: str):
     ca = certificates(tmp_path)
     with MailServer(tmp_path / "server.pem", starttls=how == "starttls") as server:
-        at = f"me:se%40cret@localhost:{server.address.split(':')[1]}"
+        at = f"me:se%40cret@localhost:{server.host.split(':')[1]}"
         url = f"smtps://{at}" if how == "smtps" else f"smtp://{at}?tls=required"
         lake = broken_lake(tmp_path, alert("email", url, MAIL))
         stranger = lake.alluvium("alerts", "test", "team")
@@ -191,7 +184,7 @@ def test_mail_goes_over_tls_that_the_system_trusts(tmp_path: Path, how: str):
 
 def test_tls_that_is_required_is_never_given_up(tmp_path: Path):
     with MailServer() as server:  # offers none
-        url = f"smtp://me:secret@{server.address}?tls=required"
+        url = f"smtp://me:secret@{server.host}?tls=required"
         lake = broken_lake(tmp_path, alert("email", url, MAIL))
         refused = lake.alluvium("alerts", "test", "team")
         assert refused.code == 4 and server.mails == [] and server.logins == []
@@ -200,7 +193,7 @@ def test_tls_that_is_required_is_never_given_up(tmp_path: Path):
 
 def test_a_refused_mail_is_kept_and_says_why(tmp_path: Path):
     with MailServer(refusal="451 greylisted, come later") as server:
-        lake = broken_lake(tmp_path, alert("email", f"smtp://{server.address}", MAIL))
+        lake = broken_lake(tmp_path, alert("email", f"smtp://{server.host}", MAIL))
         refused = lake.alluvium("alerts", "test", "team")
         assert refused.code == 4 and "greylisted" in refused.err
 

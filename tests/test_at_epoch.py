@@ -79,3 +79,17 @@ def test_over_an_adopted_table(tmp_path: Path):
         assert at(lake, epoch) == fold(DELIVERIES, epoch, {"a": 1, "z": 2}), epoch
     sql = "SELECT extra FROM main WHERE id = 'z'"
     assert lake.alluvium("query", "p", sql, "--at-epoch", "10", "-o", "json").json() == [{"extra": "y"}]
+
+
+def test_while_a_replay_waits_for_its_merge_all_epochs_are_told_alike(tmp_path: Path):
+    """As raw says them now, also where main does not say so yet."""
+    lake = Lake(tmp_path).pipeline()
+    for epoch, rows in DELIVERIES.items():
+        lake.deliver(epoch, rows)
+    lake.run()
+    changed = {**DELIVERIES, 20: [("a", 22, "U"), ("f", 20, "U")]}
+    lake.deliver(20, changed[20])
+    kill = {"ALLUVIUM_CRASH": "merge.before_commit:1"}
+    assert lake.alluvium("replay", "p", "20", "--yes", env=kill).code < 0
+    for epoch in DELIVERIES:
+        assert at(lake, epoch) == fold(changed, epoch), epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,40 @@ def test_a_changed_folder_that_cannot_be_read_keeps_what_was_read(tmp_path: Path
     lake.deliver(10, [("a", 3, "U")])
     lake.run()
     assert lake.main() == {"a": 3}
+
+
+def test_a_folder_that_goes_while_it_settles_holds_nothing_up(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more='on_changed = "replay"', ready='ready = { quiet = "3s" }')
+    lake.deliver(10, [("a", 1, "U")])
+    lake.run()
+    lake.deliver(10, [("a", 2, "U")])
+    process = lake.start("run", "--once")
+    first = process.stderr.readline()
+    assert "folder 10 changed after it was read" in first
+    shutil.rmtree(lake.folder(10))
+    assert process.wait(60) == 0
+    assert lake.main() == {"a": 1}
+
+
+def test_two_folders_of_one_number_are_not_taken_for_each_other(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more='on_changed = "replay"')
+    lake.deliver("7", [("a", 1, "U")])
+    lake.run()
+    lake.deliver("007", [("b", 1, "U")])
+    done = lake.run()
+    assert lake.main() == {"a": 1}
+    assert "read again" not in done.err
+    assert "one epoch" in lake.alluvium("epochs", "p").out
+
+
+def test_epochs_below_start_from_stay_as_they_are(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more='on_changed = "replay"')
+    lake.deliver(10, [("a", 1, "U")])
+    lake.run()
+    lake.pipeline(more='on_changed = "replay"\nstart_from = 20')
+    lake.deliver(10, [("a", 2, "U")])
+    lake.run()
+    assert lake.main() == {"a": 1}
 
 
 def columns(lake: Lake, table: str) -> list[str]:

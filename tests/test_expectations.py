@@ -117,6 +117,7 @@ def test_a_relaxed_expectation_lets_refused_rows_in_by_replay(tmp_path: Path):
         ("row_number() OVER () > 1", "more than one row"),
         ("value IN (SELECT value FROM incoming)", "more than one row"),
         ("random() > 0.5", "another answer"),
+        ("now() > TIMESTAMP '2020-01-01'", "another answer"),
     ],
 )
 def test_an_expectation_looks_at_one_row(tmp_path: Path, sql: str, says: str):
@@ -199,3 +200,37 @@ def test_an_older_ledger_gets_the_column(tmp_path: Path):
     lake.deliver(20, [("b", -1, "U")])
     lake.run()
     assert told(lake, 20) == {"paid": 1} and told(lake, 10) is None
+
+
+@pytest.mark.parametrize("more", ["", 'on_duplicate = "quarantine"', 'on_duplicate = "fail"'])
+def test_a_file_that_cannot_be_read_keeps_its_code(tmp_path: Path, more: str):
+    """Found while rows are judged, it is the same error as while they are written."""
+    lake = expecting(tmp_path, "quarantine", more=more)
+    path = lake.deliver(10, [(f"k{n}", n, "U") for n in range(100)]) / "part-0.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(40) + content[44:])  # its footer stays
+    done = lake.run(code=1)
+    assert "blocked at ingest: AL-0301: read 10/part-0.parquet" in done.err, done.err
+    assert "tried again" not in done.err
+
+
+def test_names_of_columns_do_not_meet_ours(tmp_path: Path):
+    """Columns and keys may be called what we might call something."""
+    names = ("times", "files", "keys", "_reason", "_later")
+    lake = Lake(tmp_path).pipeline(more='on_duplicate = "fail"')
+    lake.pipelines["p"] = lake.pipelines["p"].replace('["id"]', '["times", "files"]').replace("op = 'D'", "keys = 'D'")
+    lake.configure()
+    schema = pa.schema([(name, pa.string()) for name in names])
+    lake.deliver(10, [("1", "2", "U", "x", "y"), ("1", "3", "U", "x", "y")], schema=schema)
+    lake.run()
+    assert DeltaTable(tmp_path / "p/main").to_pyarrow_table().num_rows == 2
+    lake.deliver(20, [("1", "2", "U", "x", "y"), ("1", "2", "U", "x", "y")], schema=schema)
+    assert '"1", "2" 2 times in part-0.parquet' in lake.run(code=1).err
+    lake.pipelines["p"] = lake.pipelines["p"].replace('"fail"', '"quarantine"')
+    lake.configure()
+    lake.run()
+    shown = lake.alluvium("quarantine", "show", "p", "-o", "json").json()
+    assert [(row["row"], row["reason"], row["content"]["_reason"]) for row in shown] == [(0, "duplicate_key", "x")]
+    reserved = pa.schema([*schema, ("_alluvium_later", pa.string())])
+    lake.deliver(30, [("1", "2", "U", "x", "y", "z")], schema=reserved)
+    assert "AL-0305" in lake.run(code=1).err

@@ -104,3 +104,17 @@ def test_values_of_an_adopted_table(tmp_path: Path):
     assert "from epoch 5" in told(lake, "b").out
     assert lake.alluvium("undo", "p", "5", "--yes").code == 0
     assert "from the table that was adopted" in told(lake, "b").out
+
+
+def test_a_replay_that_waits_for_its_merge_is_no_difference(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline()
+    lake.deliver(1, [("a", 1, "U"), ("b", 1, "U")])
+    lake.run()
+    lake.deliver(1, [("a", 2, "U")])
+    kill = {"ALLUVIUM_CRASH": "merge.before_commit:1"}
+    assert lake.alluvium("replay", "p", "1", "--yes", env=kill).code < 0
+    assert lake.main() == {"a": 1, "b": 1}
+    assert lineage(lake, "a") == [(1, 2, "upsert", "part-0.parquet", 0, "waiting")]
+    assert [row[5] for row in lineage(lake, "b")] == ["waiting"]
+    lake.run()
+    assert lineage(lake, "a")[0][5] == "current" and lake.main() == {"a": 2}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import datetime as dt
 import json
 import time
 import urllib.parse
@@ -11,14 +9,10 @@ from contextlib import contextmanager
 
 import pika
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from cryptography.x509.oid import NameOID
 
 from receivers import HttpReceiver, wait_for
+from sns import TOPIC, Signer
 
-TOPIC = "arn:aws:sns:eu-central-1:123456789012:incoming"
 BEARER = {"Authorization": "Bearer let-me"}
 NEVER = 'schedule = "0 0 1 1 *"\n'
 
@@ -146,36 +140,6 @@ def test_without_a_token_only_this_machine_may(quiet):
 
 
 # --- SNS -----------------------------------------------------------------------------------------
-
-
-class Signer:
-    """Signs like SNS; each has a key of its own."""
-
-    def __init__(self, receiver: HttpReceiver, name: str = "cert", days: int = 1):
-        self.key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "sns.test")])
-        now = dt.datetime.now(dt.timezone.utc)
-        certificate = (
-            x509.CertificateBuilder().subject_name(subject).issuer_name(subject)
-            .public_key(self.key.public_key()).serial_number(1)
-            .not_valid_before(now - dt.timedelta(days=9)).not_valid_after(now + dt.timedelta(days=days))
-            .sign(self.key, hashes.SHA256())
-        )  # fmt: skip
-        receiver.files[f"/{name}.pem"] = certificate.public_bytes(serialization.Encoding.PEM)
-        self.host, self.name = receiver.host, name
-
-    def sign(self, kind: str, message: str, **more: str) -> dict:
-        body = {
-            "Type": kind, "MessageId": "1", "TopicArn": TOPIC, "Message": message,
-            "Timestamp": "2026-11-25T00:00:00Z", "SignatureVersion": "2",
-            "SigningCertURL": f"http://{self.host}/{self.name}.pem", **more,
-        }  # fmt: skip
-        signed = ["Message", "MessageId", "Subject", "Timestamp", "TopicArn", "Type"]
-        if kind != "Notification":
-            signed = ["Message", "MessageId", "SubscribeURL", "Timestamp", "Token", "TopicArn", "Type"]
-        text = "".join(f"{name}\n{body[name]}\n" for name in signed if name in body)
-        signature = self.key.sign(text.encode(), padding.PKCS1v15(), hashes.SHA256())
-        return body | {"Signature": base64.b64encode(signature).decode()}
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 from deltalake import DeltaTable
 
 from lake import Lake
@@ -95,3 +97,35 @@ def test_the_sequence_column_is_never_left_out(tmp_path: Path):
     lake.deliver(20, [("a", 9, "U"), ("a", 5, "U")])
     lake.run()
     assert columns(lake, "main") == ["id", "op", "value"] and lake.main() == {"a": 9}
+
+
+@pytest.mark.parametrize("policy", ["freeze", "fail"])
+def test_an_epoch_without_rows_says_nothing_of_columns(tmp_path: Path, policy: str):
+    """Somebody left the first epoch out: raw has no data columns, and the next one says which there are."""
+    lake = Lake(tmp_path).pipeline(more=f'schema = "{policy}"')
+    lake.deliver(10, [("a", 1, "U")])
+    (lake.folder(10) / "part-0.parquet").write_bytes(b"no parquet")
+    lake.run(code=1)
+    assert lake.alluvium("skip", "p", "10", "--yes").code == 0
+    lake.deliver(20, [("b", 2, "U")])
+    lake.run()
+    assert lake.main() == {"b": 2} and columns(lake, "raw") == ["id", "value", "op"]
+
+
+def test_the_key_is_never_left_out(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more='schema = "freeze"')
+    untyped = pa.schema([("id", pa.null()), ("value", pa.int64()), ("op", pa.string())])
+    lake.deliver(10, [(None, 1, "U")], schema=untyped)
+    lake.deliver(20, [("b", 2, "U")])
+    lake.run()
+    assert lake.main() == {"b": 2}
+
+
+def test_a_new_raw_has_the_ignored_columns_that_main_lacks(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more='schema = "fail"\ncolumns = { ignore = ["op"] }')
+    lake.deliver(10, [("a", 1, "U")])
+    lake.run()
+    shutil.rmtree(tmp_path / "p/raw")
+    lake.deliver(20, [("b", 2, "U"), ("c", 1, "D")])
+    lake.run()
+    assert lake.main() == {"a": 1, "b": 2} and "op" in columns(lake, "raw")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import datetime as dt
 import json
 import signal
@@ -10,15 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from cryptography.x509.oid import NameOID
 
 from lake import Lake
 from receivers import HttpReceiver, wait_for
+from sns import TOPIC, Signer
 
-TOPIC = "arn:aws:sns:eu-central-1:123456789012:incoming"
 # Nobody polls while a test runs.
 NEVER = 'schedule = "0 0 1 1 *"'
 
@@ -109,38 +104,6 @@ def shapes(bucket: str, key: str) -> dict[str, dict]:
     return {"s3": s3_event(bucket, key), "minio": minio, "eventbridge": bridge}
 
 
-class Sns:
-    """Signs like SNS, with a certificate of its own."""
-
-    def __init__(self, receiver: HttpReceiver):
-        self.key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "sns.test")])
-        now = dt.datetime.now(dt.timezone.utc)
-        certificate = (
-            x509.CertificateBuilder().subject_name(name).issuer_name(name)
-            .public_key(self.key.public_key()).serial_number(1)
-            .not_valid_before(now - dt.timedelta(days=1)).not_valid_after(now + dt.timedelta(days=1))
-            .sign(self.key, hashes.SHA256())
-        )  # fmt: skip
-        receiver.files["/cert.pem"] = certificate.public_bytes(serialization.Encoding.PEM)
-        self.host = receiver.host
-
-    def message(self, kind: str, message: str, version: str = "2", topic: str = TOPIC) -> dict:
-        body = {
-            "Type": kind, "MessageId": "1", "TopicArn": topic, "Message": message,
-            "Timestamp": "2026-11-25T00:00:00Z", "SignatureVersion": version,
-            "SigningCertURL": f"http://{self.host}/cert.pem",
-        }  # fmt: skip
-        signed = ["Message", "MessageId", "Timestamp", "TopicArn", "Type"]
-        if kind == "SubscriptionConfirmation":
-            body |= {"Token": "t", "SubscribeURL": f"http://{self.host}/subscribe?x=1"}
-            signed = sorted([*signed, "SubscribeURL", "Token"])
-        text = "".join(f"{name}\n{body[name]}\n" for name in signed).encode()
-        algorithm = hashes.SHA1() if version == "1" else hashes.SHA256()
-        signature = self.key.sign(text, padding.PKCS1v15(), algorithm)
-        return body | {"Signature": base64.b64encode(signature).decode()}
-
-
 @pytest.fixture
 def waiting(make):
     """A cluster on S3 that nobody polls, with an epoch that waits to be noticed."""
@@ -150,7 +113,7 @@ def waiting(make):
         cluster.pipelines["p"] += f"{NEVER}\n"
         cluster.more = more.replace('"notes"', f'"notes-{cluster.name}"')
         cluster.configure()
-        cluster.sns = Sns(receiver)
+        cluster.sns = Signer(receiver)
         cluster.receiver = receiver
         cluster.coordinator(env={"ALLUVIUM_TEST_SNS_HOST": receiver.host})
         cluster.worker()
@@ -199,13 +162,15 @@ def test_strangers_are_refused(waiting):
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_sns_is_believed_by_its_signature(waiting, version: str):
     cluster, sns = waiting, waiting.sns
-    asked = sns.message("SubscriptionConfirmation", "come", version)
+    asked = sns.sign(
+        "SubscriptionConfirmation", "come", version, Token="t", SubscribeURL=f"http://{sns.host}/subscribe?x=1",
+    )
     code, answer = cluster.post("/api/v1/notify", asked)
     assert code == 200 and json.loads(answer) == {"subscribed": True}, answer
     assert any(request.path == "/subscribe?x=1" for request in cluster.receiver.requests)
-    good = sns.message("Notification", json.dumps(s3_event(cluster.bucket, "in_p/1/x")), version)
+    good = sns.sign("Notification", json.dumps(s3_event(cluster.bucket, "in_p/1/x")), version)
     forged = good | {"Message": json.dumps(s3_event(cluster.bucket, "in_p/2/x"))}
-    strange = sns.message("Notification", good["Message"], version, topic="arn:aws:sns:x:1:other")
+    strange = sns.sign("Notification", good["Message"], version, topic="arn:aws:sns:x:1:other")
     abroad = good | {"SigningCertURL": "https://sns.evil.example/cert.pem"}
     for body, why in ((forged, "signature is wrong"), (strange, "notify.topics"), (abroad, "not a host")):
         code, answer = cluster.post("/api/v1/notify", body)

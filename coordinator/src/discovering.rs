@@ -19,7 +19,7 @@ use crate::book::{Book, Entry};
 use crate::discovery::{Contents, Listing};
 use crate::notice::Notice;
 use crate::pinning::{Gathered, gather, note_gathered};
-use crate::readiness::{self, Judgement};
+use crate::readiness::{self, Judgement, Quiet};
 
 /// Processed folders compared with their manifests at each discovery, newest first: a bound on
 /// the listings that watching for changes costs.
@@ -121,6 +121,10 @@ async fn look_for_changes(
         return Ok(());
     }
     book.compared_at = Some(now);
+    // Who still settles is found again below: nothing else waits for a second look at these.
+    book.entries.values_mut().filter(|entry| entry.state.is_end()).for_each(|entry| {
+        entry.settles_at = None;
+    });
     let changes = mark_changes(book, listing).await;
     for change in changes.iter().filter(|change| change.is_new) {
         let text = change.text.clone();
@@ -132,18 +136,18 @@ async fn look_for_changes(
     }
     let mut complete = Vec::new();
     for Change { epoch, folder, contents, .. } in changes {
+        // What lies below `start_from`, or what raw lost, cannot be taken back.
+        if book.is_settled(epoch) || book.markers.is_lost(epoch) {
+            continue;
+        }
         let ready = book.pipeline.ready.clone();
         let entry = book.entry(epoch, State::Processed);
-        entry.settles_at = None;
         match readiness::judge(&ready, &contents, entry.quiet.as_ref(), now) {
             Judgement::Open => {
                 complete.push(Complete { epoch, folder, reason: Reason::Changed });
             }
-            Judgement::Settling { until, quiet } => {
-                entry.settles_at = Some(until);
-                entry.quiet = Some(quiet);
-            }
-            Judgement::Empty | Judgement::Incomplete { .. } => {}
+            Judgement::Settling { until, quiet } => settle(entry, until, quiet),
+            Judgement::Empty | Judgement::Incomplete { .. } => entry.quiet = None,
         }
     }
     for (epoch, gathered) in gather_all(book, complete, now).await {
@@ -285,6 +289,15 @@ pub(crate) fn unlistable(error: Error) -> Error {
     }
 }
 
+/// A folder wants its second look. One second chance per discovery run: a folder that changed while it
+/// was watched is found again later.
+fn settle(entry: &mut Entry, until: DateTime<Utc>, quiet: Quiet) {
+    if entry.quiet.as_ref().is_none_or(|earlier| *earlier == quiet) {
+        entry.settles_at = Some(until);
+    }
+    entry.quiet = Some(quiet);
+}
+
 /// Judges a folder that is not pinned yet, or whose pinned content could not be read.
 async fn examine(
     book: &mut Book,
@@ -307,14 +320,7 @@ async fn examine(
         Judgement::Empty => (Event::FolderEmpty, "the folder has no data files".to_owned()),
         Judgement::Incomplete { why } => (Event::FolderIncomplete, why),
         Judgement::Settling { until, quiet } => {
-            // One second chance per discovery run: a folder that changed while it was watched is
-            // named as incomplete and found again later.
-            let is_first = entry.quiet.is_none();
-            let still = entry.quiet.as_ref() == Some(&quiet);
-            if is_first || still {
-                entry.settles_at = Some(until);
-            }
-            entry.quiet = Some(quiet);
+            settle(entry, until, quiet);
             (Event::FolderIncomplete, "it is being watched for changes".to_owned())
         }
         Judgement::Open => {
@@ -363,9 +369,8 @@ async fn examine_blocked(
         Judgement::Open => {}
         Judgement::Settling { until, quiet } => {
             let entry = book.entry(epoch, State::Incomplete);
-            let is_news = entry.quiet.as_ref() != Some(&quiet);
-            entry.settles_at = (entry.quiet.is_none() || !is_news).then_some(until);
-            entry.quiet = Some(quiet);
+            entry.settles_at = None;
+            settle(entry, until, quiet);
             return Ok(None);
         }
         Judgement::Empty | Judgement::Incomplete { .. } => return Ok(None),
@@ -453,23 +458,25 @@ pub(crate) struct Change {
     pub(crate) text: String,
 }
 
-/// What is to be said of a processed folder that no longer holds what was read.
-async fn change_of(
-    book: &Book,
-    epoch: Epoch,
-    folder: &str,
-    generation: Generation,
-) -> Option<(Contents, String)> {
-    // What cannot be compared (a damaged manifest, a folder that cannot be listed) is done all the
-    // same: it is left to who asks for it again.
-    let pinned = book.manifests.load(epoch, generation).await.ok().flatten()?;
+/// A processed folder beside what was read of it.
+enum Compared {
+    Same,
+    /// A damaged manifest, a folder that cannot be listed: it is left to who asks for it again.
+    Unknown,
+    Changed(Contents, String),
+}
+
+async fn change_of(book: &Book, epoch: Epoch, folder: &str, generation: Generation) -> Compared {
+    let Ok(Some(pinned)) = book.manifests.load(epoch, generation).await else {
+        return Compared::Unknown;
+    };
     if pinned.manifest.reason.is_empty_content() {
-        return None;
+        return Compared::Same;
     }
-    let contents = book.source.contents(folder).await.ok()?;
+    let Ok(contents) = book.source.contents(folder).await else { return Compared::Unknown };
     let id = &book.pipeline.id;
     if is_as_read(&book.pipeline.ready, &pinned.manifest, &contents) {
-        return None;
+        return Compared::Same;
     }
     let text = match book.policy.replay_changed {
         true => format!("folder {folder} changed after it was read; it is read again"),
@@ -477,12 +484,17 @@ async fn change_of(
             "folder {folder} changed after it was read; `alluvium replay {id} {epoch}` reads it again"
         ),
     };
-    Some((contents, text))
+    Compared::Changed(contents, text)
 }
 
 /// Marks processed epochs whose folders changed; returns those that were not marked before and, where
 /// they are to be read again, the others.
 pub(crate) async fn mark_changes(book: &mut Book, listing: &Listing) -> Vec<Change> {
+    for (epoch, names) in listing.folders.iter().filter(|(_, names)| names.len() > 1) {
+        if let Some(entry) = book.entries.get_mut(epoch).filter(|e| e.state == State::Processed) {
+            entry.changed = Some(ambiguous(*epoch, names).message);
+        }
+    }
     let is_wanted = |entry: &Entry| entry.changed.is_none() || book.policy.replay_changed;
     let candidates: Vec<(Epoch, String, Generation)> = book
         .entries
@@ -490,10 +502,11 @@ pub(crate) async fn mark_changes(book: &mut Book, listing: &Listing) -> Vec<Chan
         .rev()
         .filter(|(_, entry)| entry.state == State::Processed && is_wanted(entry))
         .filter_map(|(epoch, entry)| {
-            let names = listing.folders.get(epoch)?;
+            // Of two folders of one number neither is taken for the other.
+            let [name] = listing.folders.get(epoch)?.as_slice() else { return None };
             // A rollback raises the generation, not the content.
             let content = book.markers.ingest.get(epoch).copied().unwrap_or(entry.generation);
-            Some((*epoch, names.first()?.clone(), content))
+            Some((*epoch, name.clone(), content))
         })
         .take(CHANGE_CHECKS_MAX)
         .collect();
@@ -510,10 +523,13 @@ pub(crate) async fn mark_changes(book: &mut Book, listing: &Listing) -> Vec<Chan
     let mut found = Vec::new();
     for (epoch, folder, change) in compared {
         let entry = book.entry(epoch, State::Processed);
-        let Some((contents, text)) = change else {
-            // It is again what was read.
-            entry.changed = None;
-            continue;
+        let (contents, text) = match change {
+            Compared::Changed(contents, text) => (contents, text),
+            Compared::Same => {
+                (entry.changed, entry.quiet) = (None, None);
+                continue;
+            }
+            Compared::Unknown => continue,
         };
         let is_new = entry.changed.replace(text.clone()).is_none();
         found.push(Change { epoch, folder, contents, is_new, text });

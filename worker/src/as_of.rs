@@ -51,7 +51,9 @@ pub async fn as_of(
     }
     let (kept, out): (BTreeSet<Epoch>, BTreeSet<Epoch>) =
         applied.into_iter().partition(|applied| *applied <= epoch);
-    if out.is_empty() {
+    // An epoch that is read anew and not merged yet: main still says what raw no longer does.
+    let is_pending = kept.iter().any(|epoch| markers.needs_merge(*epoch));
+    if out.is_empty() && !is_pending {
         return u64::try_from(main.version()).map(AsOf::Version).map_err(Error::internal);
     }
     for (version, _) in versions_with(&main, pipeline, &markers, &kept, &out).await? {
@@ -79,6 +81,7 @@ async fn compute(
     kept: &BTreeSet<Epoch>,
 ) -> Result<()> {
     let doing = "compute main from raw";
+    let rule = Rule::new(pipeline, raw);
     let schema = main.schema();
     let columns: Vec<String> = schema.fields().iter().map(|f| f.name().clone()).collect();
     let files = raw::files_of(raw, kept).await?;
@@ -100,12 +103,14 @@ async fn compute(
             Some(at) => format!("{} AS {}", quoted(held.field(at).name()), quoted(name)),
             None => format!("NULL AS {}", quoted(name)),
         };
-        let list: Vec<String> = columns.iter().map(column).collect();
+        // Named as in main; the key as in raw, whose rows it meets.
+        let names = columns.iter().map(|name| rule.key_name(name).unwrap_or(name));
+        let list: Vec<String> = names.map(|name| column(name)).collect();
         let sql = format!("SELECT {} FROM base_of", list.join(", "));
         let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
         session.register_table("base", frame.into_view()).map_err(|e| foreign(doing, &e))?;
     }
-    let sql = Rule::new(pipeline, raw).whole(&columns, base.is_some());
+    let sql = rule.whole(&columns, base.is_some());
     let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
     session.register_table(name, frame.into_view()).map_err(|e| foreign(doing, &e))?;
     for helper in ["applied", "applied_of", "base", "base_of"] {

@@ -26,7 +26,7 @@ use crate::raw::{FILE, ROW};
 use crate::source::{SourceFile, read_error};
 
 /// The last column of refused rows: why.
-pub const REASON: &str = "_reason";
+pub const REASON: &str = "_alluvium_reason";
 /// Why a row is in quarantine: a NULL in its key.
 pub const NULL_KEY: &str = "null_key";
 

@@ -74,12 +74,17 @@ pub async fn ingest(
         None => workshop.tables.open(&pipeline.main).await?.map(|main| main.schema()),
     };
     let mut columns = raw::union_columns(schema.as_ref(), &files, wanted.epoch)?;
-    let known = schema.as_ref().map_or(columns.len(), |schema| raw::data_fields(schema).len());
-    // The rule needs the sequence column, also where no earlier file gave it a type.
+    // Tables without data columns were made by an epoch without rows: this one says which there are.
+    let known = schema.as_ref().map(|schema| raw::data_fields(schema).len());
+    let known = known.filter(|known| *known > 0).unwrap_or(columns.len());
+    let is_first_raw = present.is_none();
     let (needed, new): (Vec<Field>, Vec<Field>) =
-        columns.split_off(known).into_iter().partition(|f| {
-            let sequence = pipeline.content.sequence_by.as_deref();
-            sequence.is_some_and(|name| name.eq_ignore_ascii_case(f.name()))
+        columns.split_off(known).into_iter().partition(|column| {
+            // The rule needs these, also where no earlier file gave them a type; and main, which may be
+            // older than raw, never has what is ignored.
+            let of_rule = pipeline.content.key.iter().chain(&pipeline.content.sequence_by);
+            of_rule.into_iter().any(|name| name.eq_ignore_ascii_case(column.name()))
+                || (is_first_raw && pipeline.is_ignored(column.name()))
         });
     columns.extend(needed);
     match pipeline.content.new_columns {
@@ -308,8 +313,10 @@ async fn write_files(
     let pipeline = &task.pipeline;
     let session = work_session(pipeline.sizes.memory_bytes);
     let aside = incoming.aside();
-    incoming.register(&session, "incoming", &incoming.aside())?;
-    judged.set_aside(pipeline, &session, &aside).await?;
+    let unheeded = incoming.aside();
+    incoming.register(&session, "incoming", &unheeded)?;
+    let kept = judged.set_aside(pipeline, &session, &aside).await;
+    kept.map_err(|error| first_error(&unheeded, error))?;
     // Read once with the aside: rows without a key go there.
     read_with(&session, incoming, judged, &aside).await?;
     let now = workshop.clock.now().timestamp_micros();

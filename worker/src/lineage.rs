@@ -25,7 +25,7 @@ pub enum Fate {
     Current,
     /// A later row decides.
     Superseded,
-    /// Its epoch is not in main.
+    /// It is not in main: its epoch was never merged, or this content of it was not.
     Waiting,
     /// It says that an earlier generation of its epoch had the key, and this one has not.
     Revert,
@@ -65,6 +65,8 @@ pub struct Lineage {
     pub main: Option<Map<String, Value>>,
     /// The base's row, where main was adopted.
     pub base: Option<Map<String, Value>>,
+    /// Main still has an earlier content of an epoch that speaks of the key.
+    pub is_pending: bool,
 }
 
 impl Lineage {
@@ -73,8 +75,11 @@ impl Lineage {
         self.rows.iter().find(|row| row.fate == Fate::Current)
     }
 
-    /// Main holds what the rule says.
+    /// Main holds what the rule says, as far as that can be told now.
     pub fn agrees(&self) -> bool {
+        if self.is_pending {
+            return true;
+        }
         let expected = match self.current() {
             Some(row) if row.place["op"] == raw::UPSERT => Some(&row.values),
             Some(_) => None,
@@ -129,7 +134,10 @@ pub async fn lineage(pipeline: &Pipeline, key: &[String]) -> Result<Lineage> {
         Some(base) => row_of(base, pipeline, &raw, key).await?,
         None => None,
     };
-    Ok(Lineage { rows: judged(rows, &markers)?, main: main_row, base })
+    let rows = judged(rows, &markers)?;
+    let is_replaced = |row: &Said| markers.is_applied(row.epoch) && markers.needs_merge(row.epoch);
+    let is_pending = rows.iter().any(is_replaced);
+    Ok(Lineage { rows, main: main_row, base, is_pending })
 }
 
 async fn base_of(main: &Table) -> Result<Option<Table>> {
@@ -230,7 +238,7 @@ fn judged(rows: Vec<Map<String, Value>>, markers: &Markers) -> Result<Vec<Said>>
         }
         let epoch = place["epoch"].as_i64().and_then(Epoch::new);
         let epoch = epoch.ok_or_else(|| Error::internal("a row of raw has no epoch"))?;
-        let fate = if !markers.is_applied(epoch) {
+        let fate = if !markers.is_applied(epoch) || markers.needs_merge(epoch) {
             Fate::Waiting
         } else if place["op"] == raw::REVERT {
             Fate::Revert

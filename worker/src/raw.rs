@@ -26,6 +26,9 @@ pub const INGESTED_AT: &str = "_ingested_at";
 /// Columns that Alluvium adds; a file must not have them.
 pub const OWN: [&str; 6] = [EPOCH, OP, FILE, ROW, GENERATION, INGESTED_AT];
 
+/// So begin the names of helpers in our queries; no file may have such a column either.
+const HELPERS: &str = "_alluvium_";
+
 /// The `_op` of a row that is to be in main.
 pub const UPSERT: &str = "upsert";
 /// The `_op` of a row whose key is to be absent.
@@ -150,7 +153,7 @@ pub fn void_columns(columns: &[Field], files: &[SourceFile]) -> Vec<Field> {
 
 fn check_name(name: &str, seen: &mut Vec<String>, place: &str) -> Result<()> {
     let lower = name.to_lowercase();
-    if OWN.contains(&lower.as_str()) {
+    if OWN.contains(&lower.as_str()) || lower.starts_with(HELPERS) {
         let text = format!("{place}: the name is reserved for Alluvium's own columns");
         return Err(Error::new(Code::ReservedColumn, text)
             .with_help("rename the column where the file is written"));

@@ -11,14 +11,15 @@ use alluvium_table::arrow::array::{AsArray, RecordBatch};
 use alluvium_table::arrow::datatypes::{DataType, Int64Type, Schema};
 use alluvium_table::classify::foreign;
 use alluvium_table::datafusion::common::tree_node::TreeNode;
+use alluvium_table::datafusion::error::Result as DataFusionResult;
 use alluvium_table::datafusion::execution::context::SessionContext;
-use alluvium_table::datafusion::logical_expr::{Expr, LogicalPlan};
+use alluvium_table::datafusion::logical_expr::{Expr, LogicalPlan, Volatility};
 use alluvium_table::query;
 use alluvium_table::schema::find_column;
 use alluvium_table::session::{quoted, quoted_list, work_session};
 use futures::StreamExt;
 
-use crate::incoming::{AsideRef, Incoming, REASON};
+use crate::incoming::{AsideRef, Incoming, REASON, first_error};
 use crate::raw::{FILE, ROW};
 
 /// Why a row is in quarantine: its key occurs again later in the epoch.
@@ -89,7 +90,8 @@ pub async fn judge(pipeline: &Pipeline, incoming: &Incoming) -> Result<Judged> {
         return Ok(judged);
     }
     let session = work_session(pipeline.sizes.memory_bytes);
-    incoming.register(&session, "incoming", &incoming.aside())?;
+    let aside = incoming.aside();
+    incoming.register(&session, "incoming", &aside)?;
     if let Some(condition) = &content.delete_when {
         check_expression(pipeline, &session, "delete_when", condition).await?;
     }
@@ -97,27 +99,41 @@ pub async fn judge(pipeline: &Pipeline, incoming: &Incoming) -> Result<Judged> {
         let what = format!("expect {:?}", expectation.name);
         check_expression(pipeline, &session, &what, &expectation.sql).await?;
     }
-    if !content.expectations.is_empty() {
-        judged.failed = count_failed(&session, &content.expectations).await?;
-        for (expectation, (_, failed)) in content.expectations.iter().zip(&judged.failed) {
-            if *failed > 0 && expectation.action == Action::Fail {
-                return Err(failed_error(pipeline, &session, incoming, expectation, *failed).await?);
-            }
-        }
-        let refusing = content.expectations.iter().zip(&judged.failed);
-        let refusing: Vec<String> = refusing
-            .filter(|(e, (_, failed))| e.action == Action::Quarantine && *failed > 0)
-            .map(|(e, _)| fails(e))
-            .collect();
-        judged.refused_when = (!refusing.is_empty()).then(|| refusing.join(" OR "));
-    }
-    if content.on_duplicate == OnDuplicate::Fail {
-        judged.refuse_duplicates(pipeline, &session, incoming).await?;
-    }
+    let looked = judged.look(pipeline, &session, incoming).await;
+    looked.map_err(|error| first_error(&aside, error))?;
     Ok(judged)
 }
 
 impl Judged {
+    /// Reads the folder for what is demanded of its rows.
+    async fn look(
+        &mut self,
+        pipeline: &Pipeline,
+        session: &SessionContext,
+        incoming: &Incoming,
+    ) -> Result<()> {
+        let expectations = &pipeline.content.expectations;
+        if !expectations.is_empty() {
+            self.failed = count_failed(session, expectations).await?;
+        }
+        for (expectation, (_, failed)) in expectations.iter().zip(&self.failed) {
+            if *failed > 0 && expectation.action == Action::Fail {
+                return Err(failed_error(pipeline, session, incoming, expectation, *failed).await?);
+            }
+        }
+        let refusing: Vec<String> = expectations
+            .iter()
+            .zip(&self.failed)
+            .filter(|(e, (_, failed))| e.action == Action::Quarantine && *failed > 0)
+            .map(|(e, _)| fails(e))
+            .collect();
+        self.refused_when = (!refusing.is_empty()).then(|| refusing.join(" OR "));
+        match pipeline.content.on_duplicate {
+            OnDuplicate::Fail => self.refuse_duplicates(pipeline, session, incoming).await,
+            OnDuplicate::Last | OnDuplicate::Quarantine => Ok(()),
+        }
+    }
+
     /// Refused rows go to `aside`. `incoming` reads the folder, and keeps nothing by itself.
     pub async fn set_aside(
         &self,
@@ -141,7 +157,7 @@ impl Judged {
         }
         if self.only_last {
             let sql = format!(
-                "SELECT {}, '{DUPLICATE_KEY}' AS {} FROM {} WHERE _later IS NOT NULL ORDER BY {place}",
+                "SELECT {}, '{DUPLICATE_KEY}' AS {} FROM {} WHERE _alluvium_later IS NOT NULL ORDER BY {place}",
                 self.names.all,
                 quoted(REASON),
                 self.ranked(),
@@ -156,7 +172,11 @@ impl Judged {
         let doing = "leave refused rows out";
         let relation = match self.only_last {
             true => {
-                format!("(SELECT {} FROM {} WHERE _later IS NULL)", self.names.all, self.ranked())
+                format!(
+                    "(SELECT {} FROM {} WHERE _alluvium_later IS NULL)",
+                    self.names.all,
+                    self.ranked()
+                )
             }
             false => self.expected(),
         };
@@ -175,10 +195,10 @@ impl Judged {
         }
     }
 
-    /// Those with `_later`, which is not NULL where the key comes again.
+    /// Those with `_alluvium_later`, which is not NULL where the key comes again.
     fn ranked(&self) -> String {
         format!(
-            "(SELECT *, lead({row}) OVER (PARTITION BY {key} ORDER BY {order}) AS _later FROM {from})",
+            "(SELECT *, lead({row}) OVER (PARTITION BY {key} ORDER BY {order}) AS _alluvium_later FROM {from})",
             row = quoted(ROW),
             key = self.names.key_list(),
             order = self.names.order,
@@ -194,26 +214,27 @@ impl Judged {
     ) -> Result<()> {
         let key = self.names.key_list();
         let sql = format!(
-            "SELECT count(*) OVER () AS keys, * FROM (SELECT {key}, count(*) AS times, \
-             array_to_string(array_sort(array_agg(DISTINCT {file})), ', ') AS files FROM {from} \
-             GROUP BY {key} HAVING count(*) > 1) ORDER BY times DESC, {key} LIMIT {KEYS_SHOWN}",
+            "SELECT count(*) OVER () AS _alluvium_keys, * FROM (SELECT {key}, count(*) AS \
+             _alluvium_times, array_to_string(array_sort(array_agg(DISTINCT {file})), ', ') AS \
+             _alluvium_files FROM {from} GROUP BY {key} HAVING count(*) > 1) \
+             ORDER BY _alluvium_times DESC, {key} LIMIT {KEYS_SHOWN}",
             file = quoted(FILE),
             from = self.expected(),
         );
-        let rows = query::rows(session, &sql).await?;
+        let rows = rows(session, &sql, "look for keys that come again").await?;
         let Some(first) = rows.first() else { return Ok(()) };
         let shown: Vec<String> = rows
             .iter()
             .map(|row| {
                 let key: Vec<String> =
                     self.names.key.iter().map(|name| row[name].to_string()).collect();
-                let files = row["files"].as_str().unwrap_or_default();
-                format!("{} {} times in {files}", key.join(", "), row["times"])
+                let files = row["_alluvium_files"].as_str().unwrap_or_default();
+                format!("{} {} times in {files}", key.join(", "), row["_alluvium_times"])
             })
             .collect();
         let text = format!(
             "{} key(s) occur more than once in {}: {}",
-            first["keys"],
+            first["_alluvium_keys"],
             incoming.folder(),
             shown.join("; ")
         );
@@ -242,6 +263,12 @@ async fn keep(session: &SessionContext, sql: &str, aside: &AsideRef) -> Result<(
         shared.keep(&batch)?;
     }
     Ok(())
+}
+
+/// Few rows, as JSON objects.
+async fn rows(session: &SessionContext, sql: &str, doing: &str) -> Result<Vec<serde_json::Value>> {
+    let frame = session.sql(sql).await.map_err(|e| foreign(doing, &e))?;
+    query::to_json(&frame.collect().await.map_err(|e| foreign(doing, &e))?)
 }
 
 async fn count_failed(
@@ -274,7 +301,7 @@ async fn failed_error(
         "SELECT {place} FROM incoming WHERE {} ORDER BY {place} LIMIT 1",
         fails(expectation)
     );
-    let rows = query::rows(session, &sql).await?;
+    let rows = rows(session, &sql, "find the first row that is not as expected").await?;
     let first = rows.first().map(|row| {
         format!("; the first is row {} of {}", row[ROW], row[FILE].as_str().unwrap_or_default())
     });
@@ -312,13 +339,24 @@ async fn check_expression(
         return Err(invalid(format!("it gives a value of type {kind}, not true or false")));
     }
     let plan = frame.logical_plan();
-    if plan.expressions().iter().any(Expr::is_volatile) {
+    if plan.expressions().iter().any(|e| changes_with_time(e).unwrap_or(true)) {
         return Err(invalid("it gives another answer each time".to_owned()));
     }
     if !is_row_wise(plan) {
         return Err(invalid("it looks at more than one row".to_owned()));
     }
     Ok(())
+}
+
+/// Calls a function such as `random()` or `now()`.
+fn changes_with_time(expression: &Expr) -> DataFusionResult<bool> {
+    expression.exists(|part| {
+        let function = match part {
+            Expr::ScalarFunction(function) => function.func.signature().volatility,
+            _ => Volatility::Immutable,
+        };
+        Ok(function != Volatility::Immutable)
+    })
 }
 
 /// No aggregate, window or subquery: each row is judged alone.

@@ -44,6 +44,11 @@ impl Rule {
         Self { key: table_names(table, &pipeline.content.key), columns, last_first }
     }
 
+    /// A column of the key as raw spells it; `None`: it is none.
+    pub(crate) fn key_name<'a>(&'a self, name: &str) -> Option<&'a String> {
+        self.key.iter().find(|key| key.eq_ignore_ascii_case(name))
+    }
+
     /// `left.k = right.k AND …`
     pub fn keys_equal(&self, left: &str, right: &str) -> String {
         let equal = self.key.iter().map(|k| format!("{left}.{0} = {right}.{0}", quoted(k)));
@@ -80,13 +85,18 @@ impl Rule {
     /// Main as the fold of `applied` over `base`, whole; these are its columns.
     pub(crate) fn whole(&self, columns: &[String], has_base: bool) -> String {
         let op = quoted(raw::OP);
-        let of_raw = |name: &String| match self.columns.contains(name) {
-            true => quoted(name),
-            false => format!("NULL AS {}", quoted(name)),
+        let of_raw = |name: &String| {
+            let known = self.columns.iter().find(|known| known.eq_ignore_ascii_case(name));
+            let from = known.map_or_else(|| "NULL".to_owned(), |known| quoted(known));
+            format!("{from} AS {}", quoted(name))
         };
+        let of_base = |name: &String| quoted(self.key_name(name).unwrap_or(name));
+        // The left side is held in memory: the keys of raw, never all of the base.
         let rest = format!(
-            " UNION ALL SELECT {} FROM base b LEFT ANTI JOIN mentioned m ON {}",
-            quoted_list(columns.iter().map(String::as_str)),
+            " UNION ALL SELECT {} FROM (SELECT DISTINCT {} FROM mentioned) m \
+             RIGHT ANTI JOIN base b ON {}",
+            columns.iter().map(of_base).collect::<Vec<_>>().join(", "),
+            self.key_list(),
             self.keys_equal("b", "m"),
         );
         format!(
