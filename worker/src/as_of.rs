@@ -105,7 +105,7 @@ async fn compute(
         };
         // Named as in main; the key as in raw, whose rows it meets.
         let names = columns.iter().map(|name| rule.key_name(name).unwrap_or(name));
-        let list: Vec<String> = names.map(|name| column(name)).collect();
+        let list: Vec<String> = names.map(column).collect();
         let sql = format!("SELECT {} FROM base_of", list.join(", "));
         let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
         session.register_table("base", frame.into_view()).map_err(|e| foreign(doing, &e))?;
