@@ -304,7 +304,8 @@ class _Planner:
             case "rollback":
                 self._rollback()
             case "lose":
-                self.actions.append(Lose(rng.choice(("ledger", "state"))))
+                what = rng.choice(("ledger", "state"))
+                self.actions.append(Lose("ledger" if self._change_is_open() else what))
             case "change":
                 epoch = rng.choice(self._changeable())
                 self.folders[epoch] = self._changed_files(epoch)
@@ -346,6 +347,11 @@ class _Planner:
         if not self.shape.replay_changed or self.repeats or is_lost:
             return []
         return sorted(self.sure - self.emptied)
+
+    def _change_is_open(self) -> bool:
+        """A folder changed, and perhaps nobody saw it yet: only its manifest can tell."""
+        changed = {action.epoch for action in self.actions if isinstance(action, Change)}
+        return bool(changed - self.sure)
 
     def _replay_is_open(self) -> bool:
         """Then a folder differs from what was pinned, and may rightly stop other requests."""
