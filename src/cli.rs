@@ -443,14 +443,20 @@ pub(crate) enum QuarantineVerb {
         /// Only this reason
         #[arg(long)]
         reason: Option<String>,
-        /// At most so many
-        #[arg(long, default_value_t = 20)]
-        limit: usize,
+        /// At most so many; without it 20 in a table, all as JSON
+        #[arg(long)]
+        limit: Option<usize>,
         #[command(flatten)]
         output: OutputArgument,
     },
     /// Read the epoch's folder again: every row is judged anew
-    Replay(OfEpoch),
+    Replay {
+        #[command(flatten)]
+        of: OfEpoch,
+        /// Corrected rows: what `show -o json` prints, with another `content`
+        #[arg(long, value_name = "FILE")]
+        rows: Option<PathBuf>,
+    },
     /// Forget an epoch's refused rows
     Drop(OfEpoch),
 }

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from deltalake import DeltaTable, QueryBuilder
 
 import oracle
 
@@ -54,11 +55,14 @@ class Lake:
 
     def pipeline(
         self, name: str = "p", more: str = "", ready: str = 'ready = { marker = "_SUCCESS" }',
-        source: str | None = None,
+        source: str | None = None, columns: str = "", deletes: bool = True,
     ) -> "Lake":
+        """`columns` are declared ones; without `deletes` no row needs an `op`."""
         source = source or f"in_{name}"
+        more += f"\n[pipeline.{name}.columns]\n{columns}\n" if columns else ""
         (self.root / source).mkdir(exist_ok=True)
-        self.pipelines[name] = PIPELINE.format(name=name, source=source, ready=ready, more=more)
+        text = PIPELINE if deletes else PIPELINE.replace("""delete_when = "op = 'D'"\n""", "")
+        self.pipelines[name] = text.format(name=name, source=source, ready=ready, more=more)
         self.configure()
         return self
 
@@ -86,6 +90,17 @@ class Lake:
             (folder / "_SUCCESS").write_text("done")
         return folder
 
+    def write(self, epoch: int | str, file: str, content: str | bytes | pa.Table, name: str = "p") -> Path:
+        """Writes one file of the epoch's folder, text, bytes or Parquet, and completes the folder."""
+        path = self.folder(epoch, name) / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, pa.Table):
+            pq.write_table(content, path)
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        (self.folder(epoch, name) / "_SUCCESS").write_text("done")
+        return path
+
     def alluvium(self, *arguments: str, env: dict[str, str] | None = None) -> Result:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("ALLUVIUM_")}
         done = subprocess.run(
@@ -111,6 +126,22 @@ class Lake:
         """Main as id -> value, read by another reader."""
         rows = oracle.read_main(str(self.root / name / "main"), ["id"])
         return {key[0]: row["value"] for key, row in rows.items()}
+
+    def rows(self, table: str = "main", by: str = "id", name: str = "p") -> list[dict[str, Any]]:
+        """All rows and columns, read by Python deltalake, which knows deletion vectors only like this."""
+        read = QueryBuilder().register("t", DeltaTable(self.root / name / table))
+        found = pa.table(read.execute("SELECT * FROM t").read_all()).to_pylist()
+        return sorted(found, key=lambda row: str(row[by]))
+
+    def types(self, table: str = "main", name: str = "p") -> dict[str, Any]:
+        """Data columns in their order, with their types as the Delta log has them."""
+        schema = json.loads(DeltaTable(self.root / name / table).schema().to_json())
+        return {f["name"]: f["type"] for f in schema["fields"] if not f["name"].startswith("_")}
+
+    def refused(self, name: str = "p") -> list[tuple[str, int | None, Any]]:
+        """Reason, position and content of each row in quarantine, by epoch, file and position."""
+        items = self.alluvium("quarantine", "show", name, "-o", "json").json()
+        return [(item["reason"], item.get("row"), item["content"]) for item in items]
 
     def states(self, name: str = "p") -> dict[int, str]:
         items = self.alluvium("epochs", name, "-o", "json").json()

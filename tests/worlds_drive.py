@@ -15,13 +15,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from oracle import Main, World, expected_main, judged
-from oracle_reading import read_source_folder, table_version
+from oracle import Main, judged
+from oracle_modes import ModeWorld, expected
+from oracle_reading import table_version
 from worlds_check import check_held, check_world, is_held
-from worlds_files import PIPELINE, complete_folder, demands_of, config_text, write_files, write_junk
-from worlds_plan import (
-    Action, Change, Check, Deliver, Fault, File, Lose, Plan, Rollback, Run, Shape, Verb, describe,
+from worlds_files import (
+    PIPELINE, complete_folder, config_text, deletes_of, demands_of, write_files, write_junk,
 )  # fmt: skip
+from worlds_plan import (
+    Action, Change, Check, Deliver, Fault, File, Lose, Plan, Rollback, Run, Verb, describe,
+)  # fmt: skip
+from worlds_read import read_folder
+from worlds_shape import Shape
 
 TIMEOUT_SECONDS = 120
 STDERR_LINES = 40
@@ -103,7 +108,8 @@ class Player:
     also_accepted: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.model = World(self.shape.key, self.shape.sequence_by, ignore=self.shape.ignore)
+        shape = self.shape
+        self.model = ModeWorld(shape.key, shape.sequence_by, ignore=shape.ignore, mode=shape.mode)
         for folder in ("incoming", "logs"):
             (self.home / folder).mkdir(parents=True)
         (self.home / "alluvium.toml").write_text(config_text(self.shape))
@@ -130,9 +136,9 @@ class Player:
 
     def _deliver(self, action: Deliver) -> None:
         folder = self._folder(action.epoch)
-        write_files(folder, action.files, self.shape.key)
+        write_files(folder, action.files, self.shape)
         if action.junk:
-            write_junk(self.home / "incoming", folder)
+            write_junk(self.home / "incoming", folder, self.shape)
         if action.complete:
             complete_folder(folder)
             self.complete.add(action.epoch)
@@ -160,7 +166,7 @@ class Player:
     def _rewrite(self, epoch: int, files: tuple[File, ...]) -> None:
         folder = self._folder(epoch)
         shutil.rmtree(folder)
-        write_files(folder, files, self.shape.key)
+        write_files(folder, files, self.shape)
         complete_folder(folder)
 
     def _lose(self, what: str) -> None:
@@ -204,7 +210,7 @@ class Player:
             # Refused: the version holds what epochs said before they were replayed or undone.
             return False
         kept = self.complete - above
-        held = rows if version is not None else expected_main(self.model, kept)
+        held = rows if version is not None else self._expected(kept)
         self._check_held(held)
         if action.lose:
             self._lose(action.lose)
@@ -215,15 +221,15 @@ class Player:
         self._check_held(held)
         return True
 
-    def _check_held(self, expected: Main) -> None:
-        if lines := check_held(self.home, self.shape.key, expected):
+    def _check_held(self, rows: Main) -> None:
+        if lines := check_held(self.home, self.shape, rows):
             raise WorldFailed(["while it is rolled back:", *lines])
 
     def _check(self, still: bool) -> None:
-        if lines := check_world(self.home, self.model, self.complete):
+        if lines := check_world(self.home, self.shape, self.model, self.complete):
             raise WorldFailed(lines)
         if version := self._versions()["main"]:
-            self.checked[version] = expected_main(self.model, self.complete)
+            self.checked[version] = self._expected(self.complete)
         if not still:
             return
         before = self._versions()
@@ -232,7 +238,7 @@ class Player:
             raise WorldFailed(
                 [f"one more run changes the tables: versions {before}, then {self._versions()}"]
             )
-        if lines := check_world(self.home, self.model, self.complete):
+        if lines := check_world(self.home, self.shape, self.model, self.complete):
             raise WorldFailed(["after one more run:", *lines])
 
     # --- processes ---
@@ -302,8 +308,12 @@ class Player:
         return self.home / "incoming" / str(epoch)
 
     def _folder_content(self, epoch: int) -> tuple:
-        rows = read_source_folder(self._folder(epoch))
-        return judged(rows, self.shape.key, self.shape.sequence_by, demands_of(self.shape))
+        shape = self.shape
+        rows = read_folder(self._folder(epoch), shape)
+        return judged(rows, shape.key, shape.sequence_by, demands_of(shape), deletes_of(shape))
+
+    def _expected(self, epochs: set[int]) -> Main:
+        return expected(self.shape.mode, self.model, epochs)
 
     def _versions(self) -> dict[str, int | None]:
         return {name: table_version(self.home / name) for name in ("raw", "main")}

@@ -1,19 +1,26 @@
-"""The files of a world: its configuration, its parquet folders, the junk beside them.
+"""The files of a world: its configuration, its epoch folders, the junk beside them.
 
 Owns: how a planned file becomes bytes. Never: chooses rows or reads anything back.
 """
 
 from __future__ import annotations
 
+import csv
+import datetime as dt
+import gzip
+import io
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from oracle import Demands
-from worlds_plan import File, Shape
+from oracle import Demands, never_deletes, op_column_deletes
+from worlds_plan import File, Layout
+from worlds_shape import CSV, PARQUET, TYPES, UPSERT, Shape
 
 PIPELINE = "p"
 # The same twice: in SQL, and in Python for the oracle. One refuses NULL, one does not.
@@ -27,12 +34,15 @@ COLUMN_TYPES = {
     "name": pa.string(),
     "amount": pa.float64(),
     "updated_at": pa.timestamp("us", tz="UTC"),
+    "region": pa.string(),
 }
+# All whole numbers and times of a world fit, and NULL does; other amounts do not.
+NARROW_TYPES = {"site": pa.int8(), "seq": pa.int16(), "updated_at": pa.timestamp("ms", tz="UTC")}
+FLOAT_MAX = 1e30
 
 
 def config_text(shape: Shape) -> str:
     """The world's configuration file."""
-    keys = ", ".join(f'"{column}"' for column in shape.key)
     lines = [
         "[state]",
         'uri = "./state"',
@@ -42,24 +52,32 @@ def config_text(shape: Shape) -> str:
         'source = "./incoming"',
         'raw = "./raw"',
         'main = "./main"',
-        f"key = [{keys}]",
         f'order = "{shape.order}"',
-        """delete_when = "op = 'D'\"""",
         f'ready = {{ marker = "{MARKER}" }}',
     ]
+    if shape.key:
+        lines.append(f"key = {_listed(shape.key)}")
+    if shape.deletes:
+        lines.append("""delete_when = "op = 'D'\"""")
+    if shape.mode != UPSERT:
+        lines.append(f'mode = "{shape.mode}"')
     if shape.sequence_by:
         lines.append(f'sequence_by = "{shape.sequence_by}"')
+    if shape.partition_by:
+        lines.append(f"partition_by = {_listed(shape.partition_by)}")
     if shape.small_files:
         lines.append(f"optimize = {{ small_files = {shape.small_files} }}")
     if shape.batch_epochs:
-        lines.append(f"merge = {{ batch_epochs = {shape.batch_epochs} }}")
-    if shape.ignore:
-        names = ", ".join(f'"{column}"' for column in shape.ignore)
-        lines.append(f"columns = {{ ignore = [{names}] }}")
+        lines.append(f"merge.batch_epochs = {shape.batch_epochs}")
+    if shape.skip_unchanged:
+        lines.append("merge.skip_unchanged = true")
+    if shape.change_feed:
+        lines.append("change_feed = true")
     if shape.replay_changed:
         lines.append('on_changed = "replay"')
     if shape.refuse_duplicates:
         lines.append('on_duplicate = "quarantine"')
+    lines += _format_lines(shape)
     if shape.expects:
         for name, sql in EXPECTATIONS:
             lines += [f"[[pipeline.{PIPELINE}.expect]]", f'name = "{name}"', f'sql = "{sql}"']
@@ -67,28 +85,62 @@ def config_text(shape: Shape) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _format_lines(shape: Shape) -> list[str]:
+    """The files' format, and what is said of columns: a table of its own, after the other settings."""
+    lines = []
+    if shape.format != PARQUET:
+        lines.append(f'format = "{shape.format}"')
+    if shape.format == CSV:
+        text = shape.text
+        told = f"delimiter = {json.dumps(text.delimiter)}, header = {json.dumps(text.header)}"
+        lines.append(f"csv = {{ {told}, null = {json.dumps(text.null)} }}")
+    if shape.declared or shape.ignore:
+        lines.append(f"[pipeline.{PIPELINE}.columns]")
+    if shape.ignore:
+        lines.append(f"ignore = {_listed(shape.ignore)}")
+    return lines + [f'{name} = "{TYPES[name]}"' for name in shape.declared]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return "[" + ", ".join(f'"{name}"' for name in names) + "]"
+
+
+# --- what the configuration demands -----------------------------------------------------------
+
+
 def demands_of(shape: Shape) -> Demands:
     """What the configuration demands of rows, for the oracle."""
     return Demands(CONDITIONS if shape.expects else (), shape.refuse_duplicates)
 
 
+def deletes_of(shape: Shape) -> Callable[[dict], bool]:
+    """Its `delete_when`, for the oracle."""
+    return op_column_deletes if shape.deletes else never_deletes
+
+
 def _positive(columns: dict) -> bool | None:
     """NaN is greater than every number, as in DataFusion."""
-    amount = columns["amount"]
+    amount = columns.get("amount")
     return None if amount is None else math.isnan(amount) or amount > -1
 
 
 def _known(columns: dict) -> bool:
-    return columns["seq"] is None or columns["seq"] != 3
+    return columns.get("seq") is None or columns["seq"] != 3
 
 
-def write_files(folder: Path, files: Iterable[File], key: tuple[str, ...]) -> None:
-    """Writes the parquet files; the folder exists afterwards, even without files."""
+CONDITIONS = (("positive", _positive), ("known", _known))
+
+
+# --- folders ----------------------------------------------------------------------------------
+
+
+def write_files(folder: Path, files: Iterable[File], shape: Shape) -> None:
+    """Writes the files; the folder exists afterwards, even without files."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         path = folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(_table(file, key), path, row_group_size=file.row_group_rows)
+        path.write_bytes(_packed(file.name, _content(file, shape)))
 
 
 def complete_folder(folder: Path) -> None:
@@ -96,22 +148,79 @@ def complete_folder(folder: Path) -> None:
     (folder / MARKER).touch()
 
 
-def write_junk(source: Path, folder: Path) -> None:
+def write_junk(source: Path, folder: Path, shape: Shape) -> None:
     """What lies about in real buckets: never rows of an epoch."""
-    stray = File("stray.parquet", ({"pguid": "stray", "name": "stray"},), 1)
-    write_files(source / "backup", [stray], ("pguid",))
-    write_files(folder / "_temporary", [stray], ("pguid",))
-    (folder / "part-0.parquet.crc").write_bytes(b"crc")
-    (folder / "empty.parquet").touch()
+    ending = shape.endings[0]
+    row = {"pguid": "stray", "name": "stray"}
+    stray = File(f"stray{ending}", (row,), 1, Layout(("pguid", "name")))
+    write_files(source / "backup", [stray], shape)
+    write_files(folder / "_temporary", [stray], shape)
+    (folder / f"part-0{ending}.crc").write_bytes(b"crc")
+    (folder / f"empty{ending}").touch()
     (source / "notes.txt").write_text("not a folder")
 
 
-def _table(file: File, key: tuple[str, ...]) -> pa.Table:
-    """Every file of a world has the same columns; `site` only where it belongs to the key."""
-    types = {name: kind for name, kind in COLUMN_TYPES.items() if name != "site" or name in key}
-    return pa.table(
-        {name: pa.array([row.get(name) for row in file.rows], kind) for name, kind in types.items()}
-    )
+def _content(file: File, shape: Shape) -> bytes:
+    if shape.format == PARQUET:
+        return _parquet(file)
+    names = {name: name.upper() if name in file.layout.upper else name for name in file.layout.columns}
+    return (_csv if shape.format == CSV else _json)(file, names, shape)
 
 
-CONDITIONS = (("positive", _positive), ("known", _known))
+def _parquet(file: File) -> bytes:
+    layout, columns = file.layout, {}
+    for name in layout.columns:
+        values = [row.get(name) for row in file.rows]
+        kind = _narrow(name, values) if layout.narrow else COLUMN_TYPES[name]
+        columns[name.upper() if name in layout.upper else name] = pa.array(values, kind)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink, row_group_size=file.row_group_rows)
+    return sink.getvalue().to_pybytes()
+
+
+def _narrow(name: str, values: list[Any]) -> pa.DataType:
+    if name == "amount" and all(value is None or not value > FLOAT_MAX for value in values):
+        return pa.float32()
+    return NARROW_TYPES.get(name, COLUMN_TYPES[name])
+
+
+def _csv(file: File, names: dict[str, str], shape: Shape) -> bytes:
+    text, loose = shape.text, file.layout.loose
+    end = "\r\n" if loose else "\n"
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, delimiter=text.delimiter, lineterminator=end)
+    if text.header:
+        writer.writerow(names.values())
+    for at, row in enumerate(file.rows):
+        writer.writerow(text.null if row.get(name) is None else _text_of(row[name]) for name in names)
+        out.write(end if loose and at % 3 == 0 else "")
+    # A file without bytes is no file.
+    return (out.getvalue() or end).encode()
+
+
+def _json(file: File, names: dict[str, str], shape: Shape) -> bytes:
+    loose, lines = file.layout.loose, []
+    for at, row in enumerate(file.rows):
+        told = {names[name]: row.get(name) for name in names}
+        if loose:
+            told = {name: value for name, value in told.items() if value is not None}
+        lines += ["", ""] if loose and at % 3 == 1 else []
+        lines.append(json.dumps(told, default=_text_of, ensure_ascii=bool(at % 2)))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _text_of(value: Any) -> str:
+    if isinstance(value, dt.datetime):
+        return value.isoformat().replace("+00:00", "Z")
+    return str(value)
+
+
+def _packed(name: str, content: bytes) -> bytes:
+    if name.endswith(".gz"):
+        return gzip.compress(content)
+    if not name.endswith(".zst"):
+        return content
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as out:
+        out.write(content)
+    return sink.getvalue().to_pybytes()

@@ -1,6 +1,6 @@
 """Random worlds: what is delivered, what is asked for and what goes wrong, from a seed alone.
 
-Owns: the shape of a world (configuration), its folders' rows and its actions, in order.
+Owns: a world's folders, their rows and its actions, in order; `worlds_shape` draws the configuration.
 Never: touches a disk, starts a process or looks at an outcome: one seed is always one plan.
 
 The rules of the game (a plan never leaves them):
@@ -20,44 +20,42 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from worlds_shape import APPEND, CSV, PARQUET, SCD2, Shape, draw_shape
+
 Columns = dict[str, Any]
 
 INVOCATIONS_MIN, INVOCATIONS_MAX = 8, 18
 # A run, the verb, a run while held, resume (what is asked meanwhile comes on top).
 ROLLBACK_INVOCATIONS = 4
 ROWS_MAX = 30
-# Bytewise order differs from natural order, from case-blind order and from folder order.
-FILE_NAMES = (
-    "part-0.parquet", "part-10.parquet", "part-2.parquet", "B.parquet", "a.parquet",
-    "a-b.parquet", "a/b.parquet", "day=2/part-0.parquet",
-)  # fmt: skip
+BEGINNING = dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc)
 LOST = {"ledger": "ledger", "state": "whole state folder", "main": "main table"}
 AWKWARD_KEYS = ("k1 ", "K1", "", "ключ", "k'1", 'k"1', "10", "9")
+# Values of a partition column; the empty text is none, Delta takes it for NULL.
+REGIONS = (None, "north", "a/b", "x=y", "100%", "ä ö", "a b", "it's")
+# Of the rows that may repeat an earlier one, as many do; they are taken from the newest.
+ECHO_SHARE, ECHO_ROWS = 0.3, 20
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The configuration of a world."""
+class Layout:
+    """How a file holds its rows: which columns, in which order and case; `loose`: empty lines between
+    rows, NULLs left out, other ends of lines, whatever the format has of it."""
 
-    key: tuple[str, ...]
-    sequence_by: str | None
-    order: str
-    slots: int
-    batch_epochs: int | None
-    small_files: int | None
-    expects: bool
-    refuse_duplicates: bool
-    ignore: tuple[str, ...]
-    replay_changed: bool
+    columns: tuple[str, ...]
+    upper: tuple[str, ...] = ()
+    narrow: bool = False
+    loose: bool = False
 
 
 @dataclass(frozen=True)
 class File:
-    """One parquet file of a folder."""
+    """One file of a folder. Its layout decides which values of the rows are in it."""
 
     name: str
     rows: tuple[Columns, ...]
     row_group_rows: int
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -223,26 +221,18 @@ class _Planner:
     emptied: set[int] = field(default_factory=set)
     repeats: list[Verb] = field(default_factory=list)
     actions: list[Action] = field(default_factory=list)
+    said: list[Columns] = field(default_factory=list)
     version: int = 0
 
     def __post_init__(self) -> None:
         rng = self.rng
-        composite = rng.random() < 0.3
-        self.shape = Shape(
-            key=("pguid", "site") if composite else ("pguid",),
-            sequence_by="seq" if rng.random() < 0.5 else None,
-            order=rng.choice(("sequential", "arrival")),
-            slots=rng.randint(1, 4),
-            batch_epochs=rng.choice((None, 1, 3, 100)),
-            small_files=2 if rng.random() < 0.4 else None,
-            expects=rng.random() < 0.3,
-            refuse_duplicates=rng.random() < 0.3,
-            ignore=("op", "seq") if rng.random() < 0.3 else (),
-            replay_changed=rng.random() < 0.3,
-        )
+        shape = self.shape = draw_shape(rng)
         self.pool = [f"k{n}" for n in range(rng.randint(3, 12))]
         if rng.random() < 0.3:
             self.pool += rng.sample(AWKWARD_KEYS, 3)
+        if shape.format == CSV and shape.text.null == "":
+            # There the empty text means NULL.
+            self.pool = [key for key in self.pool if key]
         # 1..120 crosses 9/10 and 99/100, where order by name is wrong. Units are never mixed.
         start = 1 if rng.random() < 0.7 else 1_700_000_000
         spread = rng.choice((12, 120))
@@ -431,18 +421,40 @@ class _Planner:
     # --- rows ---
 
     def _new_files(self, epoch: int, count: int, taken: Iterable[str] = ()) -> tuple[File, ...]:
-        free = [name for name in FILE_NAMES if name not in set(taken)]
+        free = [name for name in self.shape.file_names if name not in set(taken)]
         return tuple(self._file(epoch, name) for name in self.rng.sample(free, count))
 
     def _file(self, epoch: int, name: str) -> File:
         empty = self.rng.random() < 0.08
-        rows = 0 if empty else self.rng.randint(1, self.rng.choice((4, ROWS_MAX)))
+        count = 0 if empty else self.rng.randint(1, self.rng.choice((4, ROWS_MAX)))
         self.version += 1
-        return File(
-            name,
-            tuple(self._row(f"{epoch}/{name}/{at}/v{self.version}") for at in range(rows)),
-            self.rng.choice((2, 5, 1000)),
-        )
+        rows = [self._row(f"{epoch}/{name}/{at}/v{self.version}") for at in range(count)]
+        if rows and self.shape.mode == APPEND and self.rng.random() < 0.3:
+            rows.append(rows[-1])
+        return self._sound(File(name, tuple(rows), self.rng.choice((2, 5, 1000)), self._layout()))
+
+    def _layout(self) -> Layout:
+        rng, shape = self.rng, self.shape
+        columns = list(shape.columns if shape.text.header else shape.declared)
+        loose = shape.format != PARQUET and rng.random() < 0.4
+        if not shape.drift or rng.random() < 0.4:
+            return Layout(tuple(columns), loose=loose)
+        lacking = rng.sample([name for name in columns if name not in ("pguid", "site")], rng.randint(0, 2))
+        columns = [name for name in columns if name not in lacking]
+        if rng.random() < 0.5:
+            rng.shuffle(columns)
+        upper = [name for name in columns if rng.random() < 0.25]
+        return Layout(tuple(columns), tuple(upper), narrow=rng.random() < 0.5, loose=loose)
+
+    def _sound(self, file: File) -> File:
+        """Where rows alone say which columns and types there are, the first one says all of them."""
+        if not self.shape.is_typed_by_rows:
+            return file
+        first, *rest = file.rows or (self._row(f"{file.name}/v{self.version}"),)
+        values = {"pguid": self.pool[0], "site": 0, "op": "U", "seq": 0, "region": "north"}
+        full = {name: values.get(name) if value is None else value for name, value in first.items()}
+        full |= {"amount": 0.5, "updated_at": first["updated_at"] or BEGINNING}
+        return replace(file, rows=(full, *rest))
 
     def _changed_files(self, epoch: int) -> tuple[File, ...]:
         """The folder before a replay: keys vanish, rows change, files go, come and move."""
@@ -464,25 +476,35 @@ class _Planner:
                 files.append(file)
         if not files or rng.random() < 0.3:
             files += self._new_files(epoch, 1, {file.name for file in files})
-        return tuple(files)
+        return tuple(self._sound(file) for file in files)
 
     def _touched(self, row: Columns) -> Columns:
         return {**row, "name": f"{row['name']}+v{self.version}", "op": self._op()}
 
     def _row(self, name: str) -> Columns:
-        """`name` is unlike any other row's, so that a wrong winner shows."""
+        """`name` is unlike any other row's, so that a wrong winner shows; where equal rows mean something
+        some rows repeat an earlier one."""
         rng = self.rng
+        if self.said and self._equal_rows_matter() and rng.random() < ECHO_SHARE:
+            return rng.choice(self.said[-ECHO_ROWS:])
         row: Columns = {"pguid": None if rng.random() < 0.04 else rng.choice(self.pool)}
-        if "site" in self.shape.key:
+        if "site" in self.shape.columns:
             row["site"] = None if rng.random() < 0.04 else rng.randint(-1, 1)
         row["op"] = self._op()
         row["seq"] = None if rng.random() < 0.2 else rng.randint(-2, 3)
         row["name"] = name
-        row["amount"] = rng.choice((None, math.nan, 0.1, -2.5, 1e300, float(rng.randint(0, 9))))
-        minutes = rng.randint(0, 10**6)
-        at = dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc) + dt.timedelta(minutes=minutes)
+        # Text formats have no word for NaN.
+        no_number = math.nan if self.shape.format == PARQUET else None
+        row["amount"] = rng.choice((None, no_number, 0.1, -2.5, 1e300, float(rng.randint(0, 9))))
+        at = BEGINNING + dt.timedelta(minutes=rng.randint(0, 10**6))
         row["updated_at"] = None if rng.random() < 0.1 else at
+        if "region" in self.shape.columns:
+            row["region"] = rng.choice(REGIONS)
+        self.said.append(row)
         return row
+
+    def _equal_rows_matter(self) -> bool:
+        return self.shape.mode == SCD2 or self.shape.skip_unchanged or self.shape.change_feed
 
     def _op(self) -> str | None:
         return self.rng.choice(("I", "U", "U", "D", None, "d"))

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use alluvium_protocol::heartbeat::Heartbeat;
+use alluvium_protocol::manifest::Repairs;
 use alluvium_protocol::metrics::{CONTENT_TYPE, text};
 use alluvium_protocol::task::RestoreTo;
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
@@ -381,6 +382,9 @@ pub struct Asked {
     /// The point, of a rollback.
     #[serde(default)]
     pub to: Option<RestoreTo>,
+    /// Corrected rows, of a replay.
+    #[serde(default, skip_serializing_if = "Repairs::is_empty")]
+    pub repairs: Repairs,
     /// Who asks.
     pub by: String,
 }
@@ -409,6 +413,7 @@ async fn ask_for(State(api): State<Api>, headers: HeaderMap, Json(asked): Json<A
         pipeline: asked.pipeline,
         epoch: asked.epoch,
         to: asked.to,
+        repairs: asked.repairs,
         by: asked.by,
         at: Utc::now(),
     };

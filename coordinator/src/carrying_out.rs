@@ -127,10 +127,9 @@ async fn new_content(
         _ => Reason::Undo,
     };
     book.entry(epoch, State::Incomplete);
-    let id = Some(request.id.as_str());
     match request.verb {
-        Verb::Replay => pin_folder(book, epoch, &folder, reason, id, now).await,
-        _ => pin(book, epoch, &folder, reason, id, Vec::new(), now).await,
+        Verb::Replay => pin_folder(book, epoch, &folder, reason, Some(request), now).await,
+        _ => pin(book, epoch, &folder, reason, Some(request), Vec::new(), now).await,
     }
 }
 

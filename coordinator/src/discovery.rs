@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use alluvium_protocol::manifest::Object;
-use alluvium_protocol::pipeline::Ready;
+use alluvium_protocol::pipeline::{Format, Ready};
 use alluvium_protocol::{Code, Epoch, Error, FolderName, Pipeline, Result};
 use alluvium_table::classify::foreign;
 use alluvium_table::store::{Place, StoreRef, object_store_at, place_of};
@@ -24,6 +24,8 @@ pub struct Source {
     exclude: Option<Regex>,
     /// The file that says that a folder is complete: never data, whatever its name.
     sign: Option<String>,
+    /// Folders are Delta tables.
+    is_delta: bool,
 }
 
 /// One listing of the source's first level.
@@ -79,6 +81,7 @@ impl Source {
                 Ready::Marker(name) | Ready::Manifest(name) => Some(name.clone()),
                 Ready::Quiet(_) => None,
             },
+            is_delta: pipeline.content.format == Format::Delta,
         })
     }
 
@@ -146,6 +149,10 @@ impl Source {
     }
 
     fn is_data(&self, name: &str) -> bool {
+        // What a Delta table's log says is part of what it holds.
+        if self.is_delta && name.starts_with("_delta_log/") {
+            return !name.ends_with(".crc") && !name.ends_with("/_last_checkpoint");
+        }
         let is_hidden = name.split('/').any(|part| part.starts_with(['_', '.']));
         !is_hidden
             && self.sign.as_deref() != Some(name)

@@ -104,6 +104,7 @@ impl LedgerTable {
                 number("bytes_written"),
                 flag("reconciled"),
                 text("expectations"),
+                number("rows_filtered"),
             ],
             Self::AuditLog => vec![
                 instant("at"),

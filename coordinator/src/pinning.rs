@@ -3,8 +3,9 @@
 //! Owns: which content a generation gets, and what that does to the book. Never: decides whether a
 //! folder is complete.
 
-use alluvium_protocol::manifest::{Manifest, Object, Reason};
-use alluvium_protocol::pipeline::Ready;
+use alluvium_protocol::manifest::{Manifest, Object, Reason, Repairs};
+use alluvium_protocol::marker::Generation;
+use alluvium_protocol::pipeline::{Format, Ready};
 use alluvium_protocol::state::{Event, State};
 use alluvium_protocol::task::Work;
 use alluvium_protocol::{Code, Epoch, Error, Result};
@@ -13,6 +14,7 @@ use chrono::{DateTime, Utc};
 use crate::book::Book;
 use crate::manifests::Pinned;
 use crate::readiness;
+use crate::requests::Request;
 
 /// What a complete folder gave.
 pub(crate) enum Gathered {
@@ -28,7 +30,7 @@ pub async fn pin_folder(
     epoch: Epoch,
     folder: &str,
     reason: Reason,
-    request: Option<&str>,
+    request: Option<&Request>,
     now: DateTime<Utc>,
 ) -> Result<()> {
     let gathered = gather(book, epoch, folder, reason, request, now).await?;
@@ -41,7 +43,7 @@ pub(crate) async fn gather(
     epoch: Epoch,
     folder: &str,
     reason: Reason,
-    request: Option<&str>,
+    request: Option<&Request>,
     now: DateTime<Utc>,
 ) -> Result<Gathered> {
     let produced = match &book.pipeline.ready {
@@ -56,6 +58,15 @@ pub(crate) async fn gather(
     };
     // Begun after the sign of completeness was seen: it sees every file that was there before it.
     let contents = book.source.contents(folder).await?;
+    if book.pipeline.content.format != Format::Delta
+        && contents.others.iter().any(|name| name.starts_with("_delta_log/"))
+    {
+        let text = format!(
+            "{folder} is a Delta table: some of its files may be dead, and only its log tells"
+        );
+        let help = format!("set format = \"delta\" in pipeline.{}", book.pipeline.id);
+        return Err(Error::new(Code::FileUnreadable, text).with_help(help));
+    }
     let objects = match produced {
         None => contents.objects,
         Some((name, body)) => {
@@ -99,7 +110,7 @@ pub async fn pin(
     epoch: Epoch,
     folder: &str,
     reason: Reason,
-    request: Option<&str>,
+    request: Option<&Request>,
     objects: Vec<Object>,
     now: DateTime<Utc>,
 ) -> Result<()> {
@@ -113,20 +124,22 @@ async fn store(
     epoch: Epoch,
     folder: &str,
     reason: Reason,
-    request: Option<&str>,
+    request: Option<&Request>,
     objects: Vec<Object>,
     now: DateTime<Utc>,
 ) -> Result<Pinned> {
     let known = book.entries.get(&epoch).map_or(0, |entry| entry.generation);
+    let repairs = repairs_of(book, epoch, known, &objects, request).await?;
     let mut manifest = Manifest {
         pipeline: book.pipeline.id.clone(),
         epoch,
         generation: known.max(book.markers.generation(epoch)) + 1,
         folder: folder.to_owned(),
         reason,
-        request: request.map(str::to_owned),
+        request: request.map(|request| request.id.clone()),
         pinned_at: now,
         objects,
+        repairs,
     };
     loop {
         let pinned = book.manifests.store(manifest.clone()).await?;
@@ -137,6 +150,51 @@ async fn store(
         }
         manifest.generation += 1;
     }
+}
+
+/// Rows that somebody corrected: those of the generation before, of files that are the same, and the
+/// ones that are asked for now.
+async fn repairs_of(
+    book: &Book,
+    epoch: Epoch,
+    before: Generation,
+    objects: &[Object],
+    request: Option<&Request>,
+) -> Result<Repairs> {
+    let mut repairs = Repairs::new();
+    let mut generation = before;
+    while generation > 0 {
+        // A manifest that cannot be read has no say; nor has one that is empty by request.
+        let Ok(Some(pinned)) = book.manifests.load(epoch, generation).await else { break };
+        if !pinned.manifest.reason.is_empty_content() {
+            let was = pinned.manifest.objects;
+            let is_same = |file: &String| {
+                let now = objects.iter().find(|object| object.name == *file);
+                let then = was.iter().find(|object| object.name == *file);
+                now.zip(then).is_some_and(|(a, b)| {
+                    a.size == b.size
+                        && a.etag == b.etag
+                        && (a.etag.is_some() || a.modified == b.modified)
+                })
+            };
+            repairs = pinned.manifest.repairs;
+            repairs.retain(|file, _| is_same(file));
+            break;
+        }
+        generation -= 1;
+    }
+    for (file, rows) in request.into_iter().flat_map(|request| &request.repairs) {
+        let held = repairs.entry(file.clone()).or_default();
+        for (row, content) in rows {
+            match content {
+                serde_json::Value::Null => drop(held.remove(row)),
+                content => drop(held.insert(*row, content.clone())),
+            }
+        }
+    }
+    repairs
+        .retain(|file, rows| !rows.is_empty() && objects.iter().any(|object| object.name == *file));
+    Ok(repairs)
 }
 
 fn note_pinned(book: &mut Book, epoch: Epoch, pinned: Pinned, now: DateTime<Utc>) -> Result<()> {

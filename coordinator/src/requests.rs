@@ -3,6 +3,7 @@
 
 use std::str::FromStr;
 
+use alluvium_protocol::manifest::Repairs;
 use alluvium_protocol::task::RestoreTo;
 use alluvium_protocol::{Code, Epoch, Error, Result};
 use alluvium_table::classify::foreign;
@@ -63,6 +64,9 @@ pub struct Request {
     /// The point, of a rollback.
     #[serde(default)]
     pub to: Option<RestoreTo>,
+    /// Corrected rows, of a replay.
+    #[serde(default, skip_serializing_if = "Repairs::is_empty")]
+    pub repairs: Repairs,
     /// Who asks.
     pub by: String,
     /// When.

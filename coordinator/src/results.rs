@@ -335,6 +335,7 @@ fn events(book: &Book, result: &TaskResult, now: DateTime<Utc>) -> Vec<Value> {
             "bytes_written": count(report.bytes_written),
             "reconciled": report.reconciled,
             "expectations": expectations(report),
+            "rows_filtered": count(report.rows_filtered),
         })
     };
     subjects.into_iter().enumerate().map(row).collect()

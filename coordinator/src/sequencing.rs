@@ -121,12 +121,21 @@ fn plan_ingests(view: &PipelineView<'_>, now: DateTime<Utc>, plan: &mut Plan) {
     // The first epoch makes raw's columns: alone, so that its types do not depend on a race.
     let most = if view.has_raw { LOOKAHEAD_EPOCHS } else { 1 };
     let mut room = most.saturating_sub(ahead);
+    // An epoch that is compared with those before it is read after them.
+    let gates = view.pipeline.content.gates;
+    let is_compared = gates.rows_min.is_some() || gates.rows_max.is_some();
+    if is_compared {
+        let is_one_out = view.epochs.values().any(|epoch| epoch.state == State::Ingesting);
+        room = room.min(usize::from(!is_one_out));
+    }
     for (number, epoch) in view.epochs {
         if epoch.state != State::Ready || !is_due(epoch, now) {
             continue;
         }
         if room == 0 {
-            let why = if view.has_raw {
+            let why = if is_compared {
+                "it is compared with the epochs before it, which are read first".to_owned()
+            } else if view.has_raw {
                 format!("{LOOKAHEAD_EPOCHS} epochs in raw wait for their merge")
             } else {
                 "the first epoch makes the raw table, alone".to_owned()

@@ -80,6 +80,10 @@ codes! {
     ExpectationFailed = "AL-0307", Permanent, "Rows are not as the pipeline expects them";
     DuplicateKey = "AL-0308", Permanent, "A key occurs more than once in an epoch";
     NewColumn = "AL-0309", Permanent, "A folder has a column that the tables do not have";
+    RowMalformed = "AL-0310", Permanent, "A row of a text file cannot be read";
+    GateClosed = "AL-0311", Permanent, "An epoch is unlike the ones before it";
+    RepairUnknown = "AL-0312", Permanent, "A repair names a row that is not there";
+    SelectInvalid = "AL-0313", Permanent, "The pipeline's select cannot be carried out";
     StorageUnavailable = "AL-0401", Transient, "Storage did not answer as it should";
     StorageDenied = "AL-0402", Permanent, "Storage refused access";
     StorageFull = "AL-0403", Transient, "Storage is full";

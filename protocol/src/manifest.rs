@@ -3,6 +3,8 @@
 //! It is stored once, with If-None-Match, before any task is published; storing it is what allocates
 //! the generation. An ingest reads exactly what it lists.
 
+use std::collections::BTreeMap;
+
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
@@ -75,7 +77,13 @@ pub struct Manifest {
     pub pinned_at: DateTime<Utc>,
     /// The data files, by name.
     pub objects: Vec<Object>,
+    /// Rows that somebody corrected, by file and position: what is to be read there instead.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub repairs: Repairs,
 }
+
+/// Corrected rows by file and position, as JSON objects.
+pub type Repairs = BTreeMap<String, BTreeMap<i64, serde_json::Value>>;
 
 impl Manifest {
     /// Bytes of all data files.

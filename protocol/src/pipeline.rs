@@ -73,6 +73,107 @@ pub enum OnDuplicate {
     Fail,
 }
 
+/// What becomes of a row or a file that cannot be taken as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnBad {
+    /// The epoch is blocked, and nothing of it lands.
+    #[default]
+    Fail,
+    /// It goes to quarantine; the rest lands.
+    Quarantine,
+}
+
+/// How the data files are written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// Parquet files.
+    #[default]
+    Parquet,
+    /// The folder is a Delta table.
+    Delta,
+    /// Text with separated fields.
+    Csv(Csv),
+    /// A JSON object on each line.
+    Json,
+}
+
+impl Format {
+    /// The word of the configuration.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Parquet => "parquet",
+            Self::Delta => "delta",
+            Self::Csv(_) => "csv",
+            Self::Json => "json",
+        }
+    }
+
+    /// Values come as text, and get their types here.
+    pub fn is_text(&self) -> bool {
+        matches!(self, Self::Csv(_) | Self::Json)
+    }
+}
+
+/// How CSV files are written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Csv {
+    /// Between two fields.
+    pub delimiter: u8,
+    /// The first line names the columns.
+    pub header: bool,
+    /// The text that means NULL.
+    pub null: String,
+}
+
+/// What main is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// The current row of each key.
+    #[default]
+    Upsert,
+    /// Every row of every epoch.
+    Append,
+    /// The rows of the highest epoch.
+    Snapshot,
+    /// Every version of each key, with the epochs in which it was valid.
+    Scd2,
+}
+
+impl Mode {
+    /// The word of the configuration and of the tables' property.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Upsert => "upsert",
+            Self::Append => "append",
+            Self::Snapshot => "snapshot",
+            Self::Scd2 => "scd2",
+        }
+    }
+}
+
+/// A column that the configuration declares.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Declared {
+    /// Its name.
+    pub name: String,
+    /// Its type, in the words of the configuration: `long`, `decimal(12,2)`, `array<string>`.
+    pub kind: String,
+}
+
+/// Bounds that an epoch must keep to enter the tables. Shares in hundredths of a percent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gates {
+    /// Fewest rows, as a share of what earlier epochs had.
+    pub rows_min: Option<u64>,
+    /// Most rows, as a share of what earlier epochs had.
+    pub rows_max: Option<u64>,
+    /// Most refused rows, as a share of the epoch's.
+    pub refused_max: Option<u64>,
+}
+
 /// What becomes of a column that the tables do not have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -107,6 +208,36 @@ pub struct Content {
     /// What becomes of earlier rows of a key.
     #[serde(default)]
     pub on_duplicate: OnDuplicate,
+    /// How files are written.
+    #[serde(default)]
+    pub format: Format,
+    /// What main is.
+    #[serde(default)]
+    pub mode: Mode,
+    /// Columns with a type of their own; they stand first.
+    #[serde(default)]
+    pub declared: Vec<Declared>,
+    /// SQL over each row as it came; its result is what the epoch says.
+    #[serde(default)]
+    pub select: Option<String>,
+    /// What becomes of values that do not fit their column.
+    #[serde(default)]
+    pub on_mismatch: OnBad,
+    /// What becomes of files that cannot be read.
+    #[serde(default)]
+    pub on_corrupt_file: OnBad,
+    /// What holds an epoch back.
+    #[serde(default)]
+    pub gates: Gates,
+    /// Columns that main's folders are named after.
+    #[serde(default)]
+    pub partition_by: Vec<String>,
+    /// Main tells its changes row by row.
+    #[serde(default)]
+    pub change_feed: bool,
+    /// Rows that are as main has them are left alone.
+    #[serde(default)]
+    pub skip_unchanged: bool,
 }
 
 /// Sizes and limits of the work on a pipeline.
@@ -171,6 +302,8 @@ pub struct Pipeline {
 
 /// Property of main: columns that it leaves out. Absent: none.
 pub const IGNORE: &str = "alluvium.ignore";
+/// Property of main: columns that its folders are named after. Absent: none.
+pub const PARTITION_BY: &str = "alluvium.partition_by";
 
 impl Pipeline {
     /// The settings that define content, as kept in the properties of raw and main. A table made
@@ -179,14 +312,15 @@ impl Pipeline {
         [
             ("alluvium.pipeline", self.id.clone()),
             ("alluvium.key", self.content.key.join(",")),
-            ("alluvium.mode", "upsert".to_owned()),
+            ("alluvium.mode", self.content.mode.as_str().to_owned()),
         ]
     }
 
     /// The same for main alone: it can be made anew from raw.
     pub fn main_properties(&self) -> Vec<(&'static str, String)> {
         let ignored = (IGNORE, self.content.ignore.join(","));
-        self.content_properties().into_iter().chain([ignored]).collect()
+        let partitioned = (PARTITION_BY, self.content.partition_by.join(","));
+        self.content_properties().into_iter().chain([ignored, partitioned]).collect()
     }
 
     /// The column stays in raw (Delta's columns are case-insensitive).

@@ -178,6 +178,9 @@ pub struct Report {
     pub rows_written: u64,
     /// Rows refused.
     pub rows_quarantined: u64,
+    /// Rows that `select` left out.
+    #[serde(default)]
+    pub rows_filtered: u64,
     /// Columns of the files that did not enter the table.
     #[serde(default)]
     pub columns_left_out: Vec<String>,

@@ -5,6 +5,7 @@ use std::path::Path;
 use alluvium_coordinator::api::{Asked, record};
 use alluvium_coordinator::requests::{Request, Requests, Verb, check_act};
 use alluvium_coordinator::standing::{EpochStanding, Standing};
+use alluvium_protocol::manifest::Repairs;
 use alluvium_protocol::task::RestoreTo;
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
 use chrono::Utc;
@@ -21,8 +22,19 @@ use crate::{client, lock};
 pub(crate) async fn on_epoch(file: Option<&Path>, verb: Verb, of: &OfEpoch) -> Result<Exit> {
     let config = config::load(file)?;
     let pipeline = config.select(Some(&of.pipeline))?.remove(0);
+    with_content(&config, pipeline, verb, of, Repairs::new()).await
+}
+
+/// An act on one epoch, some of whose rows were corrected.
+pub(crate) async fn with_content(
+    config: &Config,
+    pipeline: Pipeline,
+    verb: Verb,
+    of: &OfEpoch,
+    repairs: Repairs,
+) -> Result<Exit> {
     let filter = [("pipeline", Some(of.pipeline.clone()))];
-    let state = match client::typed::<EpochStanding>(&config, "epochs", &filter).await? {
+    let state = match client::typed::<EpochStanding>(config, "epochs", &filter).await? {
         Some(epochs) => check_act(&pipeline.id, &epochs, verb, of.epoch)?,
         None => check(&Standing::read(pipeline.clone(), Utc::now()).await?, verb, of.epoch)?,
     };
@@ -33,7 +45,8 @@ pub(crate) async fn on_epoch(file: Option<&Path>, verb: Verb, of: &OfEpoch) -> R
             return Ok(Exit::Ok);
         }
     }
-    carry_out(&config, pipeline, Act { verb, epoch: Some(of.epoch), to: None }, &state).await
+    let act = Act { verb, epoch: Some(of.epoch), to: None, repairs };
+    carry_out(config, pipeline, act, &state).await
 }
 
 /// An act on a whole pipeline.
@@ -41,8 +54,7 @@ pub(crate) async fn on_pipeline(file: Option<&Path>, verb: Verb, name: &str) -> 
     let config = config::load(file)?;
     let pipeline = config.select(Some(name))?.remove(0);
     if config.cluster.is_some() {
-        return carry_out(&config, pipeline, Act { verb, epoch: None, to: None }, "as it was")
-            .await;
+        return carry_out(&config, pipeline, Act::of(verb), "as it was").await;
     }
     let standing = Standing::read(pipeline.clone(), Utc::now()).await?;
     if !standing.book.has_main {
@@ -50,7 +62,7 @@ pub(crate) async fn on_pipeline(file: Option<&Path>, verb: Verb, name: &str) -> 
         return Err(Error::new(Code::NotPossibleNow, text));
     }
     let state = if standing.book.markers.is_held() { "paused" } else { "running" };
-    carry_out(&config, pipeline, Act { verb, epoch: None, to: None }, state).await
+    carry_out(&config, pipeline, Act::of(verb), state).await
 }
 
 /// The epoch exists and the act makes sense. Returns its state, for the record.
@@ -79,11 +91,18 @@ fn question(verb: Verb, pipeline: &str, epoch: Epoch, state: &str) -> String {
 }
 
 /// What is asked for.
-#[derive(Clone, Copy)]
 pub(crate) struct Act {
     pub(crate) verb: Verb,
     pub(crate) epoch: Option<Epoch>,
     pub(crate) to: Option<RestoreTo>,
+    pub(crate) repairs: Repairs,
+}
+
+impl Act {
+    /// An act on a whole pipeline.
+    pub(crate) fn of(verb: Verb) -> Self {
+        Self { verb, epoch: None, to: None, repairs: Repairs::new() }
+    }
 }
 
 /// Asks the coordinator, or leaves the request and carries it out here if nobody else runs.
@@ -93,10 +112,12 @@ pub(crate) async fn carry_out(
     act: Act,
     state: &str,
 ) -> Result<Exit> {
-    let Act { verb, epoch, to } = act;
+    let Act { verb, epoch, to, repairs } = act;
     let by = std::env::var("USER").unwrap_or_else(|_| "unknown".to_owned());
     if let Some(cluster) = &config.cluster {
-        let asked = Asked { verb, pipeline: pipeline.id.clone(), epoch, to, by: by.clone() };
+        let id = pipeline.id.clone();
+        let asked =
+            Asked { verb, pipeline: id, epoch, to, repairs: repairs.clone(), by: by.clone() };
         match client::ask(config, cluster, &asked).await {
             Ok(outcome) => {
                 let of = epoch.map(|epoch| format!(" {epoch}")).unwrap_or_default();
@@ -118,6 +139,7 @@ pub(crate) async fn carry_out(
         pipeline: pipeline.id.clone(),
         epoch,
         to,
+        repairs,
         by,
         at: Utc::now(),
     };

@@ -12,6 +12,7 @@ mod history;
 mod lineage;
 mod quarantine;
 mod query;
+mod repairs;
 mod rollback;
 pub(crate) mod run;
 mod schema;

@@ -12,7 +12,7 @@ use chrono::Utc;
 use serde_json::{Value, json};
 
 use crate::cli::{OfEpoch, Output, QuarantineVerb};
-use crate::commands::act;
+use crate::commands::{act, repairs};
 use crate::config::{self, Config};
 use crate::printer::{self, Exit};
 
@@ -31,7 +31,13 @@ pub(crate) async fn quarantine(file: Option<&Path>, verb: &QuarantineVerb) -> Re
             let pipeline = config.select(Some(pipeline))?.remove(0);
             show(&pipeline, *epoch, reason.as_deref(), *limit, output.output).await
         }
-        QuarantineVerb::Replay(of) => act::on_epoch(file, Verb::Replay, of).await,
+        QuarantineVerb::Replay { of, rows: None } => act::on_epoch(file, Verb::Replay, of).await,
+        QuarantineVerb::Replay { of, rows: Some(path) } => {
+            let config = config::load(file)?;
+            let pipeline = config.select(Some(&of.pipeline))?.remove(0);
+            let repairs = repairs::read(&pipeline, of.epoch, path).await?;
+            act::with_content(&config, pipeline, Verb::Replay, of, repairs).await
+        }
         QuarantineVerb::Drop(of) => {
             let config = config::load(file)?;
             drop_rows(&config, of).await
@@ -40,7 +46,7 @@ pub(crate) async fn quarantine(file: Option<&Path>, verb: &QuarantineVerb) -> Re
 }
 
 /// Rows of a pipeline's quarantine, by SQL over `t`.
-async fn rows(pipeline: &Pipeline, sql: &str) -> Result<Vec<Value>> {
+pub(super) async fn rows(pipeline: &Pipeline, sql: &str) -> Result<Vec<Value>> {
     let Some(table) = Table::open(&pipeline.quarantine).await? else { return Ok(Vec::new()) };
     let session = query_session(READ_BYTES);
     table.register(&session, "t", None, false).await?;
@@ -86,9 +92,10 @@ async fn show(
     pipeline: &Pipeline,
     epoch: Option<Epoch>,
     reason: Option<&str>,
-    limit: usize,
+    limit: Option<usize>,
     output: Output,
 ) -> Result<Exit> {
+    let limit = limit.unwrap_or(if output == Output::Json { usize::MAX >> 1 } else { 20 });
     let mut conditions = vec!["TRUE".to_owned()];
     conditions.extend(epoch.map(|epoch| format!("_epoch = {epoch}")));
     conditions.extend(reason.map(|text| format!("reason = '{}'", text.replace('\'', "''"))));

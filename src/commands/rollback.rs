@@ -54,7 +54,7 @@ pub(crate) async fn rollback(file: Option<&Path>, asked: &Rollback) -> Result<Ex
         return Ok(Exit::Ok);
     }
     let state = format!("at version {} of main", main.version());
-    let act = Act { verb: Verb::Rollback, epoch: None, to: Some(to) };
+    let act = Act { to: Some(to), ..Act::of(Verb::Rollback) };
     carry_out(&config, pipeline, act, &state).await
 }
 

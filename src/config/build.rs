@@ -5,12 +5,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use alluvium_protocol::Pipeline;
-use alluvium_protocol::pipeline::{Content, NewColumns, OnBlock, OnDuplicate, Order, Ready, Sizes};
+use alluvium_protocol::pipeline::{
+    Content, Csv, Format, Gates, Mode, NewColumns, OnBad, OnBlock, OnDuplicate, Order, Ready, Sizes,
+};
 use alluvium_table::store::{Place, StorageOptions, place_of};
 use toml::Value;
 
-use super::settings::{Kind, SETTINGS, expectations};
-use super::value::{bytes_of, duration_of};
+use super::settings::{Kind, SETTINGS, declared, expectations};
+use super::value::{bytes_of, duration_of, ratio_of};
 use super::{Config, Problem, cluster, watch};
 
 /// Vacuum below this would delete files of tasks that still run.
@@ -71,9 +73,59 @@ struct Section<'a> {
 }
 
 impl Section<'_> {
+    fn path(&self, key: &str) -> String {
+        format!("pipeline.{}.{key}", self.name)
+    }
+
     fn get(&self, key: &str) -> Option<Value> {
-        let path = format!("pipeline.{}.{key}", self.name);
-        self.source.value(&path, &format!("pipeline.*.{key}"))
+        self.source.value(&self.path(key), &format!("pipeline.*.{key}"))
+    }
+
+    fn ratio(&self, key: &str) -> Option<u64> {
+        self.text(key).as_deref().and_then(ratio_of)
+    }
+
+    fn on_bad(&self, key: &str) -> OnBad {
+        match self.text(key).as_deref() {
+            Some("quarantine") => OnBad::Quarantine,
+            _ => OnBad::Fail,
+        }
+    }
+
+    fn format(&self) -> Format {
+        match self.text("format").as_deref() {
+            Some("delta") => Format::Delta,
+            Some("json") => Format::Json,
+            Some("csv") => {
+                let delimiter = self.text("csv.delimiter");
+                let delimiter = delimiter.as_deref().and_then(|text| text.bytes().next());
+                Format::Csv(Csv {
+                    delimiter: delimiter.unwrap_or(b','),
+                    header: self.flag("csv.header"),
+                    null: self.text("csv.null").unwrap_or_default(),
+                })
+            }
+            _ => Format::Parquet,
+        }
+    }
+
+    fn mode(&self) -> Mode {
+        match self.text("mode").as_deref() {
+            Some("append") => Mode::Append,
+            Some("snapshot") => Mode::Snapshot,
+            Some("scd2") => Mode::Scd2,
+            _ => Mode::Upsert,
+        }
+    }
+
+    fn gates(&self) -> Gates {
+        // A snapshot that was cut off would empty main.
+        let least = (self.mode() == Mode::Snapshot).then_some(5000);
+        Gates {
+            rows_min: self.ratio("gate.rows_min").or(least),
+            rows_max: self.ratio("gate.rows_max"),
+            refused_max: self.ratio("gate.refused_max"),
+        }
     }
 
     fn text(&self, key: &str) -> Option<String> {
@@ -210,6 +262,7 @@ fn check_pipeline(source: &Source, name: &str, problems: &mut Vec<Problem>) {
         let text = "at least 1h: a shorter retention deletes files of tasks that still run";
         problem("cleanup.retention", text.to_owned());
     }
+    check_mode(&section, &mut problem);
     if let Some(condition) = section.text("delete_when")
         && let Err(error) = alluvium_table::query::check_expression(&condition)
     {
@@ -233,6 +286,41 @@ fn check_pipeline(source: &Source, name: &str, problems: &mut Vec<Problem>) {
         }
         if own.contains(&key) || key.contains(',') {
             problem("key", format!("{key:?} cannot be a key column"));
+        }
+    }
+}
+
+/// Settings that contradict the mode, the format or each other.
+fn check_mode(section: &Section<'_>, problem: &mut impl FnMut(&str, String)) {
+    let mode = section.text("mode").unwrap_or_default();
+    let is_set = |key: &str| section.source.leaves.contains_key(&section.path(key));
+    if mode == "append" {
+        for key in ["key", "delete_when", "sequence_by", "on_duplicate", "merge.skip_unchanged"] {
+            if is_set(key) {
+                problem(key, "mode = \"append\" keeps every row: it knows no key".to_owned());
+            }
+        }
+    } else if !is_set("key") {
+        problem("key", "required; for example `key = [\"pguid\"]`".to_owned());
+    }
+    if mode != "upsert" && section.flag("adopt") {
+        problem("adopt", format!("a table can be adopted with mode = \"upsert\", not {mode:?}"));
+    }
+    for key in ["csv.delimiter", "csv.header", "csv.null"] {
+        if is_set(key) && section.text("format").as_deref() != Some("csv") {
+            problem(key, "only with format = \"csv\"".to_owned());
+        }
+    }
+    let ignored = names_of(section.get("columns.ignore"));
+    for name in names_of(section.get("partition_by")) {
+        if ignored.iter().any(|other| other.eq_ignore_ascii_case(&name)) {
+            problem(
+                "partition_by",
+                format!("{name:?} does not enter main: columns.ignore names it"),
+            );
+        }
+        if name.contains(',') || name.starts_with('_') {
+            problem("partition_by", format!("{name:?} cannot be a partition column"));
         }
     }
 }
@@ -346,6 +434,19 @@ fn pipeline(source: &Source, name: &str, state: &str, memory: u64) -> Pipeline {
                 Some("fail") => OnDuplicate::Fail,
                 _ => OnDuplicate::Last,
             },
+            format: section.format(),
+            mode: section.mode(),
+            declared: section
+                .get("columns")
+                .and_then(|value| declared(&value).ok())
+                .unwrap_or_default(),
+            select: section.text("select"),
+            on_mismatch: section.on_bad("on_mismatch"),
+            on_corrupt_file: section.on_bad("on_corrupt_file"),
+            gates: section.gates(),
+            partition_by: names_of(section.get("partition_by")),
+            change_feed: section.flag("change_feed"),
+            skip_unchanged: section.flag("merge.skip_unchanged"),
         },
         order: if is_arrival { Order::Arrival } else { Order::Sequential },
         on_block: if goes_on { OnBlock::Continue } else { OnBlock::Stop },

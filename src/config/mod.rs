@@ -18,7 +18,7 @@ use alluvium_protocol::{Code, Error, Pipeline, Result};
 use alluvium_table::store::{self, StorageOptions};
 use toml::{Table, Value};
 
-use settings::{find, is_section, siblings};
+use settings::{Kind, find, is_section, siblings};
 
 /// The resolved configuration.
 #[derive(Debug)]
@@ -207,6 +207,21 @@ fn walk(
     problems: &mut Vec<Problem>,
 ) {
     let dotted = path.join(".");
+    if find(path).is_some_and(|setting| setting.kind == Kind::Columns)
+        && let Value::Table(table) = value
+    {
+        // `ignore` is a list of columns, and itself none, unless it has a type like one.
+        let mut columns = table.clone();
+        if columns.get("ignore").is_some_and(|value| !value.is_str())
+            && let Some(ignore) = columns.remove("ignore")
+        {
+            leaves.insert(format!("{dotted}.ignore"), ignore);
+        }
+        if !columns.is_empty() {
+            leaves.insert(dotted, Value::Table(columns));
+        }
+        return;
+    }
     if find(path).is_some() {
         leaves.insert(dotted, value.clone());
         return;

@@ -1,9 +1,11 @@
 //! Every setting, once: validation, defaults and `config reference` are made from this table.
 
-use alluvium_protocol::pipeline::Expectation;
+use alluvium_protocol::pipeline::{Declared, Expectation};
 use alluvium_table::query::check_expression;
+use alluvium_table::schema::parse_type;
+use alluvium_table::select::check_select;
 
-use super::value::{bytes_of, duration_of, share_of};
+use super::value::{bytes_of, duration_of, ratio_of, share_of};
 
 /// What a setting holds.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -18,6 +20,14 @@ pub(crate) enum Kind {
     Address,
     /// `0.5%`.
     Percent,
+    /// `50%`, `300%`.
+    Ratio,
+    /// One character between fields.
+    Delimiter,
+    /// One SELECT, of one row at a time.
+    Select,
+    /// A table of column names and types.
+    Columns,
     /// A regular expression that a whole name must match.
     Pattern,
     /// A whole number within bounds.
@@ -122,10 +132,36 @@ settings! {
         "Delta table with the current row of each key: the one that people read.";
     "pipeline.*.quarantine", Kind::Location, None, "raw's path with `_quarantine`", r#""./lake/quarantine""#,
         "Delta table with refused rows and the reason.";
-    "pipeline.*.key", Kind::Names, None, "required", r#"["pguid"]"#,
+    "pipeline.*.key", Kind::Names, None, "required, except with mode = \"append\"", r#"["pguid"]"#,
         "Columns that identify a row. Kept in the tables: changing it means rebuilding them.";
-    "pipeline.*.format", Kind::OneOf(&["parquet"]), Some(r#""parquet""#), "", r#""parquet""#,
-        "Format of the data files.";
+    "pipeline.*.mode", Kind::OneOf(&["upsert", "append", "snapshot", "scd2"]), Some(r#""upsert""#), "", r#""scd2""#,
+        "What main is: the current row of each key; every row (no key); the rows of the highest epoch; or every version of each key. Kept in the tables.";
+    "pipeline.*.format", Kind::OneOf(&["parquet", "delta", "csv", "json"]), Some(r#""parquet""#), "", r#""json""#,
+        "Format of the data files; csv and json (an object on each line) also as .gz and .zst; delta: each folder is a Delta table.";
+    "pipeline.*.csv.delimiter", Kind::Delimiter, Some(r#"",""#), "", r#"";""#,
+        "Between two fields of CSV.";
+    "pipeline.*.csv.header", Kind::Flag, Some("true"), "", "false",
+        "The first line of a CSV file names its columns; without one they are the declared ones, or c1, c2, …";
+    "pipeline.*.csv.null", Kind::Text, None, "an empty field is NULL", r#""\\N""#,
+        "The text that means NULL in CSV.";
+    "pipeline.*.select", Kind::Select, None, "rows enter as they come", r#""SELECT id, CAST(price AS DECIMAL(12,2)) AS price FROM incoming WHERE id <> ''""#,
+        "SQL over each row as it came: projection, renaming, typing, filter. All else speaks of its result.";
+    "pipeline.*.columns", Kind::Columns, None, "columns are as the files have them", r#"{ pguid = "string", amount = "decimal(12,2)" }"#,
+        "Declared columns and their types, as [pipeline.NAME.columns]; they stand first. Types: string, boolean, byte, short, int, long, float, double, date, timestamp, timestamp_ntz, binary, decimal(P,S), array<T>, map<K,V>, struct<a:T>.";
+    "pipeline.*.on_mismatch", Kind::OneOf(&["fail", "quarantine"]), Some(r#""fail""#), "", r#""quarantine""#,
+        "A value that does not fit its column's type, or a line that is no row: blocks its epoch, or its row is refused.";
+    "pipeline.*.on_corrupt_file", Kind::OneOf(&["fail", "quarantine"]), Some(r#""fail""#), "", r#""quarantine""#,
+        "A file that cannot be read: blocks its epoch, or is named in quarantine while the others land.";
+    "pipeline.*.gate.rows_min", Kind::Ratio, None, "no bound; `50%` with mode = \"snapshot\"", r#""50%""#,
+        "An epoch with fewer rows, as a share of the median of the ten epochs before it, is held.";
+    "pipeline.*.gate.rows_max", Kind::Ratio, None, "no bound", r#""300%""#,
+        "An epoch with more rows than this share is held.";
+    "pipeline.*.gate.refused_max", Kind::Ratio, None, "no bound", r#""10%""#,
+        "An epoch of which a larger share of rows is refused is held.";
+    "pipeline.*.partition_by", Kind::Names, None, "main is not partitioned", r#"["country"]"#,
+        "Columns that main's folders are named after. Kept in main: changing it means rebuilding main from raw.";
+    "pipeline.*.change_feed", Kind::Flag, Some("false"), "", "true",
+        "Main tells its changes row by row (Delta's change data feed).";
     "pipeline.*.files.include", Kind::Pattern, None, "all files", r#"".*\\.parquet""#,
         "Only files whose path within the folder matches. Hidden (`_x`, `.x`), empty and `.crc` files never count.";
     "pipeline.*.files.exclude", Kind::Pattern, None, "no files", r#"".*\\.tmp""#,
@@ -162,6 +198,8 @@ settings! {
         "Build on a main table that exists already: it becomes the base. Needs `start_from`; lower epochs count as done.";
     "pipeline.*.merge.batch_epochs", Kind::Number(1, 1000), Some("100"), "", "20",
         "Most waiting epochs that one merge takes together.";
+    "pipeline.*.merge.skip_unchanged", Kind::Flag, Some("false"), "", "true",
+        "Rows that are as main has them are left alone: no rewrite, no change in the feed. Costs a comparison with main's rows.";
     "pipeline.*.merge.batch_bytes", Kind::Size, Some(r#""64MiB""#), "", r#""256MiB""#,
         "Most raw bytes that one merge takes together (a single epoch may be larger). Their keys must fit `memory`.";
     "pipeline.*.optimize.enabled", Kind::Flag, Some("true"), "", "false",
@@ -221,6 +259,19 @@ impl Kind {
                 Some(_) => Ok(()),
                 None => expected("a percentage such as \"0.5%\""),
             },
+            Self::Ratio => match value.as_str().and_then(ratio_of) {
+                Some(_) => Ok(()),
+                None => expected("a percentage such as \"50%\" or \"300%\""),
+            },
+            Self::Delimiter => match value.as_str().map(str::as_bytes) {
+                Some([byte]) if byte.is_ascii() && !matches!(byte, b'\n' | b'\r' | b'"') => Ok(()),
+                _ => expected("one ASCII character such as \";\" or \"\\t\""),
+            },
+            Self::Select => match value.as_str() {
+                Some(text) => check_select(text),
+                None => expected("SQL in quotes"),
+            },
+            Self::Columns => declared(value).map(drop),
             Self::Address => match value.as_str().map(str::parse::<std::net::SocketAddr>) {
                 Some(Ok(_)) => Ok(()),
                 _ => expected("ADDRESS:PORT such as \"127.0.0.1:8460\""),
@@ -265,6 +316,24 @@ impl Kind {
             },
         }
     }
+}
+
+/// Reads declared columns, in their order; Err says what was expected.
+pub(crate) fn declared(value: &toml::Value) -> Result<Vec<Declared>, String> {
+    let example = r#"`amount = "decimal(12,2)"`"#;
+    let table = value.as_table().ok_or_else(|| format!("expected columns such as {example}"))?;
+    let mut found: Vec<Declared> = Vec::new();
+    for (name, kind) in table {
+        let kind = kind
+            .as_str()
+            .ok_or_else(|| format!("{name:?}: expected a type in quotes, such as {example}"))?;
+        parse_type(kind).map_err(|error| format!("{name:?}: {error}"))?;
+        if found.iter().any(|known| known.name.eq_ignore_ascii_case(name)) {
+            return Err(format!("{name:?} stands there twice (case does not count)"));
+        }
+        found.push(Declared { name: name.clone(), kind: kind.to_owned() });
+    }
+    Ok(found)
 }
 
 /// Reads a list of expectations; Err says what was expected.

@@ -41,6 +41,12 @@ pub(crate) fn share_of(text: &str) -> Option<f64> {
     (0.0..=100.0).contains(&number).then_some(number / 100.0)
 }
 
+/// A share that may be more than a whole, in hundredths of a percent: `50%`, `300%`.
+pub(crate) fn ratio_of(text: &str) -> Option<u64> {
+    let number: f64 = text.strip_suffix('%')?.trim().parse().ok()?;
+    (0.0..=1_000_000.0).contains(&number).then(|| (number * 100.0).round() as u64)
+}
+
 /// Puts environment variables and files into a text. Err: what is missing.
 pub(crate) fn expand(text: &str, base: &Path) -> Result<String, String> {
     let mut expanded = String::new();

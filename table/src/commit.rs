@@ -28,6 +28,9 @@ use crate::{Table, store};
 /// A checkpoint is written every so many versions, after the commit, off the hot path.
 const CHECKPOINT_EVERY: i64 = 20;
 
+/// The first writer version that knows change files.
+const WRITES_CHANGES: i64 = 4;
+
 /// A marker to land with the data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Marker {
@@ -236,6 +239,48 @@ impl Table {
                 (None, None) => {}
             }
         }
+        let changed = serde_json::from_value(value).map_err(Error::internal)?;
+        Ok(Action::Metadata(changed))
+    }
+
+    /// The actions that make commits tell their changes: the property, and the protocol that knows it.
+    pub fn turn_on_change_feed(&self) -> Result<Vec<Action>> {
+        let property = (crate::CHANGE_FEED.to_owned(), Some("true".to_owned()));
+        let mut actions = vec![self.change_properties(&[property])?];
+        let mut protocol =
+            serde_json::to_value(self.snapshot.protocol()).map_err(Error::internal)?;
+        let version = protocol["minWriterVersion"].as_i64().unwrap_or(0);
+        let feature = serde_json::Value::from("changeDataFeed");
+        match protocol["writerFeatures"].as_array_mut() {
+            Some(features) if features.contains(&feature) => return Ok(actions),
+            Some(features) => features.push(feature),
+            None if version < WRITES_CHANGES => {
+                protocol["minWriterVersion"] = WRITES_CHANGES.into()
+            }
+            None => return Ok(actions),
+        }
+        let protocol = serde_json::from_value(protocol).map_err(Error::internal)?;
+        actions.push(Action::Protocol(protocol));
+        Ok(actions)
+    }
+
+    /// The action that gives columns other types. Data files must fit them.
+    pub fn change_types(&self, columns: &[deltalake::arrow::datatypes::Field]) -> Result<Action> {
+        use deltalake::kernel::engine::arrow_conversion::TryIntoKernel;
+        let mut value = serde_json::to_value(self.snapshot.metadata()).map_err(Error::internal)?;
+        let text = value["schemaString"].as_str().unwrap_or_default();
+        let mut schema: serde_json::Value = serde_json::from_str(text).map_err(Error::internal)?;
+        for column in columns {
+            let field: StructField = column.try_into_kernel().map_err(|e| {
+                Error::new(Code::ColumnTypeMismatch, format!("{}: {e}", column.name()))
+            })?;
+            let kind = serde_json::to_value(field.data_type()).map_err(Error::internal)?;
+            let fields = schema["fields"].as_array_mut().into_iter().flatten();
+            for field in fields.filter(|field| field["name"].as_str() == Some(column.name())) {
+                field["type"] = kind.clone();
+            }
+        }
+        value["schemaString"] = serde_json::Value::String(schema.to_string());
         let changed = serde_json::from_value(value).map_err(Error::internal)?;
         Ok(Action::Metadata(changed))
     }

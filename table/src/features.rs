@@ -16,12 +16,17 @@ use crate::classify::foreign;
 const NAMES_FEATURES: i64 = 7;
 
 /// Writer features that ask nothing of us, or what we do anyway.
-const KEPT: [&str; 5] =
-    ["appendOnly", "deletionVectors", "timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"];
+const KEPT: [&str; 6] = [
+    "appendOnly",
+    "changeDataFeed",
+    "deletionVectors",
+    "timestampNtz",
+    "v2Checkpoint",
+    "vacuumProtocolCheck",
+];
 
 /// Writer features that a table may list as long as it does not use them.
-const UNUSED: [&str; 10] = [
-    "changeDataFeed",
+const UNUSED: [&str; 9] = [
     "checkConstraints",
     "columnMapping",
     "generatedColumns",
@@ -77,11 +82,8 @@ impl Table {
                 "delta.columnMapping.mode" if !value.eq_ignore_ascii_case("none") => {
                     return Err(self.refused("column mapping"));
                 }
-                "delta.enableChangeDataFeed"
-                | "delta.enableInCommitTimestamps"
-                | "delta.enableRowTracking"
-                    if is_on =>
-                {
+                // Without change files of their own, commits are told by their data files.
+                "delta.enableInCommitTimestamps" | "delta.enableRowTracking" if is_on => {
                     return Err(self.refused(&name));
                 }
                 name if name.starts_with("delta.constraints.") => {

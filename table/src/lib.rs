@@ -18,6 +18,7 @@ pub mod query;
 pub mod race;
 pub mod scan;
 pub mod schema;
+pub mod select;
 pub mod session;
 pub mod spool;
 pub mod store;
@@ -26,7 +27,7 @@ pub mod transactions;
 mod uploads;
 pub mod write;
 
-pub use deltalake::kernel::Add;
+pub use deltalake::kernel::{Action, Add};
 pub use deltalake::{arrow, datafusion, parquet};
 pub use files::LiveFile;
-pub use table::{Table, TableSpec, bytes_of};
+pub use table::{CHANGE_FEED, Table, TableSpec, bytes_of};

@@ -85,6 +85,99 @@ pub fn widens_to(from: &DataType, to: &DataType) -> bool {
     }
 }
 
+/// The type that these words of the configuration mean: Delta's names, and `array<T>`, `map<K,V>`,
+/// `struct<a:T,b:T>`.
+///
+/// # Errors
+/// What is wrong, for people.
+pub fn parse_type(text: &str) -> Result<DataType, String> {
+    let text = text.trim();
+    let (word, inner) = match text.split_once(['<', '(']) {
+        None => (text, None),
+        Some((word, rest)) => {
+            let close = if text[word.len()..].starts_with('<') { '>' } else { ')' };
+            let inner = rest.trim_end().strip_suffix(close);
+            (word, Some(inner.ok_or_else(|| format!("{text:?} does not end with {close}"))?))
+        }
+    };
+    let word = word.trim().to_ascii_lowercase();
+    let field = |name: &str, kind| Arc::new(Field::new(name, kind, true));
+    let kind = match (word.as_str(), inner) {
+        ("string", None) => DataType::Utf8,
+        ("boolean", None) => DataType::Boolean,
+        ("byte", None) => DataType::Int8,
+        ("short", None) => DataType::Int16,
+        ("int" | "integer", None) => DataType::Int32,
+        ("long" | "bigint", None) => DataType::Int64,
+        ("float", None) => DataType::Float32,
+        ("double", None) => DataType::Float64,
+        ("date", None) => DataType::Date32,
+        ("timestamp", None) => DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())),
+        ("timestamp_ntz", None) => DataType::Timestamp(TimeUnit::Microsecond, None),
+        ("binary", None) => DataType::Binary,
+        ("decimal", Some(inner)) => {
+            let (precision, scale) = inner.split_once(',').unwrap_or((inner, "0"));
+            let precision: u8 = precision.trim().parse().unwrap_or(0);
+            let scale: i8 = scale.trim().parse().unwrap_or(-1);
+            let fits = (1..=38).contains(&precision) && (0..=38).contains(&scale);
+            if !fits || i16::from(scale) > i16::from(precision) {
+                return Err(format!(
+                    "{text:?}: a decimal has 1 to 38 digits, and no more behind the point"
+                ));
+            }
+            DataType::Decimal128(precision, scale)
+        }
+        ("array", Some(inner)) => DataType::List(field("element", parse_type(inner)?)),
+        ("map", Some(inner)) => {
+            let parts = parts(inner);
+            let [key, value] = parts.as_slice() else {
+                return Err(format!("{text:?}: write map<KEY, VALUE>"));
+            };
+            let key = Arc::new(Field::new("key", parse_type(key)?, false));
+            let entries = Fields::from(vec![key, field("value", parse_type(value)?)]);
+            DataType::Map(
+                Arc::new(Field::new("key_value", DataType::Struct(entries), false)),
+                false,
+            )
+        }
+        ("struct", Some(inner)) => {
+            let mut fields = Vec::new();
+            for part in parts(inner) {
+                let (name, kind) = part
+                    .split_once(':')
+                    .ok_or_else(|| format!("{text:?}: write struct<NAME:TYPE>"))?;
+                fields.push(field(name.trim(), parse_type(kind)?));
+            }
+            DataType::Struct(fields.into())
+        }
+        _ => {
+            return Err(format!(
+                "{text:?} is no type; there are string, boolean, byte, short, int, long, float, double, \
+                 date, timestamp, timestamp_ntz, binary, decimal(P,S), array<T>, map<K,V>, struct<a:T>"
+            ));
+        }
+    };
+    Ok(kind)
+}
+
+/// Splits at commas that stand in no brackets.
+fn parts(text: &str) -> Vec<&str> {
+    let (mut depth, mut start, mut found) = (0, 0, Vec::new());
+    for (at, letter) in text.char_indices() {
+        match letter {
+            '<' | '(' => depth += 1,
+            '>' | ')' => depth -= 1,
+            ',' if depth == 0 => {
+                found.push(&text[start..at]);
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+    found.push(&text[start..]);
+    found
+}
+
 /// The batch with exactly the columns and types of `schema`: columns are found by name, in either
 /// case; absent ones are NULL. A value that does not fit its type is an error, never a NULL.
 pub fn conform(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, ArrowError> {
@@ -137,6 +230,28 @@ mod tests {
         ];
         assert!(yes.iter().all(|(from, to)| widens_to(from, to)));
         assert!(no.iter().all(|(from, to)| !widens_to(from, to)));
+    }
+
+    #[test]
+    fn types_are_read_from_words() {
+        use DataType as T;
+        assert_eq!(parse_type(" Decimal(12, 2)"), Ok(T::Decimal128(12, 2)));
+        let nested = parse_type("struct<a:array<long>,b:map<string,decimal(3,1)>>").unwrap();
+        let T::Struct(fields) = nested else { panic!("no struct") };
+        assert_eq!(fields.len(), 2);
+        assert!(matches!(fields[1].data_type(), T::Map(..)));
+        for bad in [
+            "",
+            "text",
+            "decimal",
+            "decimal(50,2)",
+            "decimal(2,3)",
+            "array<long",
+            "map<long>",
+            "struct<a>",
+        ] {
+            assert!(parse_type(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use deltalake::arrow::ipc::reader::FileReader;
 use deltalake::arrow::ipc::writer::FileWriter;
 use deltalake::datafusion::catalog::streaming::StreamingTable;
 use deltalake::datafusion::datasource::MemTable;
+use deltalake::datafusion::error::DataFusionError;
 use deltalake::datafusion::execution::context::SessionContext;
 use deltalake::datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use deltalake::datafusion::physical_plan::stream::RecordBatchStreamAdapter;
@@ -83,64 +84,90 @@ impl Spool {
         &self.schema
     }
 
+    /// Ends the collecting: the rows can be read any number of times.
+    pub fn finish(mut self) -> Result<Spooled> {
+        let kept = match self.file.take() {
+            None => Kept::Memory(self.batches),
+            Some((file, mut writer)) => {
+                writer.finish().map_err(|e| foreign("spill rows to disk", &e))?;
+                Kept::Disk(file)
+            }
+        };
+        Ok(Spooled { schema: self.schema, rows: self.rows, kept })
+    }
+
     /// Registers the rows as table `name`, readable any number of times.
-    pub fn register(mut self, session: &SessionContext, name: &str) -> Result<()> {
+    pub fn register(self, session: &SessionContext, name: &str) -> Result<()> {
         let doing = "read spooled rows";
-        let Some((file, mut writer)) = self.file.take() else {
-            let table = MemTable::try_new(self.schema, vec![self.batches]);
+        let schema = Arc::clone(&self.schema);
+        let spooled = self.finish()?;
+        if let Kept::Memory(batches) = spooled.kept {
+            let table = MemTable::try_new(schema, vec![batches]);
             let table = table.map_err(|e| foreign(doing, &e))?;
             session.register_table(name, Arc::new(table)).map_err(|e| foreign(doing, &e))?;
             return Ok(());
-        };
-        writer.finish().map_err(|e| foreign("spill rows to disk", &e))?;
-        let partition = SpilledRows { schema: Arc::clone(&self.schema), file };
-        let table = StreamingTable::try_new(self.schema, vec![Arc::new(partition)]);
+        }
+        let table = StreamingTable::try_new(schema, vec![Arc::new(spooled)]);
         let table = table.map_err(|e| foreign(doing, &e))?;
         session.register_table(name, Arc::new(table)).map_err(|e| foreign(doing, &e))?;
         Ok(())
     }
+}
 
-    /// The rows in order, for a single reading.
-    pub fn into_batches(mut self) -> Result<Box<dyn Iterator<Item = Result<RecordBatch>> + Send>> {
+/// Rows that were collected. The file of those on disk lives as long as this.
+#[derive(Debug)]
+pub struct Spooled {
+    schema: SchemaRef,
+    rows: usize,
+    kept: Kept,
+}
+
+#[derive(Debug)]
+enum Kept {
+    Memory(Vec<RecordBatch>),
+    Disk(NamedTempFile),
+}
+
+/// Batches of one reading.
+type Batches = Box<dyn Iterator<Item = Result<RecordBatch>> + Send>;
+
+impl Spooled {
+    /// How many there are.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The rows' schema.
+    pub fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    /// The rows in order.
+    pub fn batches(&self) -> Result<Batches> {
         let doing = "read spooled rows";
-        match self.file.take() {
-            None => Ok(Box::new(self.batches.into_iter().map(Ok))),
-            Some((file, mut writer)) => {
-                writer.finish().map_err(|e| foreign("spill rows to disk", &e))?;
+        match &self.kept {
+            Kept::Memory(batches) => Ok(Box::new(batches.clone().into_iter().map(Ok))),
+            Kept::Disk(file) => {
                 let handle = file.reopen().map_err(|e| foreign(doing, &e))?;
                 let reader = FileReader::try_new(handle, None).map_err(|e| foreign(doing, &e))?;
-                // The file lives as long as the iterator.
-                Ok(Box::new(reader.map(move |batch| {
-                    let _keep = &file;
-                    batch.map_err(|e| foreign(doing, &e))
-                })))
+                Ok(Box::new(reader.map(move |batch| batch.map_err(|e| foreign(doing, &e)))))
             }
         }
     }
 }
 
-#[derive(Debug)]
-struct SpilledRows {
-    schema: SchemaRef,
-    file: NamedTempFile,
-}
-
-impl PartitionStream for SpilledRows {
+impl PartitionStream for Spooled {
     fn schema(&self) -> &SchemaRef {
         &self.schema
     }
 
     fn execute(&self, _context: Arc<TaskContext>) -> SendableRecordBatchStream {
-        let opened = self
-            .file
-            .reopen()
-            .map_err(deltalake::arrow::error::ArrowError::from)
-            .and_then(|file| FileReader::try_new(file, None));
-        let stream = match opened {
-            Ok(reader) => {
-                futures::stream::iter(reader.map(|batch| batch.map_err(Into::into))).boxed()
+        let external = |error| DataFusionError::External(Box::new(error));
+        let stream = match self.batches() {
+            Ok(batches) => {
+                futures::stream::iter(batches.map(move |batch| batch.map_err(external))).boxed()
             }
-            Err(error) => futures::stream::once(async move { Err(error.into()) }).boxed(),
+            Err(error) => futures::stream::once(async move { Err(external(error)) }).boxed(),
         };
         Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.schema), stream))
     }

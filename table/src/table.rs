@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use alluvium_protocol::pipeline::IGNORE;
+use alluvium_protocol::pipeline::{IGNORE, PARTITION_BY};
 use alluvium_protocol::{Code, Error, Pipeline, Result, crash};
 use deltalake::arrow::datatypes::{Schema, SchemaRef};
 use deltalake::kernel::transaction::CommitProperties;
@@ -17,6 +17,9 @@ use crate::classify::{foreign, is_of_storage};
 use crate::schema;
 use crate::store::{Place, StoreRef, log_store_at, place_of};
 use crate::transactions::Transactions;
+
+/// The property of a table whose commits tell their changes row by row.
+pub const CHANGE_FEED: &str = "delta.enableChangeDataFeed";
 
 /// A table's snapshot and the store below it. Cheap to clone; a clone is a snapshot that stays.
 ///
@@ -154,6 +157,12 @@ impl Table {
         self.snapshot.metadata().partition_columns().to_vec()
     }
 
+    /// Commits are to tell their changes row by row.
+    pub fn tells_changes(&self) -> bool {
+        let value = self.properties().get(CHANGE_FEED).cloned();
+        value.is_some_and(|value| value.eq_ignore_ascii_case("true"))
+    }
+
     /// The table's properties.
     pub fn properties(&self) -> HashMap<String, String> {
         self.snapshot.metadata().configuration().clone()
@@ -190,19 +199,20 @@ impl Table {
         };
         for (name, wanted) in wanted {
             let none = String::new();
-            let held = properties.get(name).or((name == IGNORE).then_some(&none));
+            let is_of_main = name == IGNORE || name == PARTITION_BY;
+            let held = properties.get(name).or(is_of_main.then_some(&none));
             let Some(found) = held.filter(|found| **found != wanted) else { continue };
             let setting = name.trim_start_matches("alluvium.");
             let text = format!(
                 "{} was made with {setting} = {found:?}, the configuration says {wanted:?}",
                 self.uri
             );
-            let help = match name == IGNORE {
-                true => {
-                    "set columns.ignore back; or rebuild main from raw: move main's folder away, \
-                         then `alluvium run --once`"
-                        .to_owned()
-                }
+            let setting = if name == IGNORE { "columns.ignore" } else { setting };
+            let help = match is_of_main {
+                true => format!(
+                    "set {setting} back; or rebuild main from raw: move main's folder away, then \
+                     `alluvium run --once`"
+                ),
                 false => format!(
                     "set {setting} back; or rebuild: move the folders of raw and main away, then \
                      `alluvium run --once`"

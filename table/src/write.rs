@@ -1,25 +1,29 @@
 //! Data files of a table: written before any commit names them, under names used once.
 
 use std::num::NonZeroU64;
+use std::sync::Arc;
 
 use alluvium_protocol::{Code, Error, Result, part_of_task};
 use deltalake::arrow::array::RecordBatch;
+use deltalake::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use deltalake::datafile::writer::{DeltaWriter, WriterConfig};
 use deltalake::datafusion::execution::SendableRecordBatchStream;
-use deltalake::kernel::Add;
+use deltalake::kernel::{Action, Add, AddCDCFile};
 use deltalake::parquet::basic::{Compression, ZstdLevel};
 use deltalake::parquet::file::properties::WriterProperties;
 use deltalake::table::config::TablePropertiesExt;
 use futures::StreamExt;
+use object_store::prefix::PrefixStore;
 use tracing::Instrument;
 
 use crate::classify::foreign;
+use crate::store::StoreRef;
 use crate::{Table, schema};
 
 /// Writes rows as data files that are cut at about the target size.
 pub struct FileWriter {
     writer: DeltaWriter,
-    schema: deltalake::arrow::datatypes::SchemaRef,
+    schema: SchemaRef,
     uri: String,
     rows: u64,
 }
@@ -27,10 +31,23 @@ pub struct FileWriter {
 impl FileWriter {
     /// A writer of files for `table`.
     pub fn new(table: &Table, target_file_bytes: u64) -> Result<Self> {
+        Self::with_schema(table, table.schema(), target_file_bytes)
+    }
+
+    /// A writer of files that `table` can name when its columns are these.
+    pub fn with_schema(table: &Table, schema: SchemaRef, target_file_bytes: u64) -> Result<Self> {
+        Self::in_store(table, table.store(), schema, target_file_bytes)
+    }
+
+    fn in_store(
+        table: &Table,
+        store: StoreRef,
+        schema: SchemaRef,
+        target_file_bytes: u64,
+    ) -> Result<Self> {
         let level = ZstdLevel::try_new(1).map_err(Error::internal)?;
         let properties =
             WriterProperties::builder().set_compression(Compression::ZSTD(level)).build();
-        let schema = table.schema();
         let config = WriterConfig::new(
             schema.clone(),
             table.partition_columns(),
@@ -40,7 +57,7 @@ impl FileWriter {
             table.snapshot.table_properties().num_indexed_cols(),
             None,
         );
-        let writer = DeltaWriter::new(table.store(), config);
+        let writer = DeltaWriter::new(store, config);
         Ok(Self { writer, schema, uri: table.uri().to_owned(), rows: 0 })
     }
 
@@ -90,6 +107,40 @@ impl FileWriter {
         if let Err(error) = self.writer.abort().await {
             tracing::warn!(table = self.uri, %error, "left files behind; cleanup deletes them");
         }
+    }
+}
+
+/// The column of change files that says what happened to a row.
+pub const CHANGE_TYPE: &str = "_change_type";
+/// The folder of change files in a table.
+const CHANGE_FOLDER: &str = "_change_data";
+
+/// Writes change files: rows with the table's columns and [`CHANGE_TYPE`].
+pub struct ChangeWriter(FileWriter);
+
+impl ChangeWriter {
+    /// A writer of change files for `table`.
+    pub fn new(table: &Table) -> Result<Self> {
+        let mut fields = table.schema().fields().to_vec();
+        fields.push(Arc::new(Field::new(CHANGE_TYPE, DataType::Utf8, true)));
+        let store: StoreRef = Arc::new(PrefixStore::new(table.store(), CHANGE_FOLDER));
+        let schema = Arc::new(Schema::new(fields));
+        FileWriter::in_store(table, store, schema, u64::MAX).map(Self)
+    }
+
+    /// Writes a whole stream. Returns the actions that name the files.
+    pub async fn write_all(self, stream: SendableRecordBatchStream) -> Result<Vec<Action>> {
+        let written = self.0.write_all(stream).await?;
+        let action = |add: Add| {
+            Action::Cdc(AddCDCFile {
+                path: format!("{CHANGE_FOLDER}/{}", add.path),
+                size: add.size,
+                partition_values: add.partition_values,
+                data_change: false,
+                tags: None,
+            })
+        };
+        Ok(written.adds.into_iter().map(action).collect())
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use alluvium_protocol::marker::Markers;
+use alluvium_protocol::pipeline::Mode;
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
 use alluvium_table::Table;
 use alluvium_table::classify::foreign;
@@ -11,6 +12,7 @@ use alluvium_table::schema::find_column;
 use alluvium_table::session::quoted;
 
 use crate::edit::paths;
+use crate::folding::top_of;
 use crate::merge::BASE_VERSION;
 use crate::raw;
 use crate::restore::versions_with;
@@ -84,7 +86,10 @@ async fn compute(
     let rule = Rule::new(pipeline, raw);
     let schema = main.schema();
     let columns: Vec<String> = schema.fields().iter().map(|f| f.name().clone()).collect();
-    let files = raw::files_of(raw, kept).await?;
+    let files = match pipeline.content.mode {
+        Mode::Snapshot => top_of(raw, kept).await?.map(|(_, files)| files).unwrap_or_default(),
+        _ => raw::files_of(raw, kept).await?,
+    };
     if files.is_empty() {
         raw.register(session, "applied_of", None, false).await?;
         let none = session.sql("SELECT * FROM applied_of WHERE FALSE").await;

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use alluvium_protocol::{Error, Result};
+use alluvium_protocol::pipeline::Mode;
+use alluvium_protocol::{Epoch, Error, Result};
 use alluvium_table::arrow::array::AsArray;
 use alluvium_table::arrow::compute::cast;
 use alluvium_table::arrow::datatypes::{DataType, Int64Type};
@@ -10,14 +11,14 @@ use alluvium_table::classify::foreign;
 use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::scan::FILE_COLUMN;
 use alluvium_table::schema::find_column;
-use alluvium_table::session::quoted;
+use alluvium_table::session::{quoted, quoted_list};
 use alluvium_table::spool::Spool;
 use alluvium_table::write::{FileWriter, Written};
-use alluvium_table::{LiveFile, Table};
+use alluvium_table::{Action, LiveFile, Table};
 
 use crate::merge::BASE_VERSION;
-use crate::raw;
-use crate::winners::{Rule, Scope};
+use crate::winners::{self, Rule, Scope};
+use crate::{feed, raw};
 
 /// Paths of files, as the log spells them.
 pub(crate) fn paths(files: &[LiveFile]) -> Vec<String> {
@@ -84,7 +85,12 @@ pub(crate) struct Edit {
     pub(crate) touched: Vec<LiveFile>,
     /// Rows in those files that stay are written again, beside the ones that come.
     pub(crate) written: Written,
+    /// Files that tell the changes row by row, where main is to.
+    pub(crate) feed: Vec<Action>,
 }
+
+/// A column of `winner_keys`: the key has rows that come.
+pub(crate) const COMES: &str = "_alluvium_comes";
 
 impl Edit {
     /// Finds the files of main with keys of `winners`.
@@ -93,26 +99,51 @@ impl Edit {
         session: &SessionContext,
         main: &Table,
         rule: &Rule,
+        skip_unchanged: bool,
     ) -> Result<()> {
         let doing = "find the files with keys of the epochs";
-        let op = quoted(raw::OP);
-        let count = format!("SELECT count(*) FROM winners WHERE {op} = '{}'", raw::UPSERT);
-        let frame = session.sql(&count).await.map_err(|e| foreign(doing, &e))?;
-        let batches = frame.collect().await.map_err(|e| foreign(doing, &e))?;
-        let counts = batches.first().map(|batch| batch.column(0).as_primitive::<Int64Type>());
-        self.upserts = counts.map_or(0, |counts| counts.value(0).unsigned_abs());
         let live = main.files().await?;
         self.rows_before = live.iter().map(LiveFile::live_rows).sum();
+        if !live.is_empty() {
+            main.register(session, "main", None, true).await?;
+        }
+        if skip_unchanged && !live.is_empty() && rule.mode != Mode::Scd2 {
+            leave_unchanged(session, main, rule).await?;
+        }
+        let op = quoted(raw::OP);
+        let keys = match rule.mode {
+            Mode::Scd2 => format!(
+                "SELECT {key}, bool_or({op} = '{upsert}') AS {COMES} FROM winners GROUP BY {key}",
+                key = rule.key_list(),
+                upsert = raw::UPSERT,
+            ),
+            _ => format!(
+                "SELECT {key}, {op} = '{upsert}' AS {COMES} FROM winners",
+                key = rule.key_list(),
+                upsert = raw::UPSERT,
+            ),
+        };
+        let view = session.sql(&keys).await.map_err(|e| foreign(doing, &e))?.into_view();
+        session.register_table("winner_keys", view).map_err(|e| foreign(doing, &e))?;
+        let count = format!(
+            "SELECT (SELECT count(*) FROM winners WHERE {op} = '{}') AS coming, \
+             (SELECT count(*) FROM winner_keys) AS keys",
+            raw::UPSERT
+        );
+        let frame = session.sql(&count).await.map_err(|e| foreign(doing, &e))?;
+        let batches = frame.collect().await.map_err(|e| foreign(doing, &e))?;
+        let counted = |at: usize| {
+            let batch = batches.first();
+            batch.map_or(0, |b| b.column(at).as_primitive::<Int64Type>().value(0).unsigned_abs())
+        };
+        (self.upserts, self.keys) = (counted(0), counted(1));
         if live.is_empty() {
             return Ok(());
         }
-        main.register(session, "main", None, true).await?;
         let file = quoted(FILE_COLUMN);
         let sql = format!(
-            "SELECT CAST(m.{file} AS VARCHAR), count(*), \
-             count(CASE WHEN w.{op} = '{upsert}' THEN 1 END) \
-             FROM winners w JOIN main m ON {same} GROUP BY m.{file}",
-            upsert = raw::UPSERT,
+            "SELECT CAST(m.{file} AS VARCHAR), count(*), count(CASE WHEN w.{COMES} THEN 1 END) \
+             FROM winner_keys w JOIN main m ON {same} GROUP BY m.{file}",
             same = rule.keys_equal("w", "m"),
         );
         let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
@@ -144,24 +175,53 @@ impl Edit {
         rule: &Rule,
         target_file_bytes: u64,
     ) -> Result<()> {
-        let doing = "compute main's new rows";
-        let columns = rule.column_list();
-        let mut sql =
-            format!("SELECT {columns} FROM winners WHERE {} = '{}'", quoted(raw::OP), raw::UPSERT);
+        let coming = format!(
+            "SELECT {} FROM winners WHERE {} = '{}'",
+            padded_columns(main, rule),
+            quoted(raw::OP),
+            raw::UPSERT
+        );
+        let mut sql = coming.clone();
         if !self.touched.is_empty() {
             self.keep_untouched(session, main, rule).await?;
-            sql = format!(
-                "SELECT * FROM kept UNION ALL SELECT {} FROM winners WHERE {} = '{}'",
+            sql = format!("SELECT * FROM kept UNION ALL {coming}");
+        }
+        let sql = format!("SELECT * FROM ({sql}) ORDER BY {}", order_in(main, rule));
+        self.written = written(session, main, &sql, target_file_bytes).await?;
+        self.check_counts()?;
+        if main.tells_changes() && !self.touched.is_empty() {
+            self.feed = feed::write(session, main, rule, &coming).await?;
+        }
+        Ok(())
+    }
+
+    /// Mode append: main's partitions of the epochs are those of `added`, or empty without it.
+    pub(crate) async fn replace_epochs(
+        &mut self,
+        session: &SessionContext,
+        main: &Table,
+        rule: &Rule,
+        epochs: &BTreeSet<Epoch>,
+        target_file_bytes: u64,
+    ) -> Result<()> {
+        let live = main.files().await?;
+        self.rows_before = live.iter().map(LiveFile::live_rows).sum();
+        let is_of = |file: &LiveFile| raw::epoch_of(file).is_some_and(|e| epochs.contains(&e));
+        self.touched = live.into_iter().filter(is_of).collect();
+        self.hits = self.touched.iter().filter_map(LiveFile::live_rows).sum();
+        if session.table_exist("added").map_err(Error::internal)? {
+            let sql = format!(
+                "SELECT {} FROM (SELECT * FROM added WHERE {} <> '{}') ORDER BY {}",
                 padded_columns(main, rule),
                 quoted(raw::OP),
-                raw::UPSERT
+                raw::REVERT,
+                quoted_list([raw::EPOCH, raw::FILE, raw::ROW]),
             );
+            self.written = written(session, main, &sql, target_file_bytes).await?;
         }
-        let sql = format!("SELECT * FROM ({sql}) ORDER BY {}", rule.key_list());
-        let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-        let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
-        self.written = FileWriter::new(main, target_file_bytes)?.write_all(stream).await?;
-        self.check_counts()
+        self.upserts = self.written.rows;
+        self.keys = self.written.rows;
+        Ok(())
     }
 
     /// The touched files' rows whose keys the epochs do not speak of, as table `kept`. A step of its
@@ -178,7 +238,7 @@ impl Edit {
         let schema = main.schema();
         let all: Vec<String> = schema.fields().iter().map(|f| quoted(f.name())).collect();
         let sql = format!(
-            "SELECT {all} FROM winners w RIGHT ANTI JOIN touched t ON {same}",
+            "SELECT {all} FROM winner_keys w RIGHT ANTI JOIN touched t ON {same}",
             all = all.join(", "),
             same = rule.keys_equal("t", "w"),
         );
@@ -202,6 +262,55 @@ impl Edit {
     }
 }
 
+/// Takes rows out of `winners` that are as main has them.
+async fn leave_unchanged(session: &SessionContext, main: &Table, rule: &Rule) -> Result<()> {
+    let doing = "compare with main's rows";
+    let same: Vec<String> = main
+        .schema()
+        .fields()
+        .iter()
+        .filter(|field| rule.key_name(field.name()).is_none())
+        .map(|field| {
+            let known = rule.output.iter().find(|c| c.eq_ignore_ascii_case(field.name()));
+            let coming = known.map_or_else(|| "NULL".to_owned(), |c| format!("w.{}", quoted(c)));
+            format!("m.{} IS NOT DISTINCT FROM {coming}", quoted(field.name()))
+        })
+        .collect();
+    let sql = format!(
+        "SELECT w.* FROM winners w LEFT ANTI JOIN main m ON {keys} AND w.{op} = '{upsert}' AND {same}",
+        keys = rule.keys_equal("w", "m"),
+        op = quoted(raw::OP),
+        upsert = raw::UPSERT,
+        same = if same.is_empty() { "TRUE".to_owned() } else { same.join(" AND ") },
+    );
+    let changed = winners::collect(session, &sql).await?;
+    session.deregister_table("winners").map_err(|e| foreign(doing, &e))?;
+    changed.register(session, "winners")
+}
+
+async fn written(
+    session: &SessionContext,
+    main: &Table,
+    sql: &str,
+    target_file_bytes: u64,
+) -> Result<Written> {
+    let doing = "compute main's new rows";
+    let frame = session.sql(sql).await.map_err(|e| foreign(doing, &e))?;
+    let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
+    FileWriter::new(main, target_file_bytes)?.write_all(stream).await
+}
+
+/// `ORDER BY` by the key, as main spells it.
+fn order_in(main: &Table, rule: &Rule) -> String {
+    let schema = main.schema();
+    let spelled = |name: &String| {
+        let at = find_column(&schema, name);
+        at.map_or_else(|| quoted(name), |at| quoted(schema.field(at).name()))
+    };
+    let order: Vec<String> = rule.key.iter().map(spelled).collect();
+    order.join(", ")
+}
+
 /// Main's columns out of the winners: an adopted table may have more than raw.
 fn padded_columns(main: &Table, rule: &Rule) -> String {
     let columns: Vec<String> = main
@@ -209,7 +318,7 @@ fn padded_columns(main: &Table, rule: &Rule) -> String {
         .fields()
         .iter()
         .map(|field| {
-            let known = rule.columns.iter().find(|c| c.eq_ignore_ascii_case(field.name()));
+            let known = rule.output.iter().find(|c| c.eq_ignore_ascii_case(field.name()));
             match known {
                 Some(column) => format!("{} AS {}", quoted(column), quoted(field.name())),
                 None => format!("NULL AS {}", quoted(field.name())),

@@ -1,15 +1,24 @@
 //! An epoch's rows as a table that can be read more than once: files in order, each row with its
-//! place, rows with a NULL in the key set aside.
+//! place, values in the types of their columns, rows that cannot be content set aside.
+//!
+//! ```text
+//!  file ─► pieces ─► repairs in their places ─► `select` ─► types of raw ─► key ─► table `incoming`
+//!             │ malformed                          │            │ type:c      │ null_key
+//!             └────────────────────────────────────┴────────────┴─────────────┴─► aside
+//! ```
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError};
 
+use alluvium_protocol::pipeline::OnBad;
 use alluvium_protocol::{Code, Error, Result};
 use alluvium_table::arrow::array::{
     Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, StringArray,
 };
-use alluvium_table::arrow::compute::{filter_record_batch, not};
+use alluvium_table::arrow::compute::{filter, filter_record_batch, not, or};
 use alluvium_table::arrow::datatypes::{
-    DataType, Field, Float32Type, Float64Type, Schema, SchemaRef, TimestampNanosecondType,
+    DataType, Field, Float32Type, Float64Type, Int64Type, Schema, SchemaRef,
+    TimestampNanosecondType,
 };
 use alluvium_table::classify::foreign;
 use alluvium_table::datafusion::catalog::streaming::StreamingTable;
@@ -18,67 +27,52 @@ use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use alluvium_table::datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use alluvium_table::datafusion::physical_plan::streaming::PartitionStream;
-use alluvium_table::schema::{conform, find_column};
-use alluvium_table::spool::Spool;
+use alluvium_table::schema::find_column;
 use futures::StreamExt;
 
+use crate::aside::{Aside, AsideRef, MALFORMED, NULL_KEY, SELECT, line_as_json, texts_of};
 use crate::raw::{FILE, ROW};
-use crate::source::{SourceFile, read_error};
+use crate::selecting::Selection;
+use crate::source::{Piece, SourceFile};
+use crate::typing::{fits_whole, shown, typed};
 
-/// The last column of refused rows: why.
-pub const REASON: &str = "_alluvium_reason";
-/// Why a row is in quarantine: a NULL in its key.
-pub const NULL_KEY: &str = "null_key";
+/// Repaired rows: file, position, and the row as JSON text.
+pub type Repairs = BTreeMap<String, BTreeMap<i64, String>>;
+
+/// How the rows of a folder are to be read.
+pub struct Reading {
+    /// The key's columns.
+    pub key: Vec<String>,
+    /// Values of these columns decide between rows: none may change where Delta keeps less of it.
+    pub exact: Vec<String>,
+    /// What files have, and `select` is over; without it nothing is asked.
+    pub selection: Option<Selection>,
+    /// The data columns.
+    pub columns: SchemaRef,
+    /// What becomes of values that do not fit.
+    pub on_mismatch: OnBad,
+    /// Rows that somebody corrected.
+    pub repairs: Repairs,
+}
 
 /// Rows of one epoch, ready to be read.
 pub struct Incoming {
     folder: String,
     files: Vec<SourceFile>,
-    key: Vec<String>,
-    exact: Vec<String>,
+    reading: Arc<Reading>,
+    /// The data columns and the place.
     schema: SchemaRef,
 }
 
-/// Rows that were refused, in the order of reading, and the first error of a file.
-pub struct Aside {
-    /// Rows with `_file`, `_row` and [`REASON`], as they came.
-    refused: Spool,
-    /// DataFusion passes errors on as text: the coded one waits here.
-    pub error: Option<Error>,
-}
-
-/// Shared between the streams of one reading.
-pub type AsideRef = Arc<Mutex<Aside>>;
-
-impl Aside {
-    /// Keeps refused rows.
-    pub fn keep(&mut self, rows: &RecordBatch) -> Result<()> {
-        let rows = conform(rows, self.refused.schema()).map_err(Error::internal)?;
-        self.refused.push(rows)
-    }
-
-    /// All that were kept.
-    pub fn take(&mut self) -> Spool {
-        let none = Spool::new(Arc::clone(self.refused.schema()));
-        std::mem::replace(&mut self.refused, none)
-    }
-}
-
 impl Incoming {
-    /// The rows of `files` with the data columns `columns`. Values of the columns `exact` decide
-    /// between rows: none may change where Delta keeps less of it.
-    pub fn new(
-        folder: &str,
-        files: Vec<SourceFile>,
-        key: &[String],
-        exact: Vec<String>,
-        columns: Vec<Field>,
-    ) -> Self {
-        let mut fields = columns;
+    /// The rows of `files`, read so.
+    pub fn new(folder: &str, files: Vec<SourceFile>, reading: Reading) -> Self {
+        let mut fields: Vec<Field> =
+            reading.columns.fields().iter().map(|field| field.as_ref().clone()).collect();
         fields.push(Field::new(FILE, DataType::Utf8, true));
         fields.push(Field::new(ROW, DataType::Int64, true));
         let schema = Arc::new(Schema::new(fields));
-        Self { folder: folder.to_owned(), files, key: key.to_vec(), exact, schema }
+        Self { folder: folder.to_owned(), files, reading: Arc::new(reading), schema }
     }
 
     /// The epoch's folder.
@@ -91,17 +85,23 @@ impl Incoming {
         &self.schema
     }
 
-    /// Rows of all files, by their footers.
+    /// Rows of all files.
     pub fn rows(&self) -> u64 {
         self.files.iter().map(|file| file.rows).sum()
     }
 
-    /// A place for what one reading sets aside.
-    pub fn aside(&self) -> AsideRef {
-        let reason = Arc::new(Field::new(REASON, DataType::Utf8, true));
-        let fields = self.schema.fields().iter().cloned().chain([reason]);
-        let schema = Schema::new(fields.collect::<Vec<_>>());
-        Arc::new(Mutex::new(Aside { refused: Spool::new(Arc::new(schema)), error: None }))
+    /// Reading may find something that blocks the epoch.
+    pub fn may_block(&self) -> bool {
+        let Reading { selection, columns, on_mismatch, .. } = self.reading.as_ref();
+        let fits = |file: &SourceFile| {
+            file.malformed().is_none()
+                && !file.is_text()
+                && file.schema.fields().iter().all(|field| {
+                    let at = find_column(columns, field.name());
+                    at.is_none_or(|at| fits_whole(field.data_type(), columns.field(at).data_type()))
+                })
+        };
+        *on_mismatch == OnBad::Fail && (selection.is_some() || !self.files.iter().all(fits))
     }
 
     /// Registers the rows as table `name`. Each reading starts from the files; refused rows go to
@@ -114,8 +114,7 @@ impl Incoming {
                 Arc::new(FileRows {
                     folder: self.folder.clone(),
                     file: file.clone(),
-                    key: self.key.clone(),
-                    exact: self.exact.clone(),
+                    reading: Arc::clone(&self.reading),
                     schema: Arc::clone(&self.schema),
                     aside: Arc::clone(aside),
                 }) as Arc<dyn PartitionStream>
@@ -135,11 +134,11 @@ pub fn first_error(aside: &AsideRef, other: Error) -> Error {
     aside.lock().unwrap_or_else(PoisonError::into_inner).error.take().unwrap_or(other)
 }
 
+#[derive(Clone)]
 struct FileRows {
     folder: String,
     file: SourceFile,
-    key: Vec<String>,
-    exact: Vec<String>,
+    reading: Arc<Reading>,
     schema: SchemaRef,
     aside: AsideRef,
 }
@@ -156,100 +155,238 @@ impl PartitionStream for FileRows {
     }
 
     fn execute(&self, _context: Arc<TaskContext>) -> SendableRecordBatchStream {
-        let reading = Reading {
-            place: format!("{}/{}", self.folder, self.file.name),
-            folder: self.folder.clone(),
-            name: self.file.name.clone(),
-            key: self.key.clone(),
-            exact: self.exact.clone(),
-            schema: Arc::clone(&self.schema),
-            aside: Arc::clone(&self.aside),
-            next_row: 0,
+        let this = self.clone();
+        let read_as = match &self.reading.selection {
+            Some(selection) => selection.input(),
+            None => &self.reading.columns,
         };
-        let stream = match self.file.rows() {
-            Ok(batches) => {
-                let scan = batches.scan(reading, |reading, batch| {
-                    let made = match batch {
-                        Ok(batch) => reading.take(&batch),
-                        Err(error) => Err(read_error(&reading.folder, &reading.name, &error)),
-                    };
-                    let made = made.map_err(|error| reading.note(error));
-                    futures::future::ready(Some(made))
-                });
-                scan.boxed()
+        let pieces = match self.first_pieces(read_as) {
+            Ok(first) => {
+                let first = futures::stream::iter(first.into_iter().map(Ok));
+                first.chain(self.file.pieces(&self.folder, read_as)).boxed()
             }
-            Err(error) => {
-                let error = read_error(&self.folder, &self.file.name, &error);
-                let error = reading.note(error);
-                futures::stream::once(async move { Err(error) }).boxed()
-            }
+            Err(error) => futures::stream::once(async move { Err(error) }).boxed(),
         };
-        Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.schema), stream))
+        let batches = pieces.map(move |piece| {
+            let made = piece.and_then(|piece| this.take(piece));
+            made.map_err(|error| this.note(error))
+        });
+        Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.schema), batches))
     }
 }
 
-struct Reading {
-    place: String,
-    folder: String,
-    name: String,
-    key: Vec<String>,
-    exact: Vec<String>,
-    schema: SchemaRef,
-    aside: AsideRef,
-    next_row: i64,
+/// Rows on their way, with what they came from.
+struct Rows {
+    batch: RecordBatch,
+    places: Int64Array,
+    came: RecordBatch,
+    /// `came` holds lines of JSON.
+    are_lines: bool,
 }
 
-impl Reading {
-    /// The batch with its rows' places, refused rows set aside.
-    fn take(&mut self, batch: &RecordBatch) -> Result<RecordBatch> {
-        let rows = batch.num_rows();
-        let first = self.next_row;
-        self.next_row += i64::try_from(rows).map_err(Error::internal)?;
-        self.check_exact(batch, first)?;
-        let mut batch = conform(batch, &self.schema).map_err(|error| {
-            Error::new(Code::ColumnTypeMismatch, format!("{}: {error}", self.place))
-        })?;
-        batch = self.with_one_zero(self.with_places(batch, first)?)?;
-        match self.null_keys(&batch) {
-            None => Ok(batch),
-            Some(refused) => {
-                let keep = not(&refused).map_err(Error::internal)?;
-                let aside = filter_record_batch(&batch, &refused).map_err(Error::internal)?;
-                let reasons: ArrayRef =
-                    Arc::new(StringArray::from(vec![NULL_KEY; aside.num_rows()]));
-                let mut shared = self.aside.lock().unwrap_or_else(PoisonError::into_inner);
-                let columns = aside.columns().iter().cloned().chain([reasons]).collect();
-                let schema = Arc::clone(shared.refused.schema());
-                let aside = RecordBatch::try_new(schema, columns).map_err(Error::internal)?;
-                shared.refused.push(aside)?;
-                filter_record_batch(&batch, &keep).map_err(Error::internal)
+impl Rows {
+    /// Takes the rows out for which `refused` is true.
+    fn take_out(&mut self, refused: &BooleanArray) -> Result<Self> {
+        let out = self.filtered(refused)?;
+        *self = self.filtered(&not(refused).map_err(Error::internal)?)?;
+        Ok(out)
+    }
+
+    fn filtered(&self, keep: &BooleanArray) -> Result<Self> {
+        let batch = filter_record_batch(&self.batch, keep).map_err(Error::internal)?;
+        let came = filter_record_batch(&self.came, keep).map_err(Error::internal)?;
+        let places = filter(&self.places, keep).map_err(Error::internal)?;
+        let places = places.as_primitive::<Int64Type>().clone();
+        Ok(Self { batch, places, came, are_lines: self.are_lines })
+    }
+}
+
+impl FileRows {
+    fn repairs(&self) -> Option<&BTreeMap<i64, String>> {
+        self.reading.repairs.get(&self.file.name)
+    }
+
+    fn is_repaired(&self, place: i64) -> bool {
+        self.repairs().is_some_and(|repairs| repairs.contains_key(&place))
+    }
+
+    /// What is known before the file's rows are read: malformed lines, and rows that were corrected.
+    fn first_pieces(&self, read_as: &SchemaRef) -> Result<Option<Piece>> {
+        if let Some(malformed) = self.file.malformed() {
+            for batch in malformed.batches()? {
+                let batch = batch?;
+                let lines = batch.column(0).as_string::<i32>();
+                let places = batch.column(1).as_primitive::<Int64Type>();
+                for (line, place) in lines.iter().zip(places.values()) {
+                    self.set_aside_line(*place, line.unwrap_or_default())?;
+                }
             }
         }
+        let Some(repairs) = self.repairs() else { return Ok(None) };
+        let lines: Vec<String> = repairs.values().cloned().collect();
+        Ok(Some(Piece {
+            rows: self.file.piece_of_json(&lines, read_as)?,
+            places: Int64Array::from_iter_values(repairs.keys().copied()),
+            lines: Some(StringArray::from(lines)),
+            malformed: Vec::new(),
+        }))
     }
 
-    fn with_places(&self, batch: RecordBatch, first: i64) -> Result<RecordBatch> {
-        let rows = batch.num_rows();
-        let mut columns: Vec<ArrayRef> = batch.columns().to_vec();
-        let last = columns.len() - 1;
-        let positions = first..first + i64::try_from(rows).map_err(Error::internal)?;
-        columns[last - 1] = Arc::new(StringArray::from_iter_values(vec![&self.name; rows]));
-        columns[last] = Arc::new(Int64Array::from_iter_values(positions));
+    fn place(&self, row: i64) -> String {
+        format!("{}/{}, row {row}", self.folder, self.file.name)
+    }
+
+    fn set_aside_line(&self, place: i64, line: &str) -> Result<()> {
+        if self.is_repaired(place) {
+            return Ok(());
+        }
+        if self.reading.on_mismatch == OnBad::Fail {
+            let text = format!("{} cannot be read: {}", self.place(place), shown_line(line));
+            return Err(Error::new(Code::RowMalformed, text).with_help(
+                "deliver the file again; or set on_mismatch = \"quarantine\", then `alluvium retry`",
+            ));
+        }
+        self.lock().push(&self.file.name, &[place], MALFORMED, vec![line_as_json(line)])
+    }
+
+    /// A piece as rows of the table `incoming`.
+    fn take(&self, piece: Piece) -> Result<RecordBatch> {
+        for (place, line) in &piece.malformed {
+            self.set_aside_line(*place, line)?;
+        }
+        let mut rows = self.unrepaired(piece)?;
+        if let Some(selection) = &self.reading.selection {
+            self.fit(&mut rows, selection.input())?;
+            self.select(&mut rows, selection)?;
+        }
+        self.check_exact(&rows)?;
+        self.fit(&mut rows, &self.reading.columns)?;
+        rows.batch = self.with_one_zero(rows.batch)?;
+        if let Some(refused) = self.null_keys(&rows.batch)? {
+            let out = rows.take_out(&refused)?;
+            self.set_aside(&out, NULL_KEY)?;
+        }
+        self.with_places(&rows)
+    }
+
+    /// The piece without rows that were corrected, unless it is these.
+    fn unrepaired(&self, piece: Piece) -> Result<Rows> {
+        let are_lines = piece.lines.is_some();
+        let is_correction =
+            are_lines && self.repairs().is_some_and(|r| r.keys().eq(piece.places.values().iter()));
+        let came = match piece.lines {
+            None => piece.rows.clone(),
+            Some(lines) => RecordBatch::try_from_iter([("line", Arc::new(lines) as ArrayRef)])
+                .map_err(Error::internal)?,
+        };
+        let rows = Rows { batch: piece.rows, places: piece.places, came, are_lines };
+        if self.repairs().is_none() || is_correction {
+            return Ok(rows);
+        }
+        let keep: Vec<bool> =
+            rows.places.values().iter().map(|at| !self.is_repaired(*at)).collect();
+        rows.filtered(&BooleanArray::from(keep))
+    }
+
+    /// Gives values their types; what does not fit is refused, or an error.
+    fn fit(&self, rows: &mut Rows, columns: &SchemaRef) -> Result<()> {
+        let found = typed(&rows.batch, columns)?;
+        if self.reading.on_mismatch == OnBad::Fail
+            && let Some((name, misfit)) = found.misfits.first()
+        {
+            let row = (0..misfit.len()).find(|at| misfit.value(*at)).unwrap_or_default();
+            return Err(self.misfit(rows, columns, name, row));
+        }
+        rows.batch = found.rows;
+        let mut gone = BooleanArray::from(vec![false; rows.places.len()]);
+        for (name, misfit) in &found.misfits {
+            // A row is refused once, for its first column.
+            let new = alluvium_table::arrow::compute::and_not(misfit, &gone);
+            let new = new.map_err(Error::internal)?;
+            self.set_aside(&rows.filtered(&new)?, &format!("type:{name}"))?;
+            gone = or(&gone, misfit).map_err(Error::internal)?;
+        }
+        if !found.misfits.is_empty() {
+            rows.take_out(&gone)?;
+        }
+        Ok(())
+    }
+
+    fn misfit(&self, rows: &Rows, columns: &SchemaRef, name: &str, row: usize) -> Error {
+        let at = find_column(rows.batch.schema_ref(), name);
+        let value = at.map_or_else(String::new, |at| shown(rows.batch.column(at), row));
+        let found = at.map_or(&DataType::Null, |at| rows.batch.column(at).data_type());
+        let wanted = columns.field_with_name(name).map_or(&DataType::Null, |f| f.data_type());
+        let text = format!(
+            "{}, column {name:?}: {value} ({found}) does not fit its type, {wanted}",
+            self.place(rows.places.value(row))
+        );
+        Error::new(Code::ColumnTypeMismatch, text).with_help(
+            "deliver the folder again with the table's type (a narrower one is fine); or refuse such \
+             rows: on_mismatch = \"quarantine\", then `alluvium retry`",
+        )
+    }
+
+    fn select(&self, rows: &mut Rows, selection: &Selection) -> Result<()> {
+        let before = rows.places.len();
+        let failed = selection.failing(&rows.batch);
+        if let Some((failed, why)) = failed {
+            if self.reading.on_mismatch == OnBad::Fail {
+                let row = (0..failed.len()).find(|at| failed.value(*at)).unwrap_or_default();
+                let text = format!("{}: select: {why}", self.place(rows.places.value(row)));
+                return Err(Error::new(Code::SelectInvalid, text).with_help(
+                    "correct `select`; or refuse such rows: on_mismatch = \"quarantine\", then `alluvium retry`",
+                ));
+            }
+            let out = rows.take_out(&failed)?;
+            self.set_aside(&out, SELECT)?;
+        }
+        let refused = before - rows.places.len();
+        if let Some(keep) = selection.kept(&rows.batch)? {
+            *rows = rows.filtered(&keep)?;
+        }
+        rows.batch = selection.project(&rows.batch)?;
+        self.lock().filtered += (before - refused - rows.places.len()) as u64;
+        Ok(())
+    }
+
+    fn set_aside(&self, rows: &Rows, reason: &str) -> Result<()> {
+        let texts = match rows.are_lines {
+            true => {
+                let lines = rows.came.column(0).as_string::<i32>();
+                lines.iter().map(|line| line.unwrap_or_default().to_owned()).collect()
+            }
+            false => texts_of(&rows.came)?,
+        };
+        self.lock().push(&self.file.name, rows.places.values(), reason, texts)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Aside> {
+        self.aside.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with_places(&self, rows: &Rows) -> Result<RecordBatch> {
+        let mut columns: Vec<ArrayRef> = rows.batch.columns().to_vec();
+        let names = vec![&self.file.name; rows.places.len()];
+        columns.push(Arc::new(StringArray::from_iter_values(names)));
+        columns.push(Arc::new(rows.places.clone()));
         RecordBatch::try_new(Arc::clone(&self.schema), columns).map_err(Error::internal)
     }
 
     /// Delta keeps microseconds: two keys may not become one, nor an order vanish, by cutting.
-    fn check_exact(&self, batch: &RecordBatch, first: i64) -> Result<()> {
-        for name in &self.exact {
-            let Some(at) = find_column(batch.schema_ref(), name) else { continue };
-            let column = batch.column(at).as_primitive_opt::<TimestampNanosecondType>();
+    fn check_exact(&self, rows: &Rows) -> Result<()> {
+        for name in &self.reading.exact {
+            let Some(at) = find_column(rows.batch.schema_ref(), name) else { continue };
+            let column = rows.batch.column(at).as_primitive_opt::<TimestampNanosecondType>();
             let Some(values) = column else { continue };
             let is_cut = |value: Option<i64>| value.is_some_and(|value| value % 1000 != 0);
             if let Some(row) = values.iter().position(is_cut) {
                 let text = format!(
-                    "{}, column {name:?}, row {}: the time has nanoseconds and Delta keeps \
+                    "{}/{}, column {name:?}, row {}: the time has nanoseconds and Delta keeps \
                      microseconds, which would change what the column decides",
-                    self.place,
-                    first + row as i64
+                    self.folder,
+                    self.file.name,
+                    rows.places.value(row)
                 );
                 return Err(Error::new(Code::ColumnTypeMismatch, text)
                     .with_help("write the column in microseconds, or as a 64-bit integer"));
@@ -264,37 +401,49 @@ impl Reading {
         let double = |value: f64| if value.is_nan() { f64::NAN } else { value + 0.0 };
         let single = |value: f32| if value.is_nan() { f32::NAN } else { value + 0.0 };
         let mut columns = batch.columns().to_vec();
-        for at in self.exact.iter().filter_map(|name| find_column(&self.schema, name)) {
+        let schema = batch.schema();
+        for at in self.reading.exact.iter().filter_map(|name| find_column(&schema, name)) {
             if let Some(values) = columns[at].as_primitive_opt::<Float64Type>() {
                 columns[at] = Arc::new(values.unary::<_, Float64Type>(double));
             } else if let Some(values) = columns[at].as_primitive_opt::<Float32Type>() {
                 columns[at] = Arc::new(values.unary::<_, Float32Type>(single));
             }
         }
-        RecordBatch::try_new(batch.schema(), columns).map_err(Error::internal)
+        let rows = batch.num_rows();
+        let options =
+            alluvium_table::arrow::array::RecordBatchOptions::new().with_row_count(Some(rows));
+        RecordBatch::try_new_with_options(schema, columns, &options).map_err(Error::internal)
     }
 
     /// True for each row with a NULL in the key; `None`: no such row.
-    fn null_keys(&self, batch: &RecordBatch) -> Option<BooleanArray> {
-        let mut refused: Option<Vec<bool>> = None;
-        for name in &self.key {
-            let at = find_column(&self.schema, name)?;
+    fn null_keys(&self, batch: &RecordBatch) -> Result<Option<BooleanArray>> {
+        let mut refused: Option<BooleanArray> = None;
+        for name in &self.reading.key {
+            let Some(at) = find_column(batch.schema_ref(), name) else { continue };
             let column = batch.column(at);
             if column.null_count() == 0 {
                 continue;
             }
-            let flags = refused.get_or_insert_with(|| vec![false; batch.num_rows()]);
-            for (row, flag) in flags.iter_mut().enumerate() {
-                *flag |= column.is_null(row);
-            }
+            let nulls = alluvium_table::arrow::compute::is_null(column).map_err(Error::internal)?;
+            refused = Some(match refused {
+                Some(known) => or(&known, &nulls).map_err(Error::internal)?,
+                None => nulls,
+            });
         }
-        refused.map(BooleanArray::from)
+        Ok(refused)
     }
 
     fn note(&self, error: Error) -> DataFusionError {
         let text = error.to_string();
-        let mut shared = self.aside.lock().unwrap_or_else(PoisonError::into_inner);
-        shared.error.get_or_insert(error);
+        self.lock().error.get_or_insert(error);
         DataFusionError::Execution(text)
     }
+}
+
+fn shown_line(line: &str) -> String {
+    let mut text: String = line.chars().take(100).collect();
+    if text.len() < line.len() {
+        text.push('…');
+    }
+    format!("{text:?}")
 }

@@ -6,15 +6,16 @@
 //!  raw's commit: remove all of the partition, add the files, marker; again until it landed
 //! ```
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use alluvium_protocol::manifest::Manifest;
 use alluvium_protocol::marker::{Generation, Markers};
-use alluvium_protocol::pipeline::{NewColumns, full_hash};
+use alluvium_protocol::pipeline::{Format, full_hash};
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
 use alluvium_table::Table;
-use alluvium_table::arrow::datatypes::Field;
+use alluvium_table::arrow::datatypes::{Field, Schema, SchemaRef};
 use alluvium_table::classify::foreign;
 use alluvium_table::commit::CommitOutcome;
 use alluvium_table::datafusion::dataframe::DataFrame;
@@ -26,12 +27,16 @@ use alluvium_table::store::object_store_at;
 use alluvium_table::write::{FileWriter, Written};
 use object_store::ObjectStoreExt;
 
+use crate::aside::{self, AsideRef};
 use crate::checks::{agree, read_back};
-use crate::incoming::{AsideRef, Incoming, first_error};
+use crate::columns::{self, Columns, NamedSchema, check_columns, names_of};
+use crate::incoming::{Incoming, Reading, first_error};
 use crate::raw_commit::{Prepared, RawCommit, already, partition_paths};
 use crate::refusals::{Judged, judge};
+use crate::selecting::{Selection, input_of};
 use crate::source::SourceFile;
-use crate::{Permit, Workshop, quarantine, raw};
+use crate::widening::{narrower, widen};
+use crate::{Permit, Workshop, gates, quarantine, raw};
 
 /// How long a commit is tried against other writers before the attempt counts as failed.
 pub(crate) const COMMIT_PATIENCE: Duration = Duration::from_secs(60);
@@ -65,57 +70,31 @@ pub async fn ingest(
         }
     }
     let manifest = read_manifest(pipeline, wanted).await?;
-    let files = SourceFile::open_all(&pipeline.source, &manifest).await?;
-    check_columns(pipeline, &manifest, &files)?;
+    let opened = SourceFile::open_all(pipeline, &manifest).await?;
     check_raw_has_it(workshop, pipeline, wanted).await?;
     let schema = match &present {
         Some(raw) => Some(raw.schema()),
         // Main was there before raw: its columns and their types stand.
         None => workshop.tables.open(&pipeline.main).await?.map(|main| main.schema()),
     };
-    let mut columns = raw::union_columns(schema.as_ref(), &files, wanted.epoch)?;
-    // Tables without data columns were made by an epoch without rows: this one says which there are.
-    let known = schema.as_ref().map(|schema| raw::data_fields(schema).len());
-    let known = known.filter(|known| *known > 0).unwrap_or(columns.len());
-    let is_first_raw = present.is_none();
-    let (needed, new): (Vec<Field>, Vec<Field>) =
-        columns.split_off(known).into_iter().partition(|column| {
-            // The rule needs these, also where no earlier file gave them a type; and main, which may be
-            // older than raw, never has what is ignored.
-            let of_rule = pipeline.content.key.iter().chain(&pipeline.content.sequence_by);
-            of_rule.into_iter().any(|name| name.eq_ignore_ascii_case(column.name()))
-                || (is_first_raw && pipeline.is_ignored(column.name()))
-        });
-    columns.extend(needed);
-    match pipeline.content.new_columns {
-        NewColumns::Evolve => columns.extend(new.iter().cloned()),
-        NewColumns::Fail if !new.is_empty() => {
-            return Err(new_columns(pipeline, &manifest.folder, &names_of(&new)));
-        }
-        NewColumns::Freeze | NewColumns::Fail => {}
-    }
-    let left_out = match pipeline.content.new_columns {
-        NewColumns::Freeze => new,
-        NewColumns::Evolve | NewColumns::Fail => Vec::new(),
-    };
+    let (incoming, columns) =
+        incoming_of(pipeline, &manifest, opened.files, schema.as_ref(), present.is_none()).await?;
     crash::point("ingest.after_read")?;
     permit.check()?;
 
-    let exact = [pipeline.content.key.as_slice(), pipeline.content.sequence_by.as_slice()].concat();
-    // Expressions may speak of columns that do not enter the table.
-    let read = [columns.as_slice(), left_out.as_slice()].concat();
-    let void = raw::void_columns(&read, &files);
-    let all = [read.as_slice(), void.as_slice()].concat();
-    let incoming = Incoming::new(&manifest.folder, files, &pipeline.content.key, exact, all);
     let judged = judge(pipeline, &incoming).await?;
-    let table = prepare_table(workshop, pipeline, present, &columns).await?;
+    gates::check(pipeline, &manifest, present.as_ref(), &incoming, &judged).await?;
+    let table = prepare_table(workshop, pipeline, present, &columns, permit).await?;
     let prepared = write_files(workshop, task, wanted, &table, &incoming, &judged).await?;
     crash::point("ingest.after_write")?;
     permit.check()?;
 
-    let refused = {
+    let (refused, rows_filtered) = {
         let mut aside = prepared.aside.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        aside.take()
+        for (file, error) in &opened.corrupt {
+            aside.push_file(file, error)?;
+        }
+        (aside.take(), aside.filtered)
     };
     let now = workshop.clock.now();
     let rows_quarantined = quarantine::replace(
@@ -127,9 +106,10 @@ pub async fn ingest(
         now,
     )
     .await?;
-    let kept = prepared.content_rows + rows_quarantined;
-    let what = "rows of the folder, in raw or quarantine";
-    agree("ingest", what, incoming.rows(), kept, &pipeline.raw)?;
+    let corrupt = opened.corrupt.len() as u64;
+    let kept = prepared.content_rows + rows_quarantined + rows_filtered;
+    let what = "rows of the folder, in raw, in quarantine or left out by select";
+    agree("ingest", what, incoming.rows() + corrupt, kept, &pipeline.raw)?;
     let written = &prepared.written;
     read_back("ingest.files", &table, &written.adds, written.rows).await?;
     let report = Report {
@@ -138,8 +118,9 @@ pub async fn ingest(
         rows_read: incoming.rows(),
         rows_written: prepared.written.rows,
         rows_quarantined,
+        rows_filtered,
         expectations: judged.failed,
-        columns_left_out: names_of(&left_out),
+        columns_left_out: names_of(&columns.left_out),
         files_added: prepared.written.adds.len() as u64,
         bytes_written: alluvium_table::bytes_of(&prepared.written.adds),
         ..Report::default()
@@ -149,18 +130,45 @@ pub async fn ingest(
     commit.land(table, prepared, report, permit).await
 }
 
-fn names_of(columns: &[Field]) -> Vec<String> {
-    columns.iter().map(|field| field.name().clone()).collect()
-}
-
-fn new_columns(pipeline: &Pipeline, folder: &str, names: &[String]) -> Error {
-    let text =
-        format!("{folder} has columns that {} does not have: {}", pipeline.raw, names.join(", "));
-    let help = format!(
-        "set `schema` of pipeline.{} to \"evolve\" or \"freeze\", then `alluvium retry`",
-        pipeline.id
-    );
-    Error::new(Code::NewColumn, text).with_help(help)
+/// How the folder's rows are read, and which columns they give the table.
+async fn incoming_of(
+    pipeline: &Pipeline,
+    manifest: &Manifest,
+    files: Vec<SourceFile>,
+    table: Option<&SchemaRef>,
+    is_first_raw: bool,
+) -> Result<(Incoming, Columns)> {
+    let content = &pipeline.content;
+    let mut schemas: Vec<NamedSchema> =
+        files.iter().map(|file| (file.name.clone(), Arc::clone(&file.schema))).collect();
+    let selection = match &content.select {
+        Some(select) if !files.is_empty() => {
+            let all: Vec<SchemaRef> =
+                schemas.iter().map(|(_, schema)| Arc::clone(schema)).collect();
+            let input = input_of(&all, matches!(content.format, Format::Csv(_)));
+            Some(Selection::compile(pipeline, select, &input).await?)
+        }
+        _ => None,
+    };
+    if let Some(selection) = &selection {
+        schemas = vec![("select".to_owned(), Arc::clone(selection.output()))];
+    }
+    check_columns(pipeline, &manifest.folder, &schemas)?;
+    let columns =
+        columns::decide(pipeline, manifest.epoch, &manifest.folder, table, is_first_raw, &schemas)?;
+    let repairs = manifest.repairs.iter().map(|(file, rows)| {
+        (file.clone(), rows.iter().map(|(row, content)| (*row, content.to_string())).collect())
+    });
+    let reading = Reading {
+        key: content.key.clone(),
+        exact: [content.key.as_slice(), content.sequence_by.as_slice()].concat(),
+        selection,
+        // Expressions may speak of columns that do not enter the table.
+        columns: Arc::new(Schema::new(columns.read())),
+        on_mismatch: content.on_mismatch,
+        repairs: repairs.collect(),
+    };
+    Ok((Incoming::new(&manifest.folder, files, reading), columns))
 }
 
 /// Content after the first takes back what the first said: without that in raw, nobody knows it.
@@ -220,63 +228,39 @@ async fn read_manifest(pipeline: &Pipeline, wanted: &Wanted<'_>) -> Result<Manif
     Ok(manifest)
 }
 
-/// Key columns must be in every file; the sequence column in at least one.
-fn check_columns(pipeline: &Pipeline, manifest: &Manifest, files: &[SourceFile]) -> Result<()> {
-    for file in files {
-        for key in &pipeline.content.key {
-            if find_column(&file.schema, key).is_none() {
-                let names: Vec<&str> =
-                    file.schema.fields().iter().map(|f| f.name().as_str()).take(20).collect();
-                let text = format!(
-                    "{}/{} has no key column {key:?}; it has {}",
-                    manifest.folder,
-                    file.name,
-                    names.join(", ")
-                );
-                let help = format!(
-                    "deliver the folder with the column, or set `key` of pipeline.{}",
-                    pipeline.id
-                );
-                return Err(Error::new(Code::KeyColumnMissing, text).with_help(help));
-            }
-        }
-    }
-    let Some(sequence) = &pipeline.content.sequence_by else { return Ok(()) };
-    let is_missing = files.iter().all(|file| find_column(&file.schema, sequence).is_none());
-    if is_missing && !files.is_empty() {
-        let text = format!("no file of {} has the column {sequence:?}", manifest.folder);
-        let help = format!("set `sequence_by` of pipeline.{}", pipeline.id);
-        return Err(Error::new(Code::SequenceColumnMissing, text).with_help(help));
-    }
-    Ok(())
-}
-
-/// Raw with all these columns; new ones are added in a commit of their own.
+/// Raw with all these columns, each as wide as it must be; what is new comes in commits of its own.
 async fn prepare_table(
     workshop: &Workshop,
     pipeline: &Pipeline,
     present: Option<Table>,
-    columns: &[Field],
+    columns: &Columns,
+    permit: &Permit,
 ) -> Result<Table> {
     let mut table = match present {
         Some(table) => table,
         None => {
-            let spec = || raw::spec(pipeline, columns);
+            let spec = || raw::spec(pipeline, &columns.table);
             workshop.tables.open_or_create(&pipeline.raw, spec).await?
         }
     };
     table.check_settings(pipeline)?;
     let mut pauses = Pauses::for_at_most(COMMIT_PATIENCE);
     loop {
-        let missing = raw::missing_columns(&table.schema(), columns);
-        if missing.is_empty() {
-            check_types(&table, columns)?;
+        let missing = raw::missing_columns(&table.schema(), &columns.table);
+        let narrow = narrower(&table.schema(), &columns.widened);
+        if missing.is_empty() && narrow.is_empty() {
+            check_types(&table, &columns.table)?;
             workshop.tables.remember(&table);
             return Ok(table);
         }
         let _turn = workshop.tables.turn(&pipeline.raw).await;
-        crash::point("schema.before_commit")?;
-        match table.add_columns(&missing).await? {
+        let outcome = if missing.is_empty() {
+            widen(&mut table, pipeline, &narrow, Some(permit)).await?
+        } else {
+            crash::point("schema.before_commit")?;
+            table.add_columns(&missing).await?
+        };
+        match outcome {
             CommitOutcome::Landed => crash::point("schema.after_commit")?,
             CommitOutcome::Lost(error) if !pauses.wait().await => return Err(error),
             CommitOutcome::Lost(_) => table.refresh().await?,
@@ -284,7 +268,8 @@ async fn prepare_table(
     }
 }
 
-/// Another ingest may have added a column of the same name just now, with another type.
+/// Another ingest may have added a column of the same name just now, with another type: then this one
+/// is tried again, and its values are judged by that type.
 fn check_types(table: &Table, columns: &[Field]) -> Result<()> {
     let schema = table.schema();
     for column in columns {
@@ -296,7 +281,7 @@ fn check_types(table: &Table, columns: &[Field]) -> Result<()> {
                 column.name(),
                 column.data_type()
             );
-            return Err(Error::new(Code::ColumnTypeMismatch, text));
+            return Err(Error::new(Code::TableMovedOn, text));
         }
     }
     Ok(())
@@ -312,8 +297,8 @@ async fn write_files(
 ) -> Result<Prepared> {
     let pipeline = &task.pipeline;
     let session = work_session(pipeline.sizes.memory_bytes);
-    let aside = incoming.aside();
-    let unheeded = incoming.aside();
+    let aside = aside::new();
+    let unheeded = aside::new();
     incoming.register(&session, "incoming", &unheeded)?;
     let kept = judged.set_aside(pipeline, &session, &aside).await;
     kept.map_err(|error| first_error(&unheeded, error))?;
@@ -335,16 +320,16 @@ async fn write_files(
     };
     let content_rows = written.rows;
     let previous = partition_paths(table, pipeline, wanted.epoch).await?;
-    if !previous.is_empty() {
+    if !previous.is_empty() && !pipeline.content.key.is_empty() {
         // Read again only for the keys; what it refuses was kept by the first reading.
-        let unheeded = incoming.aside();
+        let unheeded = aside::new();
         read_with(&session, incoming, judged, &unheeded).await?;
         table.register(&session, "previous", Some(&previous), false).await?;
         let reverts = revert_rows(&session, pipeline, table, &own, &unheeded).await?;
         written.adds.extend(reverts.adds);
         written.rows += reverts.rows;
     }
-    Ok(Prepared { written, content_rows, aside, previous })
+    Ok(Prepared { written, content_rows, aside, previous, schema: table.schema() })
 }
 
 /// Registers `incoming`, which refuses into `aside`, and `accepted` over it.
@@ -374,15 +359,17 @@ async fn content_rows(
         }
         None => format!("'{}'", raw::UPSERT),
     };
-    let key = quoted_list(table_names(table, &content.key).iter().map(String::as_str));
-    let sequence = match &content.sequence_by {
-        Some(column) => format!("{} ASC NULLS FIRST, ", quoted(&table_name(table, column))),
-        None => String::new(),
-    };
-    let place = quoted_list([raw::FILE, raw::ROW]);
+    let key = table_names(table, &content.key);
+    let mut order: Vec<String> = key.iter().map(|name| quoted(name)).collect();
+    let sequence = content.sequence_by.iter();
+    order.extend(
+        sequence.map(|name| format!("{} ASC NULLS FIRST", quoted(&table_name(table, name)))),
+    );
+    order.push(quoted_list([raw::FILE, raw::ROW]));
     let sql = format!(
-        "SELECT *, {op} AS {}, {own} FROM accepted ORDER BY {key}, {sequence}{place}",
-        quoted(raw::OP)
+        "SELECT *, {op} AS {}, {own} FROM accepted ORDER BY {}",
+        quoted(raw::OP),
+        order.join(", ")
     );
     let doing = "sort the folder's rows";
     let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;

@@ -6,9 +6,14 @@
 
 mod answers;
 pub mod as_of;
+pub mod aside;
 mod checks;
 pub mod cleanup;
+mod columns;
 mod edit;
+mod feed;
+mod folding;
+mod gates;
 pub mod incoming;
 pub mod ingest;
 mod keeper;
@@ -21,9 +26,13 @@ pub mod raw;
 mod raw_commit;
 pub mod refusals;
 pub mod restore;
+pub mod selecting;
 pub mod slots;
+mod slowly;
 pub mod source;
 pub mod tables;
+pub mod typing;
+mod widening;
 pub mod winners;
 
 use std::sync::Arc;

@@ -4,6 +4,7 @@
 //! else wrote is seen.
 
 use alluvium_protocol::marker::Markers;
+use alluvium_protocol::pipeline::Mode;
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
 use alluvium_table::arrow::datatypes::{DataType, Schema};
 use alluvium_table::schema::find_column;
@@ -11,8 +12,10 @@ use alluvium_table::session::{query_session, quoted, quoted_list};
 use alluvium_table::{Table, query};
 use serde_json::{Map, Value};
 
+use crate::folding::top_of;
 use crate::merge::BASE_VERSION;
 use crate::raw;
+use crate::slowly::VALIDITY;
 use crate::winners::Rule;
 
 /// Memory of the search; it reads few columns and sorts few rows.
@@ -106,6 +109,12 @@ impl Lineage {
 /// `NotPossibleNow`: there is no raw table, or a text is no value of its column.
 pub async fn lineage(pipeline: &Pipeline, key: &[String]) -> Result<Lineage> {
     let columns = &pipeline.content.key;
+    if columns.is_empty() {
+        let text = format!("{} has mode = \"append\": its rows have no key", pipeline.id);
+        let help =
+            format!("its columns `_file` and `_row` in {} say where a row is from", pipeline.raw);
+        return Err(Error::new(Code::NotPossibleNow, text).with_help(help));
+    }
     if key.len() != columns.len() {
         let text =
             format!("the key of {} is {}; {} given", pipeline.id, columns.join(", "), key.len());
@@ -134,7 +143,11 @@ pub async fn lineage(pipeline: &Pipeline, key: &[String]) -> Result<Lineage> {
         Some(base) => row_of(base, pipeline, &raw, key).await?,
         None => None,
     };
-    let rows = judged(rows, &markers)?;
+    let top = match pipeline.content.mode {
+        Mode::Snapshot => Some(top_of(&raw, &markers.applied()).await?.map(|(top, _)| top)),
+        _ => None,
+    };
+    let rows = judged(rows, &markers, top)?;
     let is_replaced = |row: &Said| markers.is_applied(row.epoch) && markers.needs_merge(row.epoch);
     let is_pending = rows.iter().any(is_replaced);
     Ok(Lineage { rows, main: main_row, base, is_pending })
@@ -179,17 +192,25 @@ async fn row_of(
     let columns: Vec<String> = schema
         .fields()
         .iter()
+        .filter(|field| !is_validity(pipeline, field.name()))
         .map(|field| {
             let known = names.iter().find(|name| name.name().eq_ignore_ascii_case(field.name()));
             let name = known.map_or(field.name(), |known| known.name());
             format!("{} AS {}", quoted(field.name()), quoted(name))
         })
         .collect();
-    let condition = condition(&schema, pipeline, key);
+    let mut condition = condition(&schema, pipeline, key);
+    if pipeline.content.mode == Mode::Scd2 {
+        condition.push_str(" AND is_current");
+    }
     let sql = format!("SELECT {} FROM main WHERE {condition} LIMIT 1", columns.join(", "));
     let rows = query::rows(&session, &sql).await;
     let rows = rows.map_err(|error| no_such_value(error, table, pipeline))?;
     Ok(objects(rows)?.pop())
+}
+
+fn is_validity(pipeline: &Pipeline, name: &str) -> bool {
+    pipeline.content.mode == Mode::Scd2 && VALIDITY.contains(&name)
 }
 
 fn condition(schema: &Schema, pipeline: &Pipeline, key: &[String]) -> String {
@@ -227,7 +248,12 @@ fn objects(rows: Vec<Value>) -> Result<Vec<Map<String, Value>>> {
     rows.into_iter().map(object).collect()
 }
 
-fn judged(rows: Vec<Map<String, Value>>, markers: &Markers) -> Result<Vec<Said>> {
+/// `top`: only this epoch's rows count, or none's.
+fn judged(
+    rows: Vec<Map<String, Value>>,
+    markers: &Markers,
+    top: Option<Option<Epoch>>,
+) -> Result<Vec<Said>> {
     let mut is_decided = false;
     let mut judged = Vec::with_capacity(rows.len());
     for mut values in rows {
@@ -242,7 +268,7 @@ fn judged(rows: Vec<Map<String, Value>>, markers: &Markers) -> Result<Vec<Said>>
             Fate::Waiting
         } else if place["op"] == raw::REVERT {
             Fate::Revert
-        } else if is_decided {
+        } else if is_decided || top.is_some_and(|top| top != Some(epoch)) {
             Fate::Superseded
         } else {
             is_decided = true;

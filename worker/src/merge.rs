@@ -8,26 +8,27 @@
 //! ```
 //! Copy-on-write: files without a key of the set stay as they are.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id, floor_app_id};
+use alluvium_protocol::pipeline::Mode;
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
-use alluvium_table::arrow::datatypes::Schema;
+use alluvium_table::arrow::datatypes::{Field, Schema};
 use alluvium_table::classify::foreign;
 use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
-use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::pause::Pauses;
 use alluvium_table::schema::{find_column, widens_to};
 use alluvium_table::session::{quoted_list, work_session};
-use alluvium_table::{LiveFile, Table, TableSpec, query};
+use alluvium_table::{CHANGE_FEED, LiveFile, Table, TableSpec, query};
 
 use crate::checks::{agree, read_back};
-use crate::edit::{Edit, paths, reconcile_over};
+use crate::edit::Edit;
+use crate::folding::Fold;
 use crate::ingest::{COMMIT_PATIENCE, table_names};
 use crate::tables::is_ours;
-use crate::winners::{self, Rule, Scope};
+use crate::widening::{narrower, widen};
 use crate::{Permit, Workshop, raw};
 
 /// Table property: the version an adopted table had; it is the base of the rule.
@@ -126,10 +127,6 @@ impl<'a> Attempt<'a> {
         })
     }
 
-    async fn raw_files(&self, epochs: &BTreeSet<Epoch>) -> Result<Vec<LiveFile>> {
-        raw::files_of(&self.raw, epochs).await
-    }
-
     /// Computes, writes and commits. Inner error: the commit is not known to have landed.
     async fn carry_out(
         mut self,
@@ -139,23 +136,23 @@ impl<'a> Attempt<'a> {
         let started = Instant::now();
         let pipeline = &self.task.pipeline;
         let session = work_session(pipeline.sizes.memory_bytes);
-        let rule = Rule::new(pipeline, &self.raw);
         let epochs: BTreeSet<Epoch> = self.targets.iter().map(|(epoch, _)| *epoch).collect();
-        let changed = self.raw_files(&epochs).await?;
+        let changed = raw::files_of(&self.raw, &epochs).await?;
         let rows_read = changed.iter().filter_map(|file| file.rows).sum();
         let is_fast = self.is_fast();
-
-        let mut edit = Edit::default();
-        if !changed.is_empty() {
-            self.raw.register(&session, "changes", Some(&paths(&changed)), false).await?;
-            let scope = self.scope(&session, is_fast, &epochs).await?;
-            let spool = winners::compute(&session, &rule, &scope).await?;
-            edit.keys = spool.rows() as u64;
-            spool.register(&session, "winners")?;
-            edit.find_touched(&session, &self.main, &rule).await?;
-            permit.check()?;
-            edit.write(&session, &self.main, &rule, pipeline.sizes.target_file_bytes).await?;
+        let mut applied = self.markers.applied();
+        let needs_all = match pipeline.content.mode {
+            Mode::Append => false,
+            Mode::Upsert | Mode::Snapshot => !is_fast,
+            Mode::Scd2 => true,
+        };
+        if needs_all {
+            self.check_raw_is_whole(&applied)?;
         }
+        applied.extend(&epochs);
+        let (main, raw) = (&self.main, &self.raw);
+        let fold = Fold { pipeline, main, raw, changed: &epochs, applied: &applied, is_fast };
+        let edit = fold.edit(&session, permit).await?;
         crash::point("merge.after_write")?;
         permit.check()?;
         read_back("merge.files", &self.main, &edit.written.adds, edit.written.rows).await?;
@@ -188,22 +185,6 @@ impl<'a> Attempt<'a> {
             agree("merge", "rows of main, read back", expected, rows, self.main.uri())?;
         }
         Ok(counts_of(&files, &self.task.pipeline))
-    }
-
-    async fn scope(
-        &self,
-        session: &SessionContext,
-        is_fast: bool,
-        epochs: &BTreeSet<Epoch>,
-    ) -> Result<Scope> {
-        if is_fast {
-            return Ok(Scope::Fast);
-        }
-        let mut all = self.markers.applied();
-        self.check_raw_is_whole(&all)?;
-        all.extend(epochs);
-        let files = self.raw_files(&all).await?;
-        reconcile_over(session, &self.main, &self.raw, &files).await
     }
 
     /// Without the older epochs' rows a late epoch's values would overwrite newer ones.
@@ -256,7 +237,7 @@ impl<'a> Attempt<'a> {
             operation: Operation::Merge,
             adds: edit.written.adds.clone(),
             removes: edit.touched.iter().map(|file| file.remove.clone()).collect(),
-            others: Vec::new(),
+            others: edit.feed.clone(),
             markers,
             info: serde_json::json!({
                 "pipeline": pipeline.id,
@@ -291,8 +272,15 @@ pub async fn count_files(main: &Table, pipeline: &Pipeline) -> Result<(u64, u64)
 
 fn counts_of(files: &[LiveFile], pipeline: &Pipeline) -> (u64, u64) {
     let limit = pipeline.sizes.target_file_bytes / SMALL_FILE_DIVISOR;
-    let small = files.iter().filter(|file| file.size < limit).count();
-    (files.len() as u64, small as u64)
+    // A small file that is alone in its partition cannot become larger.
+    let mut by_partition: BTreeMap<Vec<(&String, &Option<String>)>, u64> = BTreeMap::new();
+    for file in files.iter().filter(|file| file.size < limit) {
+        let mut partition: Vec<_> = file.partition.iter().collect();
+        partition.sort();
+        *by_partition.entry(partition).or_default() += 1;
+    }
+    let small = by_partition.values().filter(|count| **count > 1 || by_partition.len() == 1).sum();
+    (files.len() as u64, small)
 }
 
 async fn open_raw(workshop: &Workshop, pipeline: &Pipeline) -> Result<Table> {
@@ -308,10 +296,12 @@ async fn open_raw(workshop: &Workshop, pipeline: &Pipeline) -> Result<Table> {
 async fn prepare_main(workshop: &Workshop, task: &Task) -> Result<Table> {
     let pipeline = &task.pipeline;
     let raw = open_raw(workshop, pipeline).await?;
-    let data = raw::main_fields(pipeline, &raw.schema());
+    let of_mode = raw::fields_of_mode(pipeline.content.mode);
+    let data = [raw::main_fields(pipeline, &raw.schema()), of_mode].concat();
+    let partition_by = partitions_of(pipeline, &data)?;
     let spec = || TableSpec {
         schema: std::sync::Arc::new(Schema::new(data.clone())),
-        partition_by: Vec::new(),
+        partition_by: partition_by.clone(),
         properties: properties_of(pipeline),
     };
     if pipeline.adopt && workshop.tables.open(&pipeline.main).await?.is_none() {
@@ -322,8 +312,13 @@ async fn prepare_main(workshop: &Workshop, task: &Task) -> Result<Table> {
     loop {
         main.check_settings(pipeline)?;
         let missing = raw::missing_columns(&main.schema(), &data);
+        let narrow = narrower(&main.schema(), &data);
         let outcome = if !is_ours(&main) {
             adopt(&mut main, &raw, pipeline).await?
+        } else if !narrow.is_empty() {
+            widen(&mut main, pipeline, &narrow, None).await?
+        } else if pipeline.content.change_feed && !main.tells_changes() {
+            turn_on_change_feed(&mut main, pipeline).await?
         } else if !missing.is_empty() {
             crash::point("schema.before_commit")?;
             main.add_columns(&missing).await?
@@ -339,9 +334,41 @@ async fn prepare_main(workshop: &Workshop, task: &Task) -> Result<Table> {
     }
 }
 
+async fn turn_on_change_feed(main: &mut Table, pipeline: &Pipeline) -> Result<CommitOutcome> {
+    let others = main.turn_on_change_feed()?;
+    main.commit(Change {
+        operation: Operation::Merge,
+        adds: Vec::new(),
+        removes: Vec::new(),
+        others,
+        markers: Vec::new(),
+        info: serde_json::json!({"pipeline": pipeline.id, "step": "change feed"}),
+    })
+    .await
+}
+
+/// Columns that main's folders are named after, as main will spell them.
+fn partitions_of(pipeline: &Pipeline, data: &[Field]) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    if pipeline.content.mode == Mode::Append {
+        found.push(raw::EPOCH.to_owned());
+    }
+    let schema = Schema::new(data.to_vec());
+    for name in &pipeline.content.partition_by {
+        let at = find_column(&schema, name).ok_or_else(|| {
+            let text = format!("no epoch so far has the partition column {name:?}");
+            Error::new(Code::KeyColumnMissing, text)
+                .with_help(format!("set `partition_by` of pipeline.{}", pipeline.id))
+        })?;
+        found.push(schema.field(at).name().clone());
+    }
+    Ok(found)
+}
+
 fn properties_of(pipeline: &Pipeline) -> Vec<(String, String)> {
     let properties = pipeline.main_properties().into_iter().filter(|(_, value)| !value.is_empty());
-    properties.map(|(name, value)| (name.to_owned(), value)).collect()
+    let feed = pipeline.content.change_feed.then(|| (CHANGE_FEED.to_owned(), "true".to_owned()));
+    properties.map(|(name, value)| (name.to_owned(), value)).chain(feed).collect()
 }
 
 /// Makes an existing table the base: its properties say so, and the floor settles older epochs.

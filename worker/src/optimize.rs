@@ -1,5 +1,6 @@
 //! Optimize: one bin of main's small files becomes larger files sorted by key. No row changes.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use alluvium_protocol::marker::{Markers, maintenance_app_id};
@@ -38,18 +39,24 @@ pub async fn optimize(workshop: &Workshop, task: &Task, permit: &Permit) -> Resu
     Ok(Report { main_files, main_small_files, ..report })
 }
 
-/// Small files of one partition, smallest first, up to the bin's size.
+/// Small files of the partition that has most of them, smallest first, up to the bin's size.
 async fn pick_bin(table: &Table, pipeline: &Pipeline) -> Result<Vec<LiveFile>> {
     let limit = pipeline.sizes.target_file_bytes / SMALL_FILE_DIVISOR;
     let mut small: Vec<LiveFile> =
         table.files().await?.into_iter().filter(|file| file.size < limit).collect();
     small.sort_by_key(|file| (file.size, file.path.clone()));
-    let Some(first) = small.first().map(|file| file.partition.clone()) else {
+    let mut by_partition: BTreeMap<Vec<(String, Option<String>)>, Vec<LiveFile>> = BTreeMap::new();
+    for file in small {
+        let mut partition: Vec<_> = file.partition.clone().into_iter().collect();
+        partition.sort();
+        by_partition.entry(partition).or_default().push(file);
+    }
+    let Some(most) = by_partition.into_values().max_by_key(Vec::len) else {
         return Ok(Vec::new());
     };
     let mut bytes = 0;
     let mut bin = Vec::new();
-    for file in small.into_iter().filter(|file| file.partition == first) {
+    for file in most {
         bytes += file.size;
         if bytes > pipeline.sizes.bin_bytes && bin.len() >= BIN_FILES_MIN {
             break;
@@ -74,8 +81,11 @@ pub(crate) async fn rewrite(
     let session = work_session(pipeline.sizes.memory_bytes);
     let paths: Vec<String> = bin.iter().map(|file| file.path.clone()).collect();
     table.register(&session, "bin", Some(&paths), false).await?;
-    let order = quoted_list(key.iter().map(String::as_str));
-    let sql = format!("SELECT * FROM bin ORDER BY {order}");
+    let order = match key.is_empty() {
+        true => String::new(),
+        false => format!(" ORDER BY {}", quoted_list(key.iter().map(String::as_str))),
+    };
+    let sql = format!("SELECT * FROM bin{order}");
     let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
     let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
     let writer = FileWriter::new(table, pipeline.sizes.target_file_bytes)?;

@@ -4,12 +4,9 @@
 use std::sync::Arc;
 
 use alluvium_protocol::marker::Generation;
-use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
-use alluvium_table::arrow::array::{
-    ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
-};
+use alluvium_protocol::{Epoch, Error, Pipeline, Result, crash};
+use alluvium_table::arrow::array::{ArrayRef, Int64Array, RecordBatch, TimestampMicrosecondArray};
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, TimeUnit};
-use alluvium_table::arrow::json::LineDelimitedWriter;
 use alluvium_table::commit::{Change, CommitOutcome, Operation};
 use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::pause::Pauses;
@@ -137,7 +134,7 @@ async fn write(
     now: DateTime<Utc>,
 ) -> Result<Written> {
     let mut writer = FileWriter::new(table, u64::MAX)?;
-    for batch in refused.into_batches()? {
+    for batch in refused.finish()?.batches()? {
         writer.write(&as_kept(&batch?, epoch, generation, now)?).await?;
     }
     writer.finish().await
@@ -150,33 +147,11 @@ fn as_kept(
     now: DateTime<Utc>,
 ) -> Result<RecordBatch> {
     let rows = batch.num_rows();
-    let data = batch.num_columns() - 3;
-    let data_columns: Vec<usize> = (0..data).collect();
-    let texts = json_lines(&batch.project(&data_columns).map_err(Error::internal)?)?;
     let constant = |value: i64| Arc::new(Int64Array::from(vec![value; rows])) as ArrayRef;
     let at = TimestampMicrosecondArray::from(vec![now.timestamp_micros(); rows]);
-    let columns: Vec<ArrayRef> = vec![
-        Arc::clone(batch.column(data)),
-        Arc::clone(batch.column(data + 1)),
-        Arc::clone(batch.column(data + 2)),
-        Arc::new(texts),
-        constant(generation),
-        Arc::new(at.with_timezone("UTC")),
-        constant(epoch.value()),
-    ];
+    let mut columns: Vec<ArrayRef> = batch.columns().to_vec();
+    columns.push(constant(generation));
+    columns.push(Arc::new(at.with_timezone("UTC")));
+    columns.push(constant(epoch.value()));
     RecordBatch::try_new(spec().schema, columns).map_err(Error::internal)
-}
-
-/// Each row as a JSON object.
-fn json_lines(batch: &RecordBatch) -> Result<StringArray> {
-    let mut text = Vec::new();
-    let mut writer = LineDelimitedWriter::new(&mut text);
-    let failed = |e: &dyn std::fmt::Display| {
-        Error::new(Code::Internal, format!("write refused rows as JSON: {e}"))
-    };
-    writer.write(batch).map_err(|e| failed(&e))?;
-    writer.finish().map_err(|e| failed(&e))?;
-    drop(writer);
-    let text = String::from_utf8(text).map_err(|e| failed(&e))?;
-    Ok(text.lines().map(Some).collect())
 }

@@ -7,12 +7,13 @@ use alluvium_protocol::manifest::Manifest;
 use alluvium_protocol::marker::{EpochMarker, epoch_app_id};
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
+use alluvium_table::arrow::datatypes::{FieldRef, SchemaRef};
 use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
 use alluvium_table::pause::Pauses;
 use alluvium_table::write::Written;
 use alluvium_table::{LiveFile, Table};
 
-use crate::incoming::AsideRef;
+use crate::aside::AsideRef;
 use crate::ingest::{COMMIT_PATIENCE, Wanted};
 use crate::{Permit, Workshop, raw};
 
@@ -24,6 +25,8 @@ pub(crate) struct Prepared {
     pub(crate) aside: AsideRef,
     /// Paths of the partition's files that revert rows were computed from.
     pub(crate) previous: Vec<String>,
+    /// The columns that the files were written with.
+    pub(crate) schema: SchemaRef,
 }
 
 /// The report when raw holds this generation or a later one.
@@ -97,7 +100,7 @@ impl RawCommit<'_> {
                 return Ok(Report { conflicts: report.conflicts, ..found });
             }
             let partition = partition_files(&table, pipeline, self.wanted.epoch).await?;
-            self.check_still_fits(&partition, &prepared)?;
+            self.check_still_fits(&table, &partition, &prepared)?;
             let outcome = table.commit(self.change(partition, &prepared, &report)).await?;
             if matches!(outcome, CommitOutcome::Landed) {
                 self.workshop.tables.remember(&table);
@@ -125,7 +128,12 @@ impl RawCommit<'_> {
 
     /// The files depend on the snapshot in two ways only: revert rows on the previous partition,
     /// and column types on the schema.
-    fn check_still_fits(&self, partition: &[LiveFile], prepared: &Prepared) -> Result<()> {
+    fn check_still_fits(
+        &self,
+        table: &Table,
+        partition: &[LiveFile],
+        prepared: &Prepared,
+    ) -> Result<()> {
         let moved_on = |why: &str| {
             let text = format!("{}: {why} while the epoch was read", self.task.pipeline.raw);
             Err(Error::new(Code::TableMovedOn, text))
@@ -137,6 +145,14 @@ impl RawCommit<'_> {
         let previous: BTreeSet<&String> = prepared.previous.iter().collect();
         if present != previous {
             return moved_on("the epoch's partition changed");
+        }
+        let schema = table.schema();
+        let is_same = |field: &FieldRef| {
+            let held = schema.field_with_name(field.name());
+            held.is_ok_and(|held| held.data_type() == field.data_type())
+        };
+        if !prepared.schema.fields().iter().all(is_same) {
+            return moved_on("a column got a wider type");
         }
         Ok(())
     }
@@ -166,6 +182,7 @@ impl RawCommit<'_> {
                 "rows": report.rows_written,
                 "rows_read": report.rows_read,
                 "rows_quarantined": report.rows_quarantined,
+                "rows_filtered": report.rows_filtered,
             }),
         }
     }

@@ -19,7 +19,8 @@ use alluvium_table::schema::find_column;
 use alluvium_table::session::{quoted, quoted_list, work_session};
 use futures::StreamExt;
 
-use crate::incoming::{AsideRef, Incoming, REASON, first_error};
+use crate::aside::{self, AsideRef, REASON};
+use crate::incoming::{Incoming, first_error};
 use crate::raw::{FILE, ROW};
 
 /// Why a row is in quarantine: its key occurs again later in the epoch.
@@ -84,13 +85,14 @@ pub async fn judge(pipeline: &Pipeline, incoming: &Incoming) -> Result<Judged> {
     let only_last = content.on_duplicate == OnDuplicate::Quarantine && incoming.rows() > 0;
     let mut judged = Judged { names, failed: Vec::new(), refused_when: None, only_last };
     let is_asked = content.delete_when.is_some() || !content.expectations.is_empty();
-    if incoming.rows() == 0 || (!is_asked && content.on_duplicate == OnDuplicate::Last) {
+    let is_asked = is_asked || content.on_duplicate != OnDuplicate::Last;
+    if incoming.rows() == 0 || !(is_asked || incoming.may_block()) {
         let none = content.expectations.iter().map(|e| (e.name.clone(), 0));
         judged.failed.extend(none);
         return Ok(judged);
     }
     let session = work_session(pipeline.sizes.memory_bytes);
-    let aside = incoming.aside();
+    let aside = aside::new();
     incoming.register(&session, "incoming", &aside)?;
     if let Some(condition) = &content.delete_when {
         check_expression(pipeline, &session, "delete_when", condition).await?;
@@ -115,6 +117,9 @@ impl Judged {
         let expectations = &pipeline.content.expectations;
         if !expectations.is_empty() {
             self.failed = count_failed(session, expectations).await?;
+        } else if incoming.may_block() {
+            // Reading alone tells whether every value fits.
+            rows(session, "SELECT count(*) FROM incoming", "read the folder's rows").await?;
         }
         for (expectation, (_, failed)) in expectations.iter().zip(&self.failed) {
             if *failed > 0 && expectation.action == Action::Fail {
@@ -349,7 +354,7 @@ async fn check_expression(
 }
 
 /// Calls a function such as `random()` or `now()`.
-fn changes_with_time(expression: &Expr) -> DataFusionResult<bool> {
+pub(crate) fn changes_with_time(expression: &Expr) -> DataFusionResult<bool> {
     expression.exists(|part| {
         let function = match part {
             Expr::ScalarFunction(function) => function.func.signature().volatility,

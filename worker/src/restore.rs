@@ -25,17 +25,16 @@ use alluvium_table::history::CommitRecord;
 use alluvium_table::pause::Pauses;
 use alluvium_table::session::work_session;
 use alluvium_table::store::object_store_at;
-use alluvium_table::{Add, LiveFile, Table, bytes_of};
+use alluvium_table::{Action, Add, LiveFile, Table, bytes_of};
 use chrono::Utc;
 use futures::TryStreamExt;
 use object_store::ObjectStore;
 
-use crate::edit::{Edit, reconcile_over};
+use crate::folding::Fold;
 use crate::ingest::COMMIT_PATIENCE;
 use crate::merge::{check_age, count_files};
 use crate::points::kept_versions;
 use crate::tables::is_ours;
-use crate::winners::{self, Rule};
 use crate::{Permit, Workshop, raw};
 
 /// What a restore will do, on exactly these snapshots.
@@ -256,7 +255,7 @@ impl RestorePlan {
         permit: &Permit,
     ) -> Result<(Change, Report)> {
         let pipeline = &task.pipeline;
-        let (adds, removes, report) = match self.version {
+        let (adds, removes, others, report) = match self.version {
             Some(_) => self.files(),
             None => self.computed(pipeline, main, raw, permit).await?,
         };
@@ -280,7 +279,7 @@ impl RestorePlan {
             operation,
             adds,
             removes: removes.iter().map(|file| file.remove.clone()).collect(),
-            others: Vec::new(),
+            others,
             markers,
             info: serde_json::json!({
                 "pipeline": pipeline.id, "step": "restore", "task": task.id, "request": request,
@@ -292,14 +291,14 @@ impl RestorePlan {
         Ok((change, Report { taken_out, raw_version: Some(raw.version()), ..report }))
     }
 
-    fn files(&self) -> (Vec<Add>, Vec<LiveFile>, Report) {
+    fn files(&self) -> (Vec<Add>, Vec<LiveFile>, Vec<Action>, Report) {
         let report = Report {
             files_added: self.adds.len() as u64,
             files_removed: self.removes.len() as u64,
             bytes_written: bytes_of(&self.adds),
             ..Report::default()
         };
-        (self.adds.clone(), self.removes.clone(), report)
+        (self.adds.clone(), self.removes.clone(), Vec::new(), report)
     }
 
     /// Each key of the epochs that go, by the rule over the epochs that stay.
@@ -309,23 +308,12 @@ impl RestorePlan {
         main: &Table,
         raw: &Table,
         permit: &Permit,
-    ) -> Result<(Vec<Add>, Vec<LiveFile>, Report)> {
+    ) -> Result<(Vec<Add>, Vec<LiveFile>, Vec<Action>, Report)> {
         let session = work_session(pipeline.sizes.memory_bytes);
-        let rule = Rule::new(pipeline, raw);
         let out: BTreeSet<Epoch> = self.out.iter().copied().collect();
-        let changed = raw::files_of(raw, &out).await?;
-        let mut edit = Edit::default();
-        if !changed.is_empty() {
-            raw.register(&session, "changes", Some(&crate::edit::paths(&changed)), false).await?;
-            let applied = raw::files_of(raw, &self.kept).await?;
-            let scope = reconcile_over(&session, main, raw, &applied).await?;
-            let spool = winners::compute(&session, &rule, &scope).await?;
-            edit.keys = spool.rows() as u64;
-            spool.register(&session, "winners")?;
-            edit.find_touched(&session, main, &rule).await?;
-            permit.check()?;
-            edit.write(&session, main, &rule, pipeline.sizes.target_file_bytes).await?;
-        }
+        let (changed, applied) = (&out, &self.kept);
+        let fold = Fold { pipeline, main, raw, changed, applied, is_fast: false };
+        let edit = fold.edit(&session, permit).await?;
         let report = Report {
             rows_written: edit.written.rows,
             rows_inserted: edit.upserts.saturating_sub(edit.updated),
@@ -337,7 +325,7 @@ impl RestorePlan {
             reconciled: true,
             ..Report::default()
         };
-        Ok((edit.written.adds, edit.touched, report))
+        Ok((edit.written.adds, edit.touched, edit.feed, report))
     }
 }
 

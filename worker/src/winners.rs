@@ -3,8 +3,10 @@
 //! Owns: the one place that says which row of a key wins. The result is a spool with one row per
 //! key: `upsert` with values, or `delete`.
 
+use alluvium_protocol::pipeline::Mode;
 use alluvium_protocol::{Pipeline, Result};
 use alluvium_table::Table;
+use alluvium_table::arrow::datatypes::Field;
 use alluvium_table::classify::foreign;
 use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::schema::find_column;
@@ -12,7 +14,7 @@ use alluvium_table::session::{quoted, quoted_list};
 use alluvium_table::spool::Spool;
 
 use crate::ingest::table_names;
-use crate::raw;
+use crate::{raw, slowly};
 
 /// Names and order, as raw spells them.
 pub struct Rule {
@@ -20,6 +22,10 @@ pub struct Rule {
     pub key: Vec<String>,
     /// The data columns that enter main.
     pub columns: Vec<String>,
+    /// Main's columns: these, and what the mode adds.
+    pub output: Vec<String>,
+    /// What main is.
+    pub mode: Mode,
     /// `ORDER BY` that puts the last row of a key first.
     last_first: String,
 }
@@ -28,8 +34,10 @@ impl Rule {
     /// The rule of a pipeline over its raw table.
     pub fn new(pipeline: &Pipeline, table: &Table) -> Self {
         let schema = table.schema();
-        let columns =
-            raw::main_fields(pipeline, &schema).iter().map(|f| f.name().clone()).collect();
+        let names = |fields: &[Field]| fields.iter().map(|f| f.name().clone()).collect::<Vec<_>>();
+        let columns = names(&raw::main_fields(pipeline, &schema));
+        let mode = pipeline.content.mode;
+        let output = [columns.clone(), names(&raw::fields_of_mode(mode))].concat();
         let mut last_first = format!("{} DESC", quoted(raw::EPOCH));
         // Raw lacks the column as long as no file had a value in it.
         if let Some(sequence) = &pipeline.content.sequence_by
@@ -41,7 +49,7 @@ impl Rule {
         for place in [raw::FILE, raw::ROW] {
             last_first.push_str(&format!(", {} DESC", quoted(place)));
         }
-        Self { key: table_names(table, &pipeline.content.key), columns, last_first }
+        Self { key: table_names(table, &pipeline.content.key), columns, output, mode, last_first }
     }
 
     /// A column of the key as raw spells it; `None`: it is none.
@@ -65,6 +73,11 @@ impl Rule {
         quoted_list(self.columns.iter().map(String::as_str))
     }
 
+    /// Main's columns, quoted, with commas.
+    pub fn output_list(&self) -> String {
+        quoted_list(self.output.iter().map(String::as_str))
+    }
+
     /// `ORDER BY` that puts the last row of a key first.
     pub fn last_first(&self) -> &str {
         &self.last_first
@@ -82,11 +95,76 @@ impl Rule {
         )
     }
 
+    /// Every row of a relation, with its epoch.
+    pub(crate) fn all_rows(&self, relation: &str) -> String {
+        format!("SELECT {}, {} FROM {relation}", self.output_list(), quoted(raw::OP))
+    }
+
+    /// A row of each key in a relation that says that the key goes, padded with NULL.
+    fn deletes(&self, alias: &str) -> String {
+        let column = |name: &String| match self.key_name(name) {
+            Some(key) => format!("{alias}.{} AS {}", quoted(key), quoted(name)),
+            None => format!("NULL AS {}", quoted(name)),
+        };
+        let columns: Vec<String> = self.output.iter().map(column).collect();
+        format!("SELECT {}, '{}' AS {}", columns.join(", "), raw::DELETE, quoted(raw::OP))
+    }
+
+    /// Mode snapshot: the rows of `top` (absent: nothing), and deletes of main's other keys.
+    pub(crate) fn snapshot_rows(&self, has_top: bool, main_key: &[String]) -> String {
+        let pairs = self.key.iter().zip(main_key);
+        let same: Vec<String> =
+            pairs.map(|(k, m)| format!("m.{} = l.{}", quoted(m), quoted(k))).collect();
+        let renamed: Vec<String> = self
+            .key
+            .iter()
+            .zip(main_key)
+            .map(|(k, m)| format!("{} AS {}", quoted(m), quoted(k)))
+            .collect();
+        let gone = self.deletes("g");
+        if !has_top {
+            return format!("{gone} FROM (SELECT {} FROM main) g", renamed.join(", "));
+        }
+        let renamed: Vec<String> = renamed.iter().map(|column| format!("m.{column}")).collect();
+        format!(
+            "WITH last AS (SELECT * FROM ({last}) WHERE {op} = '{upsert}') \
+             SELECT {columns}, {op} FROM last UNION ALL \
+             {gone} FROM (SELECT {renamed} FROM last l RIGHT ANTI JOIN main m ON {same}) g",
+            last = self.last_rows(&format!(
+                "(SELECT * FROM top WHERE {} <> '{}')",
+                quoted(raw::OP),
+                raw::REVERT
+            )),
+            op = quoted(raw::OP),
+            upsert = raw::UPSERT,
+            columns = self.column_list(),
+            renamed = renamed.join(", "),
+            same = same.join(" AND "),
+        )
+    }
+
+    /// Mode scd2: all versions of each key of `changes`, and a delete of each, as what main has goes.
+    pub(crate) fn version_rows(&self) -> String {
+        let mentioned = format!(
+            "(SELECT a.* FROM keys k RIGHT SEMI JOIN applied a ON {} WHERE a.{} <> '{}')",
+            self.keys_equal("a", "k"),
+            quoted(raw::OP),
+            raw::REVERT
+        );
+        format!(
+            "WITH keys AS (SELECT DISTINCT {key} FROM changes), mentioned AS {mentioned} \
+             {versions} UNION ALL {deletes} FROM keys k",
+            key = self.key_list(),
+            versions = slowly::versions(self, "mentioned"),
+            deletes = self.deletes("k"),
+        )
+    }
+
     /// Main as the fold of `applied` over `base`, whole; these are its columns.
     pub(crate) fn whole(&self, columns: &[String], has_base: bool) -> String {
         let op = quoted(raw::OP);
         let of_raw = |name: &String| {
-            let known = self.columns.iter().find(|known| known.eq_ignore_ascii_case(name));
+            let known = self.output.iter().find(|known| known.eq_ignore_ascii_case(name));
             let from = known.map_or_else(|| "NULL".to_owned(), |known| quoted(known));
             format!("{from} AS {}", quoted(name))
         };
@@ -103,7 +181,11 @@ impl Rule {
             "WITH mentioned AS (SELECT * FROM applied WHERE {op} <> '{revert}'), last AS ({last}) \
              SELECT {columns} FROM last WHERE {op} = '{upsert}'{rest}",
             revert = raw::REVERT,
-            last = self.last_rows("mentioned"),
+            last = match self.mode {
+                Mode::Upsert | Mode::Snapshot => self.last_rows("mentioned"),
+                Mode::Append => self.all_rows("mentioned"),
+                Mode::Scd2 => slowly::versions(self, "mentioned"),
+            },
             columns = columns.iter().map(of_raw).collect::<Vec<_>>().join(", "),
             upsert = raw::UPSERT,
             rest = if has_base { rest } else { String::new() },
@@ -184,12 +266,17 @@ pub enum Scope {
 
 /// Computes one row per key.
 pub async fn compute(session: &SessionContext, rule: &Rule, scope: &Scope) -> Result<Spool> {
-    let doing = "find each key's last row";
     let sql = match scope {
         Scope::Fast => rule.last_rows("changes"),
         Scope::Reconcile { has_base } => rule.reconciled_rows(*has_base),
     };
-    let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
+    collect(session, &sql).await
+}
+
+/// The rows of a query.
+pub(crate) async fn collect(session: &SessionContext, sql: &str) -> Result<Spool> {
+    let doing = "find each key's last row";
+    let frame = session.sql(sql).await.map_err(|e| foreign(doing, &e))?;
     let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
     Spool::collect(stream, doing).await
 }

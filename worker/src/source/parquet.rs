@@ -1,12 +1,11 @@
-//! An epoch's data files, read exactly as the manifest pinned them.
-//!
-//! Every request demands the pinned entity tag: a file that changed since is an error, not data.
+//! Parquet files: footers first, then columns by ranged reads.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use alluvium_protocol::manifest::{Manifest, Object};
-use alluvium_protocol::{Code, Error, Result, part_of_task};
+use alluvium_protocol::manifest::Object;
+use alluvium_protocol::{Code, Error, Result};
+use alluvium_table::arrow::array::Int64Array;
 use alluvium_table::arrow::datatypes::SchemaRef;
 use alluvium_table::classify::foreign;
 use alluvium_table::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
@@ -15,79 +14,58 @@ use alluvium_table::parquet::arrow::async_reader::{
 };
 use alluvium_table::parquet::errors::{ParquetError, Result as ParquetResult};
 use alluvium_table::parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
-use alluvium_table::store::{StoreRef, object_store_at};
+use alluvium_table::store::StoreRef;
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
+use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use object_store::{
     GetOptions, GetRange, OBJECT_STORE_COALESCE_DEFAULT, ObjectStore, coalesce_ranges, path::Path,
 };
 use tokio::sync::OnceCell;
-use tracing::Instrument;
 
-/// Rows decoded at a time.
-const BATCH_ROWS: usize = 8192;
-/// Files opened at a time.
-const OPEN_AT_ONCE: usize = 8;
+use super::{BATCH_ROWS, Piece};
+
 /// A footer is fetched with so much of the file's end: mostly all of it, in one request.
 const FOOTER_BYTES: usize = 64 * 1024;
-/// Files of an epoch that is smaller than this are fetched whole, once.
-const WHOLE_BYTES_MAX: u64 = 16 << 20;
 
 /// One data file with its footer read.
 #[derive(Clone)]
-pub struct SourceFile {
-    /// Path within the folder: raw's `_file`.
-    pub name: String,
-    /// Columns as the file has them.
-    pub schema: SchemaRef,
-    /// Rows, by the footer.
-    pub rows: u64,
+pub(super) struct ParquetFile {
+    /// Path within the folder.
+    pub(super) name: String,
     metadata: ArrowReaderMetadata,
     reader: PinnedReader,
 }
 
-impl SourceFile {
-    /// Opens every file of the manifest and reads its footer.
-    pub async fn open_all(source: &str, manifest: &Manifest) -> Result<Vec<Self>> {
-        let store = object_store_at(source)?;
-        let bytes: u64 = manifest.objects.iter().map(|object| object.size).sum();
-        let folder = &manifest.folder;
-        let is_small = bytes <= WHOLE_BYTES_MAX;
-        let mut opening = Vec::with_capacity(manifest.objects.len());
-        for object in &manifest.objects {
-            opening.push(Self::open(&store, folder, object, is_small).boxed());
-        }
-        let span = part_of_task!(
-            "source.open",
-            files = manifest.objects.len() as i64,
-            bytes = bytes as i64
-        );
-        let opened = futures::stream::iter(opening).buffered(OPEN_AT_ONCE).try_collect();
-        opened.instrument(span).await
-    }
-
-    async fn open(store: &StoreRef, folder: &str, object: &Object, is_small: bool) -> Result<Self> {
-        let path = Path::parse(format!("{folder}/{}", object.name))
-            .map_err(|e| Error::new(Code::FileUnreadable, format!("{}: {e}", object.name)))?;
-        let mut reader = PinnedReader {
-            store: Arc::clone(store),
-            path,
-            size: object.size,
-            etag: object.etag.clone(),
-            whole: is_small.then(Arc::default),
-        };
+impl ParquetFile {
+    /// Reads the footer.
+    pub(super) async fn open(
+        store: &StoreRef,
+        folder: &str,
+        object: &Object,
+        is_small: bool,
+    ) -> Result<Self> {
+        let mut reader = PinnedReader::new(store, folder, object, is_small)?;
         let name = object.name.clone();
         let options = ArrowReaderOptions::new();
         let metadata = ArrowReaderMetadata::load_async(&mut reader, options)
             .await
             .map_err(|e| read_error(folder, &name, &e))?;
-        let rows = u64::try_from(metadata.metadata().file_metadata().num_rows()).unwrap_or(0);
-        Ok(Self { name, schema: Arc::clone(metadata.schema()), rows, metadata, reader })
+        Ok(Self { name, metadata, reader })
     }
 
-    /// The file's rows from the start, in order.
-    pub fn rows(&self) -> ParquetResult<ParquetRecordBatchStream<PinnedReader>> {
+    /// Columns as the file has them.
+    pub(super) fn schema(&self) -> &SchemaRef {
+        self.metadata.schema()
+    }
+
+    /// Rows, by the footer.
+    pub(super) fn rows(&self) -> u64 {
+        u64::try_from(self.metadata.metadata().file_metadata().num_rows()).unwrap_or(0)
+    }
+
+    fn batches(&self) -> ParquetResult<ParquetRecordBatchStream<PinnedReader>> {
         ParquetRecordBatchStreamBuilder::new_with_metadata(
             self.reader.clone(),
             self.metadata.clone(),
@@ -95,10 +73,44 @@ impl SourceFile {
         .with_batch_size(BATCH_ROWS)
         .build()
     }
+
+    /// Decodes every row: Err when one cannot be.
+    pub(super) async fn read_through(&self, folder: &str, name: &str) -> Result<()> {
+        let failed = |e: &ParquetError| read_error(folder, name, e);
+        let mut batches = self.batches().map_err(|e| failed(&e))?;
+        while batches.try_next().await.map_err(|e| failed(&e))?.is_some() {}
+        Ok(())
+    }
+
+    /// The file's rows from the start, in order.
+    pub(super) fn pieces(&self, folder: &str) -> BoxStream<'static, Result<Piece>> {
+        let (folder, name) = (folder.to_owned(), self.name.clone());
+        match self.batches() {
+            Ok(batches) => {
+                let scan = batches.scan(0, move |next, batch| {
+                    let piece = match batch {
+                        Ok(rows) => {
+                            let first: i64 = *next;
+                            *next += rows.num_rows() as i64;
+                            let places = Int64Array::from_iter_values(first..*next);
+                            Ok(Piece { rows, places, lines: None, malformed: Vec::new() })
+                        }
+                        Err(error) => Err(read_error(&folder, &name, &error)),
+                    };
+                    futures::future::ready(Some(piece))
+                });
+                scan.boxed()
+            }
+            Err(error) => {
+                let error = read_error(&folder, &name, &error);
+                futures::stream::once(async move { Err(error) }).boxed()
+            }
+        }
+    }
 }
 
 /// The error of reading one file, in words that name it.
-pub fn read_error(folder: &str, name: &str, error: &ParquetError) -> Error {
+pub(super) fn read_error(folder: &str, name: &str, error: &ParquetError) -> Error {
     if is_precondition(error) {
         let text = format!("{folder}/{name} is not the file that was listed: it changed since");
         return Error::new(Code::FolderChanged, text);
@@ -106,7 +118,7 @@ pub fn read_error(folder: &str, name: &str, error: &ParquetError) -> Error {
     let mut error = foreign(format!("read {folder}/{name}"), error);
     if error.code == Code::FileUnreadable {
         error = error.with_help(
-            "deliver the file again whole, as Parquet; the changed folder is picked up by itself",
+            "deliver the file again whole, as Parquet (or set `format`); the changed folder is picked up by itself",
         );
     }
     error
@@ -124,7 +136,7 @@ fn is_precondition(error: &ParquetError) -> bool {
 
 /// Reads ranges of one object, always on condition of its pinned entity tag.
 #[derive(Clone)]
-pub struct PinnedReader {
+pub(super) struct PinnedReader {
     store: StoreRef,
     path: Path,
     size: u64,
@@ -134,6 +146,34 @@ pub struct PinnedReader {
 }
 
 impl PinnedReader {
+    /// A reader of one object of the manifest.
+    pub(super) fn new(
+        store: &StoreRef,
+        folder: &str,
+        object: &Object,
+        is_small: bool,
+    ) -> Result<Self> {
+        let path = Path::parse(format!("{folder}/{}", object.name))
+            .map_err(|e| Error::new(Code::FileUnreadable, format!("{}: {e}", object.name)))?;
+        Ok(Self {
+            store: Arc::clone(store),
+            path,
+            size: object.size,
+            etag: object.etag.clone(),
+            whole: is_small.then(Arc::default),
+        })
+    }
+
+    /// Reads the object from its start to its end.
+    pub(super) async fn whole(
+        &self,
+    ) -> ParquetResult<BoxStream<'static, object_store::Result<Bytes>>> {
+        let options = GetOptions { if_match: self.etag.clone(), ..GetOptions::default() };
+        let external = |error| ParquetError::External(Box::new(error));
+        let found = self.store.get_opts(&self.path, options).await.map_err(external)?;
+        Ok(found.into_stream())
+    }
+
     async fn get(&self, range: Range<u64>) -> ParquetResult<Bytes> {
         let Some(whole) = &self.whole else { return self.fetch(range).await };
         let body = whole.get_or_try_init(|| self.fetch(0..self.size)).await?;

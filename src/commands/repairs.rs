@@ -1,0 +1,84 @@
+//! Corrected rows, as people give them to `quarantine replay --rows`.
+
+use std::path::Path;
+
+use alluvium_coordinator::manifests::Manifests;
+use alluvium_protocol::manifest::Repairs;
+use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
+use serde_json::Value;
+
+use super::quarantine::rows;
+
+/// Reads the file: an array or lines of objects with `file`, `row` and `content`. Each must be a row
+/// that is in quarantine, or was corrected before.
+pub(crate) async fn read(pipeline: &Pipeline, epoch: Epoch, path: &Path) -> Result<Repairs> {
+    let refused = |why: String| {
+        let help =
+            format!("`alluvium quarantine show {} {epoch} -o json` prints them", pipeline.id);
+        Error::new(Code::RepairUnknown, format!("{}: {why}", path.display())).with_help(help)
+    };
+    let text = std::fs::read_to_string(path).map_err(|e| refused(e.to_string()))?;
+    let items = items_of(&text).map_err(|e| refused(format!("not JSON: {e}")))?;
+    let known = known_places(pipeline, epoch).await?;
+    let mut repairs = Repairs::new();
+    for (at, item) in items.iter().enumerate() {
+        let (file, row) = (item["file"].as_str(), item["row"].as_i64());
+        let (Some(file), Some(row)) = (file, row) else {
+            return Err(refused(format!("item {} has no `file` and `row`", at + 1)));
+        };
+        let content =
+            item.get("content").filter(|content| content.is_object() || content.is_null());
+        let Some(content) = content else {
+            return Err(refused(format!("row {row} of {file}: `content` is no object")));
+        };
+        if item.get("epoch").and_then(Value::as_i64).is_some_and(|other| other != epoch.value()) {
+            return Err(refused(format!("row {row} of {file} is of another epoch")));
+        }
+        if !known.iter().any(|(known, at)| known == file && *at == row) {
+            return Err(refused(format!("epoch {epoch} has no refused row {row} of {file}")));
+        }
+        repairs.entry(file.to_owned()).or_default().insert(row, content.clone());
+    }
+    match repairs.is_empty() {
+        true => Err(refused("it holds no row".to_owned())),
+        false => Ok(repairs),
+    }
+}
+
+fn items_of(text: &str) -> std::result::Result<Vec<Value>, serde_json::Error> {
+    let values: Vec<Value> = serde_json::Deserializer::from_str(text)
+        .into_iter()
+        .collect::<std::result::Result<_, _>>()?;
+    Ok(values
+        .into_iter()
+        .flat_map(|value| match value {
+            Value::Array(items) => items,
+            Value::Object(mut whole) if whole.get("items").is_some_and(Value::is_array) => {
+                match whole.remove("items") {
+                    Some(Value::Array(items)) => items,
+                    _ => Vec::new(),
+                }
+            }
+            one => vec![one],
+        })
+        .collect())
+}
+
+/// Refused rows, and rows that were corrected before.
+async fn known_places(pipeline: &Pipeline, epoch: Epoch) -> Result<Vec<(String, i64)>> {
+    let sql = format!("SELECT _file AS file, _row AS row FROM t WHERE _epoch = {epoch}");
+    let refused = rows(pipeline, &sql).await?;
+    let mut known: Vec<(String, i64)> = refused
+        .iter()
+        .filter_map(|row| Some((row["file"].as_str()?.to_owned(), row["row"].as_i64()?)))
+        .collect();
+    let manifests = Manifests::open(pipeline)?;
+    if let Some(generation) = manifests.newest().await?.get(&epoch)
+        && let Some(pinned) = manifests.load(epoch, *generation).await?
+    {
+        for (file, rows) in pinned.manifest.repairs {
+            known.extend(rows.into_keys().map(|row| (file.clone(), row)));
+        }
+    }
+    Ok(known)
+}

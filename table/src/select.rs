@@ -1,0 +1,163 @@
+//! `select` of a pipeline, as far as it can be judged without a folder: one row in, at most one out.
+
+use std::ops::ControlFlow;
+
+use deltalake::datafusion::error::DataFusionError;
+use deltalake::datafusion::prelude::SessionContext;
+use deltalake::datafusion::sql::sqlparser::ast::{
+    Distinct, Expr, GroupByExpr, Query, Select, SetExpr, Spanned, Statement, TableFactor,
+    visit_expressions,
+};
+use deltalake::datafusion::sql::sqlparser::dialect::GenericDialect;
+use deltalake::datafusion::sql::sqlparser::parser::Parser;
+
+/// The relation that `select` reads.
+const INCOMING: &str = "incoming";
+
+/// Where a planning error points to, for people.
+pub fn place_of(error: &DataFusionError) -> Option<String> {
+    let span = error.diagnostic()?.span?;
+    Some(format!("line {}, column {}", span.start.line, span.start.column))
+}
+
+fn at(place: &impl Spanned) -> String {
+    let start = place.span().start;
+    match start.line {
+        0 => String::new(),
+        line => format!(" (line {line}, column {})", start.column),
+    }
+}
+
+/// Refuses what is not of one row at a time.
+///
+/// # Errors
+/// What is wrong, with line and column.
+pub fn check_select(text: &str) -> Result<(), String> {
+    let parsed = Parser::new(&GenericDialect {}).try_with_sql(text);
+    let statements = parsed.and_then(|mut parser| parser.parse_statements());
+    let statements = statements.map_err(|e| format!("not SQL: {e}"))?;
+    let [Statement::Query(query)] = statements.as_slice() else {
+        return Err("write one SELECT … FROM incoming".to_owned());
+    };
+    check_query(query)?;
+    let SetExpr::Select(select) = query.body.as_ref() else {
+        return Err(format!("UNION and the like look at more than one row{}", at(query.as_ref())));
+    };
+    check_clauses(select)?;
+    check_source(select)?;
+    let aggregates = SessionContext::new().state();
+    let found = visit_expressions(query.as_ref(), |expr: &Expr| {
+        let why = match expr {
+            Expr::Function(function) if function.over.is_some() => {
+                "a window looks at more than one row"
+            }
+            Expr::Function(function) => {
+                let name = function.name.to_string().to_lowercase();
+                if aggregates.aggregate_functions().contains_key(&name) {
+                    "an aggregate looks at more than one row"
+                } else {
+                    return ControlFlow::Continue(());
+                }
+            }
+            Expr::Subquery(_) | Expr::InSubquery { .. } | Expr::Exists { .. } => {
+                "a subquery looks at more than one row"
+            }
+            _ => return ControlFlow::Continue(()),
+        };
+        ControlFlow::Break(format!("{expr}: {why}{}", at(expr)))
+    });
+    match found {
+        ControlFlow::Break(why) => Err(why),
+        ControlFlow::Continue(()) => Ok(()),
+    }
+}
+
+fn check_query(query: &Query) -> Result<(), String> {
+    let clause = [
+        (query.with.is_some(), "WITH"),
+        (query.order_by.is_some(), "ORDER BY"),
+        (query.limit_clause.is_some() || query.fetch.is_some(), "LIMIT"),
+    ];
+    match clause.iter().find(|(is_there, _)| *is_there) {
+        Some((_, clause)) => Err(format!("{clause} looks at more than one row{}", at(query))),
+        None => Ok(()),
+    }
+}
+
+fn check_clauses(select: &Select) -> Result<(), String> {
+    let is_grouped = match &select.group_by {
+        GroupByExpr::All(_) => true,
+        GroupByExpr::Expressions(by, _) => !by.is_empty(),
+    };
+    let is_distinct = match &select.distinct {
+        Some(Distinct::All) | None => false,
+        Some(_) => true,
+    };
+    let clause = [
+        (is_distinct, "DISTINCT"),
+        (select.top.is_some(), "TOP"),
+        (is_grouped, "GROUP BY"),
+        (select.having.is_some(), "HAVING"),
+        (select.qualify.is_some(), "QUALIFY"),
+        (!select.named_window.is_empty(), "WINDOW"),
+    ];
+    match clause.iter().find(|(is_there, _)| *is_there) {
+        Some((_, clause)) => Err(format!("{clause} looks at more than one row{}", at(select))),
+        None => Ok(()),
+    }
+}
+
+fn check_source(select: &Select) -> Result<(), String> {
+    let [from] = select.from.as_slice() else {
+        return Err(match select.from.get(1) {
+            Some(second) => format!("a join looks at more than one row{}", at(&second.relation)),
+            None => "it reads nothing: write FROM incoming".to_owned(),
+        });
+    };
+    if let Some(join) = from.joins.first() {
+        return Err(format!("a join looks at more than one row{}", at(&join.relation)));
+    }
+    match &from.relation {
+        TableFactor::Table { name, args: None, .. } if name.to_string() == INCOMING => Ok(()),
+        other => Err(format!("{other}: there is only the relation incoming{}", at(other))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check_select;
+
+    #[test]
+    fn one_row_at_a_time() {
+        for good in [
+            "SELECT * FROM incoming",
+            "SELECT a, b AS c, CAST(d AS BIGINT) AS d FROM incoming WHERE a IS NOT NULL",
+            "SELECT i.a FROM incoming AS i",
+        ] {
+            assert_eq!(check_select(good), Ok(()), "{good}");
+        }
+        for (bad, why) in [
+            ("SELECT a FROM incoming JOIN other ON true", "join"),
+            ("SELECT a FROM incoming, other", "join"),
+            ("SELECT a FROM other", "only the relation incoming"),
+            ("SELECT sum(a) FROM incoming", "aggregate"),
+            ("SELECT a FROM incoming GROUP BY a", "GROUP BY"),
+            ("SELECT row_number() OVER () FROM incoming", "window"),
+            ("SELECT DISTINCT a FROM incoming", "DISTINCT"),
+            ("SELECT a FROM incoming ORDER BY a", "ORDER BY"),
+            ("SELECT a FROM incoming LIMIT 1", "LIMIT"),
+            ("SELECT a FROM incoming UNION ALL SELECT a FROM incoming", "UNION"),
+            ("SELECT a FROM (SELECT a FROM incoming)", "only the relation incoming"),
+            ("SELECT a FROM incoming WHERE a IN (SELECT b FROM incoming)", "subquery"),
+            ("WITH x AS (SELECT 1) SELECT a FROM incoming", "WITH"),
+            ("DELETE FROM incoming", "one SELECT"),
+            ("SELECT a; SELECT b", "one SELECT"),
+            ("SELECT a FRM incoming WHERE", "not SQL"),
+        ] {
+            let found = check_select(bad).unwrap_err();
+            assert!(found.contains(why), "{bad}: {found}");
+        }
+        let found = check_select("SELECT a,\n  sum(b) FROM incoming").unwrap_err();
+        assert!(found.contains("line 2, column 3"), "{found}");
+    }
+}

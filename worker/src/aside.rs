@@ -1,0 +1,136 @@
+//! Rows that were refused, on their way into quarantine: place, reason, and the row as it came.
+
+use std::sync::{Arc, Mutex};
+
+use alluvium_protocol::{Code, Error, Result};
+use alluvium_table::arrow::array::{Array, AsArray, Int64Array, RecordBatch, StringArray};
+use alluvium_table::arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
+use alluvium_table::arrow::json::LineDelimitedWriter;
+use alluvium_table::spool::Spool;
+
+use crate::raw::{FILE, ROW};
+
+/// The last column of refused rows: why.
+pub const REASON: &str = "_alluvium_reason";
+/// Why a row is in quarantine: a NULL in its key.
+pub const NULL_KEY: &str = "null_key";
+/// Why: it cannot be read as a row.
+pub const MALFORMED: &str = "malformed";
+/// Why: `select` fails for it.
+pub const SELECT: &str = "select";
+/// Why a file is in quarantine.
+pub const CORRUPT_FILE: &str = "corrupt_file";
+
+/// What one reading set aside.
+pub struct Aside {
+    refused: Spool,
+    /// Rows that `select` left out.
+    pub filtered: u64,
+    /// DataFusion passes errors on as text: the coded one waits here.
+    pub error: Option<Error>,
+}
+
+/// Shared between the streams of one reading.
+pub type AsideRef = Arc<Mutex<Aside>>;
+
+fn schema() -> SchemaRef {
+    Arc::new(Schema::new(vec![
+        Field::new(FILE, DataType::Utf8, true),
+        Field::new(ROW, DataType::Int64, true),
+        Field::new("reason", DataType::Utf8, true),
+        Field::new("row", DataType::Utf8, true),
+    ]))
+}
+
+/// A place for what one reading sets aside.
+pub fn new() -> AsideRef {
+    Arc::new(Mutex::new(Aside { refused: Spool::new(schema()), filtered: 0, error: None }))
+}
+
+impl Aside {
+    /// Keeps rows of a file, given as JSON text.
+    pub fn push(
+        &mut self,
+        file: &str,
+        places: &[i64],
+        reason: &str,
+        rows: Vec<String>,
+    ) -> Result<()> {
+        if places.is_empty() {
+            return Ok(());
+        }
+        let files = vec![file; places.len()];
+        let reasons = vec![reason; places.len()];
+        let places = Int64Array::from(places.to_vec());
+        self.add(StringArray::from(files), places, StringArray::from(reasons), rows)
+    }
+
+    /// Keeps a file that cannot be read.
+    pub fn push_file(&mut self, file: &str, error: &Error) -> Result<()> {
+        let text = serde_json::json!({"error": error.message}).to_string();
+        let place = Int64Array::from(vec![None]);
+        let files = StringArray::from(vec![file]);
+        self.add(files, place, StringArray::from(vec![CORRUPT_FILE]), vec![text])
+    }
+
+    /// Keeps rows of a query: data columns, place, and [`REASON`] last.
+    pub fn keep(&mut self, rows: &RecordBatch) -> Result<()> {
+        let column = |name: &str| {
+            let column = rows.column_by_name(name);
+            column.ok_or_else(|| Error::internal(format!("refused rows without {name}")))
+        };
+        let text = |name: &str| -> Result<StringArray> {
+            let column = alluvium_table::arrow::compute::cast(column(name)?, &DataType::Utf8);
+            Ok(column.map_err(Error::internal)?.as_string::<i32>().clone())
+        };
+        let places = column(ROW)?.as_primitive::<Int64Type>().clone();
+        let own = [FILE, ROW, REASON];
+        let schema = rows.schema();
+        let data: Vec<usize> = (0..rows.num_columns())
+            .filter(|at| !own.contains(&schema.field(*at).name().as_str()))
+            .collect();
+        let texts = texts_of(&rows.project(&data).map_err(Error::internal)?)?;
+        self.add(text(FILE)?, places, text(REASON)?, texts)
+    }
+
+    fn add(
+        &mut self,
+        files: StringArray,
+        places: Int64Array,
+        reasons: StringArray,
+        rows: Vec<String>,
+    ) -> Result<()> {
+        if files.is_empty() {
+            return Ok(());
+        }
+        let rows = StringArray::from(rows);
+        let columns: Vec<alluvium_table::arrow::array::ArrayRef> =
+            vec![Arc::new(files), Arc::new(places), Arc::new(reasons), Arc::new(rows)];
+        let batch = RecordBatch::try_new(schema(), columns).map_err(Error::internal)?;
+        self.refused.push(batch)
+    }
+
+    /// All that were kept.
+    pub fn take(&mut self) -> Spool {
+        std::mem::replace(&mut self.refused, Spool::new(schema()))
+    }
+}
+
+/// Each row as a JSON object.
+pub fn texts_of(batch: &RecordBatch) -> Result<Vec<String>> {
+    let mut text = Vec::new();
+    let mut writer = LineDelimitedWriter::new(&mut text);
+    let failed = |e: &dyn std::fmt::Display| {
+        Error::new(Code::Internal, format!("write refused rows as JSON: {e}"))
+    };
+    writer.write(batch).map_err(|e| failed(&e))?;
+    writer.finish().map_err(|e| failed(&e))?;
+    drop(writer);
+    let text = String::from_utf8(text).map_err(|e| failed(&e))?;
+    Ok(text.lines().map(str::to_owned).collect())
+}
+
+/// A line that is no row, as a JSON object.
+pub fn line_as_json(line: &str) -> String {
+    serde_json::json!({"line": line}).to_string()
+}

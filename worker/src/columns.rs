@@ -1,0 +1,259 @@
+//! Which columns an epoch gives raw: the table's and the declared ones, then what its files bring.
+
+use alluvium_protocol::pipeline::{Content, Mode, NewColumns};
+use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
+use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use alluvium_table::schema::{delta_type, find_column, parse_type, widens_to};
+
+use crate::raw::{self, OWN};
+use crate::slowly::VALIDITY;
+
+/// So begin the names of helpers in our queries; no file may have such a column either.
+const HELPERS: &str = "_alluvium_";
+
+/// The columns of a file, or of what `select` makes of all files.
+pub(crate) type NamedSchema = (String, SchemaRef);
+
+/// What an epoch's columns are.
+pub(crate) struct Columns {
+    /// The data columns of raw.
+    pub(crate) table: Vec<Field>,
+    /// Those of them that the table has with a narrower type.
+    pub(crate) widened: Vec<Field>,
+    /// Columns of the files that stay out of the tables.
+    pub(crate) left_out: Vec<Field>,
+    /// Columns that say nothing, not even their type.
+    void: Vec<Field>,
+}
+
+impl Columns {
+    /// All that expressions may speak of.
+    pub(crate) fn read(&self) -> Vec<Field> {
+        [self.table.as_slice(), &self.left_out, &self.void].concat()
+    }
+}
+
+/// The declared columns, in their order.
+pub(crate) fn declared(content: &Content) -> Result<Vec<Field>> {
+    let field = |column: &alluvium_protocol::pipeline::Declared| {
+        let kind = parse_type(&column.kind).map_err(|e| Error::new(Code::ConfigInvalid, e))?;
+        Ok(Field::new(&column.name, kind, true))
+    };
+    content.declared.iter().map(field).collect()
+}
+
+/// Decides the columns. `table` is raw's schema, or main's while there is no raw.
+pub(crate) fn decide(
+    pipeline: &Pipeline,
+    epoch: Epoch,
+    folder: &str,
+    table: Option<&SchemaRef>,
+    is_first_raw: bool,
+    files: &[NamedSchema],
+) -> Result<Columns> {
+    let declared = declared(&pipeline.content)?;
+    let mut widened = Vec::new();
+    let mut columns = match table {
+        Some(schema) => {
+            with_declared(pipeline, data_of(pipeline, schema), &declared, &mut widened)?
+        }
+        None => declared.clone(),
+    };
+    // Tables without data columns were made by an epoch without rows: this one says which there are.
+    let known = columns.len();
+    for (file, schema) in files {
+        add_columns(pipeline, epoch, file, schema, known, &mut columns, &mut widened, &declared)?;
+    }
+    let known = if known == 0 { columns.len() } else { known };
+    let (needed, new): (Vec<Field>, Vec<Field>) =
+        columns.split_off(known).into_iter().partition(|column| {
+            // The rule needs these, also where no earlier file gave them a type; and main, which may be
+            // older than raw, never has what is ignored.
+            let of_rule = pipeline.content.key.iter().chain(&pipeline.content.sequence_by);
+            of_rule.into_iter().any(|name| name.eq_ignore_ascii_case(column.name()))
+                || (is_first_raw && pipeline.is_ignored(column.name()))
+        });
+    columns.extend(needed);
+    let left_out = match pipeline.content.new_columns {
+        NewColumns::Evolve => {
+            columns.extend(new);
+            Vec::new()
+        }
+        NewColumns::Fail if !new.is_empty() => {
+            return Err(new_columns(pipeline, folder, &names_of(&new)));
+        }
+        NewColumns::Freeze | NewColumns::Fail => new,
+    };
+    let read = [columns.as_slice(), &left_out].concat();
+    let void = void_columns(&read, files);
+    Ok(Columns { table: columns, widened, left_out, void })
+}
+
+pub(crate) fn names_of(columns: &[Field]) -> Vec<String> {
+    columns.iter().map(|field| field.name().clone()).collect()
+}
+
+/// Data columns of raw, or of main.
+fn data_of(pipeline: &Pipeline, schema: &Schema) -> Vec<Field> {
+    let mut columns = raw::data_fields(schema);
+    if pipeline.content.mode == Mode::Scd2 {
+        columns.retain(|field| !VALIDITY.contains(&field.name().as_str()));
+    }
+    columns
+}
+
+/// The table's columns and the declared ones, where these do not contradict each other.
+fn with_declared(
+    pipeline: &Pipeline,
+    mut columns: Vec<Field>,
+    declared: &[Field],
+    widened: &mut Vec<Field>,
+) -> Result<Vec<Field>> {
+    for field in declared {
+        let Some(at) = find_column(&Schema::new(columns.clone()), field.name()) else {
+            columns.push(field.clone());
+            continue;
+        };
+        let held = columns[at].data_type();
+        if widens_to(held, field.data_type()) && widens_to(field.data_type(), held) {
+            continue;
+        }
+        if widens_to(held, field.data_type()) {
+            columns[at] = Field::new(columns[at].name(), field.data_type().clone(), true);
+            widened.push(columns[at].clone());
+            continue;
+        }
+        let text = format!(
+            "column {:?} of {} is of type {held}, the configuration declares {}",
+            field.name(),
+            pipeline.raw,
+            field.data_type()
+        );
+        let help = format!(
+            "set the type back in [pipeline.{}.columns]; or rebuild: move the folders of raw and main \
+             away, then `alluvium run --once`",
+            pipeline.id
+        );
+        return Err(Error::new(Code::SettingsMismatch, text).with_help(help));
+    }
+    Ok(columns)
+}
+
+/// Adds a file's columns. The first `known` columns are the table's and the declared ones.
+#[allow(clippy::too_many_arguments, reason = "one step of one function, split for reading")]
+fn add_columns(
+    pipeline: &Pipeline,
+    epoch: Epoch,
+    file: &str,
+    schema: &Schema,
+    known: usize,
+    columns: &mut Vec<Field>,
+    widened: &mut Vec<Field>,
+    declared: &[Field],
+) -> Result<()> {
+    let may_widen = pipeline.content.new_columns == NewColumns::Evolve;
+    let declared = Schema::new(declared.to_vec());
+    let mut seen: Vec<String> = Vec::new();
+    for field in schema.fields() {
+        let place = format!("{epoch}/{file}, column {:?}", field.name());
+        check_name(pipeline, field.name(), &mut seen, &place)?;
+        // A column without a type says nothing: it reads as NULL.
+        if field.data_type() == &DataType::Null {
+            continue;
+        }
+        let Some(found) = delta_type(field.data_type()) else {
+            let text = format!("{place}: Delta cannot hold the type {}", field.data_type());
+            return Err(Error::new(Code::ColumnTypeMismatch, text));
+        };
+        let Some(at) = find_column(&Schema::new(columns.clone()), field.name()) else {
+            columns.push(Field::new(field.name(), found, true));
+            continue;
+        };
+        let is_wider = !widens_to(&found, columns[at].data_type())
+            && widens_to(columns[at].data_type(), &found);
+        // What does not fit otherwise is judged value by value when it is read.
+        if is_wider
+            && (at >= known || (may_widen && find_column(&declared, field.name()).is_none()))
+        {
+            columns[at] = Field::new(columns[at].name(), found, true);
+            if at < known {
+                widened.retain(|known| known.name() != columns[at].name());
+                widened.push(columns[at].clone());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Columns of the files that say nothing, not even their type, and that the table does not know: they
+/// are no columns of the table, and expressions read them as NULL.
+fn void_columns(columns: &[Field], files: &[NamedSchema]) -> Vec<Field> {
+    let mut found: Vec<Field> = Vec::new();
+    let known = Schema::new(columns.to_vec());
+    for field in files.iter().flat_map(|(_, schema)| schema.fields()) {
+        let is_new = find_column(&Schema::new(found.clone()), field.name()).is_none();
+        if is_new && find_column(&known, field.name()).is_none() {
+            found.push(Field::new(field.name(), DataType::Utf8, true));
+        }
+    }
+    found
+}
+
+fn check_name(pipeline: &Pipeline, name: &str, seen: &mut Vec<String>, place: &str) -> Result<()> {
+    let lower = name.to_lowercase();
+    let is_validity = pipeline.content.mode == Mode::Scd2 && VALIDITY.contains(&lower.as_str());
+    if OWN.contains(&lower.as_str()) || lower.starts_with(HELPERS) || is_validity {
+        let text = format!("{place}: the name is reserved for Alluvium's own columns");
+        return Err(Error::new(Code::ReservedColumn, text)
+            .with_help("rename the column where the file is written, or with `select`"));
+    }
+    if seen.contains(&lower) {
+        let text = format!("{place}: the file has this column twice (case does not count)");
+        return Err(Error::new(Code::ColumnTypeMismatch, text));
+    }
+    seen.push(lower);
+    Ok(())
+}
+
+fn new_columns(pipeline: &Pipeline, folder: &str, names: &[String]) -> Error {
+    let text =
+        format!("{folder} has columns that {} does not have: {}", pipeline.raw, names.join(", "));
+    let help = format!(
+        "set `schema` of pipeline.{} to \"evolve\" or \"freeze\", then `alluvium retry`",
+        pipeline.id
+    );
+    Error::new(Code::NewColumn, text).with_help(help)
+}
+
+/// Key columns must be in every file; the sequence column in at least one.
+pub(crate) fn check_columns(
+    pipeline: &Pipeline,
+    folder: &str,
+    files: &[NamedSchema],
+) -> Result<()> {
+    for (file, schema) in files {
+        for key in &pipeline.content.key {
+            if find_column(schema, key).is_none() {
+                let names: Vec<&str> =
+                    schema.fields().iter().map(|f| f.name().as_str()).take(20).collect();
+                let text = format!(
+                    "{folder}/{file} has no key column {key:?}; it has {}",
+                    names.join(", ")
+                );
+                let help = format!(
+                    "deliver the folder with the column, or set `key` of pipeline.{}",
+                    pipeline.id
+                );
+                return Err(Error::new(Code::KeyColumnMissing, text).with_help(help));
+            }
+        }
+    }
+    let Some(sequence) = &pipeline.content.sequence_by else { return Ok(()) };
+    let is_missing = files.iter().all(|(_, schema)| find_column(schema, sequence).is_none());
+    if is_missing && !files.is_empty() {
+        let text = format!("no file of {folder} has the column {sequence:?}");
+        let help = format!("set `sequence_by` of pipeline.{}", pipeline.id);
+        return Err(Error::new(Code::SequenceColumnMissing, text).with_help(help));
+    }
+    Ok(())
+}

@@ -1,0 +1,130 @@
+//! What a change of the applied epochs does to main, by the rule of its mode.
+//!
+//! ```text
+//!  upsert    keys of the changed epochs ─► each key's last row (winners)
+//!  append    partitions of the changed epochs, written anew from raw
+//!  snapshot  the rows of the highest epoch with content; main's other keys go
+//!  scd2      keys of the changed epochs ─► all their versions
+//! ```
+//! Merge and restore differ in which epochs are applied afterwards, and in nothing else.
+
+use std::collections::BTreeSet;
+
+use alluvium_protocol::pipeline::Mode;
+use alluvium_protocol::{Epoch, Pipeline, Result};
+use alluvium_table::datafusion::execution::context::SessionContext;
+use alluvium_table::{LiveFile, Table};
+
+use crate::edit::{Edit, paths, reconcile_over};
+use crate::ingest::table_names;
+use crate::winners::{self, Rule, Scope};
+use crate::{Permit, raw};
+
+/// A change of what is applied, on exactly these snapshots.
+pub(crate) struct Fold<'a> {
+    pub(crate) pipeline: &'a Pipeline,
+    pub(crate) main: &'a Table,
+    pub(crate) raw: &'a Table,
+    /// Epochs whose content comes, goes, or is another.
+    pub(crate) changed: &'a BTreeSet<Epoch>,
+    /// Epochs that are applied afterwards.
+    pub(crate) applied: &'a BTreeSet<Epoch>,
+    /// The changed epochs lie above all others and take nothing back: they alone decide.
+    pub(crate) is_fast: bool,
+}
+
+impl Fold<'_> {
+    /// Computes and writes main's new files.
+    pub(crate) async fn edit(&self, session: &SessionContext, permit: &Permit) -> Result<Edit> {
+        let rule = Rule::new(self.pipeline, self.raw);
+        let target = self.pipeline.sizes.target_file_bytes;
+        let mut edit = Edit::default();
+        match self.pipeline.content.mode {
+            Mode::Append => {
+                self.register_rows(session, "added").await?;
+                let changed = self.changed;
+                edit.replace_epochs(session, self.main, &rule, changed, target).await?;
+                return Ok(edit);
+            }
+            Mode::Upsert | Mode::Scd2 => {
+                let changes = raw::files_of(self.raw, self.changed).await?;
+                if changes.is_empty() {
+                    return Ok(edit);
+                }
+                self.raw.register(session, "changes", Some(&paths(&changes)), false).await?;
+                let spool = if self.pipeline.content.mode == Mode::Scd2 {
+                    self.register_applied(session).await?;
+                    winners::collect(session, &rule.version_rows()).await?
+                } else {
+                    let scope = self.scope(session).await?;
+                    winners::compute(session, &rule, &scope).await?
+                };
+                spool.register(session, "winners")?;
+            }
+            Mode::Snapshot => {
+                let top = self.top().await?;
+                let is_below = |epoch: &Epoch| top.as_ref().is_some_and(|(top, _)| epoch < top);
+                if self.changed.iter().all(is_below) {
+                    // The newest snapshot stays what it is.
+                    return Ok(edit);
+                }
+                self.main.register(session, "main", None, false).await?;
+                if let Some((_, files)) = &top {
+                    self.raw.register(session, "top", Some(&paths(files)), false).await?;
+                }
+                let main_key = table_names(self.main, &self.pipeline.content.key);
+                let sql = rule.snapshot_rows(top.is_some(), &main_key);
+                winners::collect(session, &sql).await?.register(session, "winners")?;
+                session
+                    .deregister_table("main")
+                    .map_err(|e| alluvium_table::classify::foreign("read main", &e))?;
+            }
+        }
+        edit.find_touched(session, self.main, &rule, self.pipeline.content.skip_unchanged).await?;
+        permit.check()?;
+        edit.write(session, self.main, &rule, target).await?;
+        Ok(edit)
+    }
+
+    async fn scope(&self, session: &SessionContext) -> Result<Scope> {
+        if self.is_fast {
+            return Ok(Scope::Fast);
+        }
+        let files = raw::files_of(self.raw, self.applied).await?;
+        reconcile_over(session, self.main, self.raw, &files).await
+    }
+
+    async fn register_applied(&self, session: &SessionContext) -> Result<()> {
+        let files = raw::files_of(self.raw, self.applied).await?;
+        // What main was adopted with has no place in the modes that ask here.
+        reconcile_over(session, self.main, self.raw, &files).await.map(drop)
+    }
+
+    /// The changed epochs' rows that are to be in main, as table `name`, if there are any.
+    async fn register_rows(&self, session: &SessionContext, name: &str) -> Result<()> {
+        let coming: BTreeSet<Epoch> = self.changed.intersection(self.applied).copied().collect();
+        let files = raw::files_of(self.raw, &coming).await?;
+        if files.is_empty() {
+            return Ok(());
+        }
+        self.raw.register(session, name, Some(&paths(&files)), false).await
+    }
+
+    /// The highest applied epoch that has content, with its files.
+    async fn top(&self) -> Result<Option<(Epoch, Vec<LiveFile>)>> {
+        top_of(self.raw, self.applied).await
+    }
+}
+
+/// The highest of these epochs that has content, with its files.
+pub(crate) async fn top_of(
+    raw: &Table,
+    applied: &BTreeSet<Epoch>,
+) -> Result<Option<(Epoch, Vec<LiveFile>)>> {
+    let mut files = raw::files_of(raw, applied).await?;
+    files.retain(|file| !raw::is_all_reverts(file.stats.as_deref()));
+    let top = files.iter().filter_map(raw::epoch_of).max();
+    let Some(top) = top else { return Ok(None) };
+    files.retain(|file| raw::epoch_of(file) == Some(top));
+    Ok(Some((top, files)))
+}

@@ -1,0 +1,498 @@
+//! Text files: CSV and JSON lines, compressed or not, read once into rows that can be read again.
+//!
+//! Values stay as they came. Their types are decided later, value by value; here only what types the
+//! values would allow.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Cursor, Read, Write};
+use std::sync::{Arc, OnceLock};
+
+use alluvium_protocol::manifest::Object;
+use alluvium_protocol::pipeline::{Csv, Declared, Format};
+use alluvium_protocol::{Code, Error, Result};
+use alluvium_table::arrow::array::{
+    Array, ArrayRef, AsArray, BooleanArray, Int64Builder, RecordBatch, StringBuilder,
+};
+use alluvium_table::arrow::compute::filter_record_batch;
+use alluvium_table::arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef, TimeUnit};
+use alluvium_table::classify::foreign;
+use alluvium_table::spool::{Spool, Spooled};
+use alluvium_table::store::StoreRef;
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
+
+use super::json::{self, JsonKind};
+use super::parquet::{PinnedReader, read_error};
+use super::{BATCH_ROWS, Piece, WHOLE_BYTES_MAX};
+use crate::raw::ROW;
+
+/// The column with a line as it came.
+const LINE: &str = "line";
+
+/// A text file, read.
+pub(super) struct TextFile {
+    /// Rows: the columns as text (CSV) or the line (JSON), and the position last.
+    rows: Spooled,
+    /// Lines that are no rows, with their positions.
+    malformed: Spooled,
+    kinds: Vec<(String, Kinds)>,
+    is_json: bool,
+}
+
+impl TextFile {
+    /// Fetches and reads the file.
+    pub(super) async fn open(
+        store: &StoreRef,
+        folder: &str,
+        object: &Object,
+        format: &Format,
+        declared: &[Declared],
+    ) -> Result<Self> {
+        let reader = PinnedReader::new(store, folder, object, false)?;
+        let fetched = fetch(&reader, object.size).await;
+        let fetched = fetched.map_err(|error| match error {
+            Fetching::Of(error) => read_error(folder, &object.name, &error),
+            Fetching::Disk(error) => error,
+        })?;
+        let place = format!("{folder}/{}", object.name);
+        let name = object.name.clone();
+        let format = format.clone();
+        let declared: Vec<String> = declared.iter().map(|column| column.name.clone()).collect();
+        let reading = tokio::task::spawn_blocking(move || {
+            let input = decompressed(fetched.reader()?, &name);
+            let input = input.map_err(|e| unreadable(&place, &e))?;
+            match format {
+                Format::Csv(csv) => read_csv(input, &csv, &declared, &place),
+                _ => read_json(input, &place),
+            }
+        });
+        reading.await.map_err(Error::internal)?
+    }
+
+    /// Names and the types that the values of this file allow.
+    pub(super) fn schema(&self) -> SchemaRef {
+        let fields = self.kinds.iter().map(|(name, kind)| Field::new(name, kind.kind(), true));
+        Arc::new(Schema::new(fields.collect::<Vec<_>>()))
+    }
+
+    pub(super) fn kinds(&self) -> &[(String, Kinds)] {
+        &self.kinds
+    }
+
+    /// Rows, the malformed ones included.
+    pub(super) fn rows(&self) -> u64 {
+        (self.rows.rows() + self.malformed.rows()) as u64
+    }
+
+    pub(super) fn malformed(&self) -> Option<&Spooled> {
+        (self.malformed.rows() > 0).then_some(&self.malformed)
+    }
+
+    /// The rows, in order; nested values of JSON with the types of `columns`.
+    pub(super) fn pieces(&self, columns: &SchemaRef) -> BoxStream<'static, Result<Piece>> {
+        let batches = match self.rows.batches() {
+            Ok(batches) => batches,
+            Err(error) => return futures::stream::once(async move { Err(error) }).boxed(),
+        };
+        let decoding = self.is_json.then(|| json::decoding(&self.schema(), columns));
+        let pieces = batches.map(move |batch| piece_of(&batch?, decoding.as_ref()));
+        futures::stream::iter(pieces).boxed()
+    }
+}
+
+fn piece_of(batch: &RecordBatch, decoding: Option<&SchemaRef>) -> Result<Piece> {
+    let last = batch.num_columns() - 1;
+    let places = batch.column(last).as_primitive::<Int64Type>().clone();
+    let Some(decoding) = decoding else {
+        let columns: Vec<usize> = (0..last).collect();
+        let rows = batch.project(&columns).map_err(Error::internal)?;
+        return Ok(Piece { rows, places, lines: None, malformed: Vec::new() });
+    };
+    let lines = batch.column(0).as_string::<i32>().clone();
+    let texts: Vec<&str> = (0..lines.len()).map(|at| lines.value(at)).collect();
+    if let Ok(rows) = json::decode(&texts, decoding) {
+        return Ok(Piece { rows, places, lines: Some(lines), malformed: Vec::new() });
+    }
+    // Some line has an object where others have a number, say: which ones?
+    let fits: BooleanArray =
+        texts.iter().map(|line| Some(json::decode(&[*line], decoding).is_ok())).collect();
+    let malformed = (0..texts.len()).filter(|at| !fits.value(*at));
+    let malformed = malformed.map(|at| (places.value(at), texts[at].to_owned())).collect();
+    let good = filter_record_batch(batch, &fits).map_err(Error::internal)?;
+    let lines = good.column(0).as_string::<i32>().clone();
+    let texts: Vec<&str> = (0..lines.len()).map(|at| lines.value(at)).collect();
+    let rows = json::decode(&texts, decoding).map_err(Error::internal)?;
+    let places = good.column(last).as_primitive::<Int64Type>().clone();
+    Ok(Piece { rows, places, lines: Some(lines), malformed })
+}
+
+/// What a file's bytes are in.
+enum Fetched {
+    Memory(Bytes),
+    Disk(tempfile::NamedTempFile),
+}
+
+impl Fetched {
+    fn reader(&self) -> Result<Box<dyn BufRead + Send>> {
+        Ok(match self {
+            Self::Memory(bytes) => Box::new(Cursor::new(bytes.clone())),
+            Self::Disk(file) => {
+                let file: File = file.reopen().map_err(|e| foreign("read fetched bytes", &e))?;
+                Box::new(BufReader::with_capacity(1 << 18, file))
+            }
+        })
+    }
+}
+
+enum Fetching {
+    Of(alluvium_table::parquet::errors::ParquetError),
+    Disk(Error),
+}
+
+async fn fetch(reader: &PinnedReader, size: u64) -> Result<Fetched, Fetching> {
+    let mut chunks = reader.whole().await.map_err(Fetching::Of)?;
+    let external = |e: object_store::Error| Fetching::Of(e.into());
+    let disk = |e: std::io::Error| Fetching::Disk(foreign("keep fetched bytes", &e));
+    if size <= WHOLE_BYTES_MAX {
+        let mut body = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
+        while let Some(chunk) = chunks.try_next().await.map_err(external)? {
+            body.extend_from_slice(&chunk);
+        }
+        return Ok(Fetched::Memory(body.into()));
+    }
+    let mut file = tempfile::NamedTempFile::new().map_err(disk)?;
+    while let Some(chunk) = chunks.try_next().await.map_err(external)? {
+        file.write_all(&chunk).map_err(disk)?;
+    }
+    Ok(Fetched::Disk(file))
+}
+
+fn decompressed(
+    input: Box<dyn BufRead + Send>,
+    name: &str,
+) -> std::io::Result<Box<dyn BufRead + Send>> {
+    let name = name.to_ascii_lowercase();
+    let plain: Box<dyn Read + Send> = if name.ends_with(".gz") {
+        Box::new(flate2::bufread::MultiGzDecoder::new(input))
+    } else if name.ends_with(".zst") {
+        Box::new(zstd::stream::read::Decoder::with_buffer(input)?)
+    } else {
+        return Ok(input);
+    };
+    Ok(Box::new(BufReader::with_capacity(1 << 16, plain)))
+}
+
+fn unreadable(place: &str, error: &dyn std::fmt::Display) -> Error {
+    Error::new(Code::FileUnreadable, format!("read {place}: {error}"))
+        .with_help("deliver the file again whole; the changed folder is picked up by itself")
+}
+
+/// Lines, or fields of rows, on their way into a spool.
+struct Collector {
+    columns: Vec<StringBuilder>,
+    places: Int64Builder,
+    schema: SchemaRef,
+    spool: Spool,
+}
+
+impl Collector {
+    fn new<'a>(names: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut fields: Vec<Field> =
+            names.into_iter().map(|name| Field::new(name, DataType::Utf8, true)).collect();
+        let columns = fields.iter().map(|_| StringBuilder::new()).collect();
+        fields.push(Field::new(ROW, DataType::Int64, true));
+        let schema: SchemaRef = Arc::new(Schema::new(fields));
+        let spool = Spool::new(Arc::clone(&schema));
+        Self { columns, places: Int64Builder::new(), schema, spool }
+    }
+
+    fn add<'a>(
+        &mut self,
+        place: i64,
+        values: impl IntoIterator<Item = Option<&'a str>>,
+    ) -> Result<()> {
+        for (column, value) in self.columns.iter_mut().zip(values) {
+            column.append_option(value);
+        }
+        self.places.append_value(place);
+        match self.places.values_slice().len() >= BATCH_ROWS {
+            true => self.flush(),
+            false => Ok(()),
+        }
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let mut columns: Vec<ArrayRef> =
+            self.columns.iter_mut().map(|column| Arc::new(column.finish()) as ArrayRef).collect();
+        columns.push(Arc::new(self.places.finish()) as ArrayRef);
+        let batch = RecordBatch::try_new(Arc::clone(&self.schema), columns);
+        self.spool.push(batch.map_err(Error::internal)?)
+    }
+
+    fn finish(mut self) -> Result<Spooled> {
+        if !self.places.values_slice().is_empty() {
+            self.flush()?;
+        }
+        self.spool.finish()
+    }
+}
+
+fn read_csv(
+    input: Box<dyn BufRead + Send>,
+    csv: &Csv,
+    declared: &[String],
+    place: &str,
+) -> Result<TextFile> {
+    let mut reader = csv::ReaderBuilder::new()
+        .delimiter(csv.delimiter)
+        .has_headers(false)
+        .flexible(true)
+        .from_reader(input);
+    let mut record = csv::ByteRecord::new();
+    let failed = |e: csv::Error| unreadable(place, &e);
+    let mut next = |record: &mut csv::ByteRecord| reader.read_byte_record(record).map_err(failed);
+    let mut has_row = next(&mut record)?;
+    let mut names: Vec<String> = Vec::new();
+    if has_row && csv.header {
+        for field in &record {
+            let name = std::str::from_utf8(field).map_err(|e| unreadable(place, &e))?;
+            names.push(name.trim().trim_start_matches('\u{feff}').to_owned());
+        }
+        if let Some(empty) = names.iter().position(String::is_empty) {
+            return Err(unreadable(
+                place,
+                &format!("column {} has no name in the header", empty + 1),
+            ));
+        }
+        has_row = next(&mut record)?;
+    } else if has_row {
+        names = match declared.len() == record.len() {
+            true => declared.to_vec(),
+            false => (1..=record.len()).map(|n| format!("c{n}")).collect(),
+        };
+    }
+    let mut kinds: Vec<Seen> = names.iter().map(|_| Seen::default()).collect();
+    let mut rows = Collector::new(names.iter().map(String::as_str));
+    let mut malformed = Collector::new([LINE]);
+    let mut at = 0;
+    while has_row {
+        let fields: Option<Vec<&str>> =
+            record.iter().map(|field| std::str::from_utf8(field).ok()).collect();
+        match fields.filter(|fields| fields.len() == names.len()) {
+            Some(fields) => {
+                let values: Vec<Option<&str>> =
+                    fields.into_iter().map(|value| (value != csv.null).then_some(value)).collect();
+                for (kind, value) in kinds.iter_mut().zip(&values) {
+                    value.iter().for_each(|value| kind.add(value));
+                }
+                rows.add(at, values)?;
+            }
+            None => malformed.add(at, [Some(line_of(&record, csv.delimiter).as_str())])?,
+        }
+        at += 1;
+        has_row = next(&mut record)?;
+    }
+    Ok(TextFile {
+        rows: rows.finish()?,
+        malformed: malformed.finish()?,
+        kinds: names.into_iter().zip(kinds.into_iter().map(Kinds::Csv)).collect(),
+        is_json: false,
+    })
+}
+
+/// The fields of a record as one text.
+fn line_of(record: &csv::ByteRecord, delimiter: u8) -> String {
+    let fields: Vec<_> = record.iter().map(String::from_utf8_lossy).collect();
+    fields.join(&char::from(delimiter).to_string())
+}
+
+fn read_json(mut input: Box<dyn BufRead + Send>, place: &str) -> Result<TextFile> {
+    let mut rows = Collector::new([LINE]);
+    let mut malformed = Collector::new([LINE]);
+    let mut kinds: Vec<(String, JsonKind)> = Vec::new();
+    let mut line = Vec::new();
+    let mut at = 0;
+    loop {
+        line.clear();
+        let read = input.read_until(b'\n', &mut line).map_err(|e| unreadable(place, &e))?;
+        if read == 0 {
+            break;
+        }
+        let bytes = line.strip_prefix(b"\xef\xbb\xbf").filter(|_| at == 0).unwrap_or(&line);
+        if bytes.trim_ascii().is_empty() {
+            continue;
+        }
+        let text = std::str::from_utf8(bytes.trim_ascii());
+        let value = text.ok().and_then(|text| serde_json::from_str(text).ok());
+        match (text, value) {
+            (Ok(text), Some(serde_json::Value::Object(object))) => {
+                json::learn(&mut kinds, &object);
+                rows.add(at, [Some(text)])?;
+            }
+            _ => malformed.add(at, [Some(String::from_utf8_lossy(bytes.trim_ascii()).as_ref())])?,
+        }
+        at += 1;
+    }
+    Ok(TextFile {
+        rows: rows.finish()?,
+        malformed: malformed.finish()?,
+        kinds: kinds.into_iter().map(|(name, kind)| (name, Kinds::Json(kind))).collect(),
+        is_json: true,
+    })
+}
+
+/// What the values of a column allow.
+#[derive(Clone, Debug)]
+pub(super) enum Kinds {
+    Csv(Seen),
+    Json(JsonKind),
+}
+
+impl Kinds {
+    /// The type of a column with all these values; `Null` when there are none.
+    pub(super) fn kind(&self) -> DataType {
+        match self {
+            Self::Csv(seen) => seen.kind(),
+            Self::Json(kind) => kind.kind(),
+        }
+    }
+
+    pub(super) fn merge(&mut self, other: &Self) {
+        match (self, other) {
+            (Self::Csv(a), Self::Csv(b)) => a.merge(b),
+            (Self::Json(a), Self::Json(b)) => *a = std::mem::take(a).merged(b.clone()),
+            _ => {}
+        }
+    }
+}
+
+/// Texts of a column: which types could hold all of them without a loss.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Seen {
+    /// Some value was there.
+    any: bool,
+    not_long: bool,
+    not_double: bool,
+    not_boolean: bool,
+    not_date: bool,
+    not_timestamp: bool,
+    not_timestamp_ntz: bool,
+}
+
+impl Seen {
+    fn add(&mut self, text: &str) {
+        self.any = true;
+        // Numbers as people write them: `007` and `+1` are names of something.
+        self.not_long |= !matches(&LONG, text);
+        let digits = text.bytes().take_while(|b| !matches!(b, b'e' | b'E'));
+        let is_exact = digits.filter(u8::is_ascii_digit).count() <= 15;
+        self.not_double |= !(is_exact && matches(&DOUBLE, text));
+        self.not_boolean |= !matches!(text, "true" | "false" | "TRUE" | "FALSE" | "True" | "False");
+        self.not_date |= text.len() != 10 || text.parse::<chrono::NaiveDate>().is_err();
+        self.not_timestamp |= chrono::DateTime::parse_from_rfc3339(text).is_err();
+        let is_naive = |format| chrono::NaiveDateTime::parse_from_str(text, format).is_ok();
+        self.not_timestamp_ntz |=
+            !(is_naive("%Y-%m-%dT%H:%M:%S%.f") || is_naive("%Y-%m-%d %H:%M:%S%.f"));
+    }
+
+    fn merge(&mut self, other: &Self) {
+        self.any |= other.any;
+        self.not_long |= other.not_long;
+        self.not_double |= other.not_double;
+        self.not_boolean |= other.not_boolean;
+        self.not_date |= other.not_date;
+        self.not_timestamp |= other.not_timestamp;
+        self.not_timestamp_ntz |= other.not_timestamp_ntz;
+    }
+
+    fn kind(&self) -> DataType {
+        match self {
+            Self { any: false, .. } => DataType::Null,
+            Self { not_long: false, .. } => DataType::Int64,
+            Self { not_double: false, .. } => DataType::Float64,
+            Self { not_boolean: false, .. } => DataType::Boolean,
+            Self { not_date: false, .. } => DataType::Date32,
+            Self { not_timestamp: false, .. } => {
+                DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()))
+            }
+            Self { not_timestamp_ntz: false, .. } => {
+                DataType::Timestamp(TimeUnit::Microsecond, None)
+            }
+            _ => DataType::Utf8,
+        }
+    }
+}
+
+static LONG: OnceLock<Option<regex::Regex>> = OnceLock::new();
+static DOUBLE: OnceLock<Option<regex::Regex>> = OnceLock::new();
+
+fn matches(which: &'static OnceLock<Option<regex::Regex>>, text: &str) -> bool {
+    let pattern = match std::ptr::eq(which, &LONG) {
+        true => r"^(0|-?[1-9][0-9]{0,17})$",
+        false => r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$",
+    };
+    let regex = which.get_or_init(|| regex::Regex::new(pattern).ok());
+    regex.as_ref().is_some_and(|regex| regex.is_match(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use alluvium_table::arrow::array::{Int64Array, StringArray};
+
+    use super::*;
+
+    fn kind(values: &[&str]) -> DataType {
+        let mut seen = Seen::default();
+        values.iter().for_each(|value| seen.add(value));
+        seen.kind()
+    }
+
+    #[test]
+    fn types_are_only_those_that_lose_nothing() {
+        use DataType as T;
+        assert_eq!(kind(&[]), T::Null);
+        assert_eq!(kind(&["0", "-12"]), T::Int64);
+        assert_eq!(kind(&["007", "12"]), T::Utf8);
+        assert_eq!(kind(&["+1"]), T::Utf8);
+        assert_eq!(kind(&["12", "1.5", "1e3"]), T::Float64);
+        assert_eq!(kind(&["1234567890123456789"]), T::Utf8);
+        assert_eq!(kind(&["0.1234567890123456789"]), T::Utf8);
+        assert_eq!(kind(&["true", "False"]), T::Boolean);
+        assert_eq!(kind(&["2024-02-29"]), T::Date32);
+        assert_eq!(kind(&["2023-02-29"]), T::Utf8);
+        assert_eq!(
+            kind(&["2024-01-02T03:04:05Z"]),
+            T::Timestamp(TimeUnit::Microsecond, Some("UTC".into()))
+        );
+        assert_eq!(kind(&["2024-01-02 03:04:05.25"]), T::Timestamp(TimeUnit::Microsecond, None));
+        assert_eq!(kind(&["2024-01-02", "x"]), T::Utf8);
+    }
+
+    #[test]
+    fn csv_keeps_what_it_cannot_read() {
+        let text = "id,name\n1,\"a\nb\"\n2\n\n3,c,d\n4,\n";
+        let csv = Csv { delimiter: b',', header: true, null: String::new() };
+        let file =
+            read_csv(Box::new(Cursor::new(text.as_bytes().to_vec())), &csv, &[], "f").unwrap();
+        assert_eq!((file.rows.rows(), file.malformed.rows(), file.rows()), (2, 2, 4));
+        let batch = file.rows.batches().unwrap().next().unwrap().unwrap();
+        let names = batch.column(1).as_string::<i32>();
+        assert_eq!((names.value(0), names.is_null(1)), ("a\nb", true));
+        assert_eq!(batch.column(2).as_ref(), &Int64Array::from(vec![0, 3]));
+        let bad = file.malformed.batches().unwrap().next().unwrap().unwrap();
+        assert_eq!(bad.column(0).as_ref(), &StringArray::from(vec!["2", "3,c,d"]));
+    }
+
+    #[test]
+    fn json_lines_are_objects_or_malformed() {
+        let text =
+            "{\"id\":1,\"v\":{\"a\":[1,2.5]}}\n\n[1]\n{\"id\":\nnull\n{\"id\":\"x\",\"w\":true}\n";
+        let file = read_json(Box::new(Cursor::new(text.as_bytes().to_vec())), "f").unwrap();
+        assert_eq!((file.rows.rows(), file.malformed.rows()), (2, 3));
+        let schema = file.schema();
+        assert_eq!(schema.field(0).data_type(), &DataType::Utf8);
+        assert!(matches!(schema.field(1).data_type(), DataType::Struct(_)));
+        assert_eq!(schema.field(2).data_type(), &DataType::Boolean);
+    }
+}

@@ -1,0 +1,231 @@
+//! Values into the types of their columns, one by one: what does not fit is found, never changed.
+
+use std::sync::Arc;
+
+use alluvium_protocol::{Error, Result};
+use alluvium_table::arrow::array::{
+    Array, ArrayRef, BooleanArray, RecordBatch, RecordBatchOptions, new_null_array,
+};
+use alluvium_table::arrow::compute::kernels::cmp::{distinct, not_distinct};
+use alluvium_table::arrow::compute::kernels::zip::zip;
+use alluvium_table::arrow::compute::{
+    CastOptions, and, cast_with_options, is_not_null, is_null, or,
+};
+use alluvium_table::arrow::datatypes::{DataType, SchemaRef, TimeUnit};
+use alluvium_table::arrow::util::display::{ArrayFormatter, FormatOptions};
+use alluvium_table::schema::{delta_type, find_column, widens_to};
+
+/// Cast values that do not fit become NULL; they are told by comparing.
+const SAFE: CastOptions<'static> = CastOptions { safe: true, format_options: FormatOptions::new() };
+
+/// Rows with the types of their columns.
+pub struct Typed {
+    /// All rows. A value that does not fit is NULL here.
+    pub rows: RecordBatch,
+    /// Columns with values that do not fit: name, and true for each such row.
+    pub misfits: Vec<(String, BooleanArray)>,
+}
+
+/// The batch with exactly the columns of `schema`: found by name, in either case; absent ones are NULL.
+pub fn typed(batch: &RecordBatch, schema: &SchemaRef) -> Result<Typed> {
+    let rows = batch.num_rows();
+    let mut columns = Vec::with_capacity(schema.fields().len());
+    let mut misfits = Vec::new();
+    for field in schema.fields() {
+        let Some(at) = find_column(batch.schema_ref(), field.name()) else {
+            columns.push(new_null_array(field.data_type(), rows));
+            continue;
+        };
+        let (column, misfit) = fitted(batch.column(at), field.data_type())?;
+        columns.push(column);
+        misfits.extend(misfit.filter(|m| m.true_count() > 0).map(|m| (field.name().clone(), m)));
+    }
+    let options = RecordBatchOptions::new().with_row_count(Some(rows));
+    let rows = RecordBatch::try_new_with_options(Arc::clone(schema), columns, &options);
+    Ok(Typed { rows: rows.map_err(Error::internal)?, misfits })
+}
+
+/// A value as people read it.
+pub fn shown(column: &dyn Array, row: usize) -> String {
+    let options = FormatOptions::new();
+    let shown = ArrayFormatter::try_new(column, &options).map(|f| f.value(row).to_string());
+    let mut text = shown.unwrap_or_default();
+    if let Some((end, _)) = text.char_indices().nth(60) {
+        text.truncate(end);
+        text.push('…');
+    }
+    text
+}
+
+/// All values of the column may be of type `to` without being looked at.
+pub fn fits_whole(from: &DataType, to: &DataType) -> bool {
+    delta_type(from).is_some_and(|held| widens_to(&held, to))
+}
+
+type Fitted = (ArrayRef, Option<BooleanArray>);
+
+fn fitted(column: &ArrayRef, to: &DataType) -> Result<Fitted> {
+    let from = column.data_type();
+    if from == to {
+        return Ok((Arc::clone(column), None));
+    }
+    let nothing = || {
+        let misfit = is_not_null(column).map_err(Error::internal)?;
+        Ok((new_null_array(to, column.len()), Some(misfit)))
+    };
+    let Some(held) = delta_type(from) else {
+        return if from == &DataType::Null {
+            Ok((new_null_array(to, column.len()), None))
+        } else {
+            nothing()
+        };
+    };
+    if widens_to(&held, to) {
+        // Unless a date lies beyond what a time can say.
+        let made = cast_with_options(column, to, &SAFE).map_err(Error::internal)?;
+        let misfit = lost(column, &made)?;
+        return Ok((made, Some(misfit)));
+    }
+    if !is_judged_by_value(&held, to) {
+        return nothing();
+    }
+    let column = cast_with_options(column, &held, &SAFE).map_err(Error::internal)?;
+    let made = if held == DataType::Utf8 { from_text(&column, to)? } else { cast(&column, to)? };
+    let mut misfit = lost(&column, &made)?;
+    if let Some(way_back) = way_back(&held, to) {
+        // What was rounded or cut does not come back as it was.
+        let back = cast(&made, &way_back)?;
+        let came = cast(&column, &way_back)?;
+        let changed = distinct(&back, &came).map_err(Error::internal)?;
+        let changed = and(&changed, &is_not_null(&came).map_err(Error::internal)?);
+        misfit = or(&misfit, &changed.map_err(Error::internal)?).map_err(Error::internal)?;
+    }
+    Ok((made, Some(misfit)))
+}
+
+fn cast(column: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
+    cast_with_options(column, to, &SAFE).map_err(Error::internal)
+}
+
+/// True where a value became NULL.
+fn lost(column: &ArrayRef, made: &ArrayRef) -> Result<BooleanArray> {
+    let was = is_not_null(column).map_err(Error::internal)?;
+    let is = is_null(made).map_err(Error::internal)?;
+    and(&was, &is).map_err(Error::internal)
+}
+
+/// Texts in a type. Whole numbers may be written `1.0` and `1e3`, as some writers of JSON do.
+fn from_text(column: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
+    let made = cast(column, to)?;
+    if !to.is_integer() || lost(column, &made)?.true_count() == 0 {
+        return Ok(made);
+    }
+    let exact = cast(column, &DataType::Decimal128(38, 10))?;
+    let whole = cast(&exact, to)?;
+    let is_whole = not_distinct(&cast(&whole, &DataType::Decimal128(38, 10))?, &exact);
+    let is_whole = is_whole.map_err(Error::internal)?;
+    let none = new_null_array(to, column.len());
+    let whole = zip(&is_whole, &whole, &none).map_err(Error::internal)?;
+    zip(&is_not_null(&made).map_err(Error::internal)?, &made, &whole).map_err(Error::internal)
+}
+
+/// Some values of type `from` are values of `to`, and which is plain. A number is no time, and a time
+/// with a zone none without.
+fn is_judged_by_value(from: &DataType, to: &DataType) -> bool {
+    let is_number = |kind: &DataType| kind.is_numeric();
+    match (from, to) {
+        (DataType::Utf8, DataType::Boolean | DataType::Date32 | DataType::Binary) => true,
+        (DataType::Utf8, DataType::Timestamp(..)) => true,
+        (DataType::Utf8, to) => is_number(to),
+        (DataType::Timestamp(_, None), DataType::Date32) => true,
+        (from, to) => is_number(from) && is_number(to),
+    }
+}
+
+/// The type in which value and result are compared; `None`: a parsed text is what it says.
+fn way_back(from: &DataType, to: &DataType) -> Option<DataType> {
+    match (from, to) {
+        (DataType::Utf8, DataType::Decimal128(_, scale)) => {
+            Some(DataType::Decimal128(38, scale.saturating_add(10).min(38)))
+        }
+        (DataType::Utf8, DataType::Date32) => {
+            Some(DataType::Timestamp(TimeUnit::Microsecond, None))
+        }
+        (DataType::Utf8, _) => None,
+        (from, _) => Some(from.clone()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use alluvium_table::arrow::array::{
+        AsArray, Date32Array, Decimal128Array, Float64Array, Int32Array, Int64Array, StringArray,
+    };
+    use alluvium_table::arrow::datatypes::Int64Type;
+
+    use super::*;
+
+    /// Rows that do not fit.
+    fn misfits(column: impl Array + 'static, to: DataType) -> Vec<usize> {
+        let (made, misfit) = fitted(&(Arc::new(column) as ArrayRef), &to).unwrap();
+        assert_eq!(made.data_type(), &to);
+        let misfit = misfit.unwrap_or_else(|| BooleanArray::from(vec![false; made.len()]));
+        (0..misfit.len()).filter(|at| misfit.value(*at)).collect()
+    }
+
+    #[test]
+    fn numbers_fit_or_are_told() {
+        use DataType as T;
+        let longs = || Int64Array::from(vec![Some(1), Some(1 << 40), None, Some(-5)]);
+        assert_eq!(misfits(longs(), T::Int32), [1]);
+        assert_eq!(misfits(longs(), T::Utf8), [0, 1, 3]);
+        assert_eq!(misfits(longs(), T::Date32), [0, 1, 3]);
+        assert_eq!(misfits(longs(), T::Boolean), [0, 1, 3]);
+        assert_eq!(misfits(longs(), T::Decimal128(5, 2)), [1]);
+        assert_eq!(misfits(Int64Array::from(vec![(1 << 53) + 1, 3]), T::Float64), [0]);
+        assert_eq!(
+            misfits(Float64Array::from(vec![1.0, 1.5, f64::NAN, 1e300]), T::Int64),
+            [1, 2, 3]
+        );
+        assert_eq!(misfits(Float64Array::from(vec![0.1, 0.5]), T::Float32), [0]);
+        let decimals =
+            Decimal128Array::from(vec![1239, 1200]).with_precision_and_scale(10, 3).unwrap();
+        assert_eq!(misfits(decimals, T::Decimal128(10, 2)), [0]);
+        assert_eq!(misfits(Int32Array::from(vec![1]), T::Int64), [0_usize; 0]);
+    }
+
+    #[test]
+    fn texts_fit_or_are_told() {
+        use DataType as T;
+        let texts = |list: &[&str]| StringArray::from(list.to_vec());
+        assert_eq!(misfits(texts(&["1", "x", "1.0", "1.5", "1e3", ""]), T::Int64), [1, 3, 5]);
+        assert_eq!(
+            misfits(texts(&["1.239", "1.23", "1.230", "1e9", "abc"]), T::Decimal128(10, 2)),
+            [0, 3, 4]
+        );
+        assert_eq!(
+            misfits(texts(&["2024-01-02", "2024-13-01", "2024-01-02T10:00:00", "soon"]), T::Date32),
+            [1, 2, 3]
+        );
+        let instant = T::Timestamp(TimeUnit::Microsecond, Some("UTC".into()));
+        assert_eq!(misfits(texts(&["2024-01-02T03:04:05Z", "2024-01-02", "12"]), instant), [2]);
+        assert_eq!(misfits(texts(&["true", "false", "maybe"]), T::Boolean), [2]);
+        let (made, _) = fitted(&(Arc::new(texts(&["1.0", "7"])) as ArrayRef), &T::Int64).unwrap();
+        assert_eq!(made.as_primitive::<Int64Type>().values(), &[1, 7]);
+    }
+
+    #[test]
+    fn a_time_is_a_date_only_at_midnight() {
+        use alluvium_table::arrow::array::TimestampMicrosecondArray;
+        let day = 86_400_000_000_i64;
+        let times = TimestampMicrosecondArray::from(vec![day, day + 1]);
+        assert_eq!(misfits(times, DataType::Date32), [1]);
+        assert_eq!(
+            misfits(
+                Date32Array::from(vec![1]),
+                DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()))
+            ),
+            [0]
+        );
+    }
+}

@@ -1,0 +1,83 @@
+//! Wider types for columns of a table: its files are written anew, in one commit for exactly the
+//! snapshot that was read. Readers need no protocol feature for that.
+
+use alluvium_protocol::{Error, Pipeline, Result, crash};
+use alluvium_table::Table;
+use alluvium_table::arrow::datatypes::{Field, Schema};
+use alluvium_table::classify::foreign;
+use alluvium_table::commit::{Change, CommitOutcome, Operation};
+use alluvium_table::schema::{find_column, widens_to};
+use alluvium_table::session::{quoted_list, work_session};
+use alluvium_table::write::FileWriter;
+
+use crate::Permit;
+
+/// Those of `wanted` whose type is wider than the table's, as the table spells them.
+pub(crate) fn narrower(table: &Schema, wanted: &[Field]) -> Vec<Field> {
+    let wider = |field: &Field| {
+        let held = table.field(find_column(table, field.name())?);
+        let (is, will_be) = (held.data_type(), field.data_type());
+        let is_wider = widens_to(is, will_be) && !widens_to(will_be, is);
+        is_wider.then(|| Field::new(held.name(), will_be.clone(), true))
+    };
+    wanted.iter().filter_map(wider).collect()
+}
+
+/// Gives the columns their wider types. `Lost`: not known to have landed.
+pub(crate) async fn widen(
+    table: &mut Table,
+    pipeline: &Pipeline,
+    columns: &[Field],
+    permit: Option<&Permit>,
+) -> Result<CommitOutcome> {
+    let doing = "write files with wider columns";
+    let held = table.schema();
+    let fields: Vec<Field> = held
+        .fields()
+        .iter()
+        .map(|field| {
+            let wider = columns.iter().find(|column| column.name() == field.name());
+            wider.unwrap_or(field.as_ref()).clone()
+        })
+        .collect();
+    let schema = std::sync::Arc::new(Schema::new(fields));
+    let names = quoted_list(schema.fields().iter().map(|field| field.name().as_str()));
+    let (mut adds, mut removes) = (Vec::new(), Vec::new());
+    // File by file: a table of a thousand epochs has a thousand partitions, one writer each.
+    for file in table.files().await? {
+        permit.map_or(Ok(()), Permit::check)?;
+        let session = work_session(pipeline.sizes.memory_bytes);
+        table.register(&session, "narrow", Some(std::slice::from_ref(&file.path)), false).await?;
+        let frame = session.sql(&format!("SELECT {names} FROM narrow")).await;
+        let stream = frame.map_err(|e| foreign(doing, &e))?.execute_stream().await;
+        let stream = stream.map_err(|e| foreign(doing, &e))?;
+        let writer = FileWriter::with_schema(table, std::sync::Arc::clone(&schema), u64::MAX)?;
+        let written = writer.write_all(stream).await?;
+        if file.live_rows().is_some_and(|rows| rows != written.rows) {
+            return Err(Error::internal(format!(
+                "{} rows of {:?} written anew",
+                written.rows, file.rows
+            )));
+        }
+        adds.extend(written.adds.into_iter().map(|mut add| {
+            add.data_change = false;
+            add
+        }));
+        let mut remove = file.remove;
+        remove.data_change = false;
+        removes.push(remove);
+    }
+    let others = vec![table.change_types(columns)?];
+    let names: Vec<&str> = columns.iter().map(|column| column.name().as_str()).collect();
+    crash::point("schema.before_commit")?;
+    table
+        .commit(Change {
+            operation: Operation::Merge,
+            adds,
+            removes,
+            others,
+            markers: Vec::new(),
+            info: serde_json::json!({"pipeline": pipeline.id, "step": "widen", "columns": names}),
+        })
+        .await
+}
