@@ -36,6 +36,7 @@ pub(crate) fn exit_of(code: Code) -> Exit {
         | Code::UnknownPipeline
         | Code::UnknownEpoch
         | Code::NotPossibleNow
+        | Code::RepairUnknown
         | Code::EpochSettled
         | Code::RestoreImpossible => Exit::Usage,
         Code::StateLocked | Code::SettingsMismatch | Code::TableNotOurs => Exit::Conflict,

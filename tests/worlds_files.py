@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from oracle import Demands, never_deletes, op_column_deletes
 from worlds_plan import File, Layout
-from worlds_shape import CSV, PARQUET, TYPES, UPSERT, Shape
+from worlds_shape import CSV, PARQUET, SNAPSHOT, TYPES, UPSERT, Shape
 
 PIPELINE = "p"
 # The same twice: in SQL, and in Python for the oracle. One refuses NULL, one does not.
@@ -61,6 +61,9 @@ def config_text(shape: Shape) -> str:
         lines.append("""delete_when = "op = 'D'\"""")
     if shape.mode != UPSERT:
         lines.append(f'mode = "{shape.mode}"')
+    if shape.mode == SNAPSHOT:
+        # Sizes are random here: no folder is held for having lost rows.
+        lines.append('gate = { rows_min = "0%" }')
     if shape.sequence_by:
         lines.append(f'sequence_by = "{shape.sequence_by}"')
     if shape.partition_by:

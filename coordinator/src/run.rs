@@ -386,10 +386,12 @@ impl Coordinator {
 
     /// Nothing is out, nothing may go out, nothing waits for a timer.
     fn is_drained(&self) -> bool {
+        let now = self.clock.now();
         self.books.iter().all(|book| {
+            // What is due again and did not go out waits for something else, a blocked epoch for one.
             let is_settled = |entry: &Entry| {
                 entry.settles_at.is_none()
-                    && (entry.not_before.is_none() || entry.state.is_stopped())
+                    && (entry.not_before.is_none_or(|at| at <= now) || entry.state.is_stopped())
             };
             let is_told = self.is_hook_done(book);
             let is_idle = book.markers.is_held() || book.entries.values().all(is_settled);

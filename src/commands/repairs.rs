@@ -1,13 +1,19 @@
 //! Corrected rows, as people give them to `quarantine replay --rows`.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use alluvium_coordinator::manifests::Manifests;
 use alluvium_protocol::manifest::Repairs;
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
+use alluvium_table::session::query_session;
+use alluvium_table::{Table, query};
 use serde_json::Value;
 
 use super::quarantine::rows;
+
+/// Memory for reading places of rows.
+const READ_BYTES: usize = 256 << 20;
 
 /// Reads the file: an array or lines of objects with `file`, `row` and `content`. Each must be a row
 /// that is in quarantine, or was corrected before.
@@ -22,6 +28,9 @@ pub(crate) async fn read(pipeline: &Pipeline, epoch: Epoch, path: &Path) -> Resu
     let known = known_places(pipeline, epoch).await?;
     let mut repairs = Repairs::new();
     for (at, item) in items.iter().enumerate() {
+        if is_unchanged(item) {
+            continue;
+        }
         let (file, row) = (item["file"].as_str(), item["row"].as_i64());
         let (Some(file), Some(row)) = (file, row) else {
             return Err(refused(format!("item {} has no `file` and `row`", at + 1)));
@@ -34,14 +43,25 @@ pub(crate) async fn read(pipeline: &Pipeline, epoch: Epoch, path: &Path) -> Resu
         if item.get("epoch").and_then(Value::as_i64).is_some_and(|other| other != epoch.value()) {
             return Err(refused(format!("row {row} of {file} is of another epoch")));
         }
-        if !known.iter().any(|(known, at)| known == file && *at == row) {
-            return Err(refused(format!("epoch {epoch} has no refused row {row} of {file}")));
+        if !known.contains(&(file.to_owned(), row)) {
+            return Err(refused(format!("epoch {epoch} has no row {row} of {file}")));
         }
         repairs.entry(file.to_owned()).or_default().insert(row, content.clone());
     }
     match repairs.is_empty() {
         true => Err(refused("it holds no row".to_owned())),
         false => Ok(repairs),
+    }
+}
+
+/// What `show` prints of something that is no row: nobody corrected it.
+fn is_unchanged(item: &Value) -> bool {
+    let content = item["content"].as_object();
+    let is_only = |name: &str| content.is_some_and(|c| c.len() == 1 && c.contains_key(name));
+    match item["reason"].as_str() {
+        Some("malformed") => is_only("line"),
+        Some("corrupt_file") => is_only("error"),
+        _ => false,
     }
 }
 
@@ -64,11 +84,16 @@ fn items_of(text: &str) -> std::result::Result<Vec<Value>, serde_json::Error> {
         .collect())
 }
 
-/// Refused rows, and rows that were corrected before.
-async fn known_places(pipeline: &Pipeline, epoch: Epoch) -> Result<Vec<(String, i64)>> {
+/// Rows of the epoch: refused ones, those in raw, and those that were corrected before.
+async fn known_places(pipeline: &Pipeline, epoch: Epoch) -> Result<BTreeSet<(String, i64)>> {
     let sql = format!("SELECT _file AS file, _row AS row FROM t WHERE _epoch = {epoch}");
-    let refused = rows(pipeline, &sql).await?;
-    let mut known: Vec<(String, i64)> = refused
+    let mut found = rows(pipeline, &sql).await?;
+    if let Some(raw) = Table::open(&pipeline.raw).await? {
+        let session = query_session(READ_BYTES);
+        raw.register(&session, "t", None, false).await?;
+        found.extend(query::rows(&session, &format!("{sql} AND _op <> 'revert'")).await?);
+    }
+    let mut known: BTreeSet<(String, i64)> = found
         .iter()
         .filter_map(|row| Some((row["file"].as_str()?.to_owned(), row["row"].as_i64()?)))
         .collect();

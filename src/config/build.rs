@@ -122,7 +122,7 @@ impl Section<'_> {
         // A snapshot that was cut off would empty main.
         let least = (self.mode() == Mode::Snapshot).then_some(5000);
         Gates {
-            rows_min: self.ratio("gate.rows_min").or(least),
+            rows_min: self.ratio("gate.rows_min").or(least).filter(|least| *least > 0),
             rows_max: self.ratio("gate.rows_max"),
             refused_max: self.ratio("gate.refused_max"),
         }
@@ -436,10 +436,7 @@ fn pipeline(source: &Source, name: &str, state: &str, memory: u64) -> Pipeline {
             },
             format: section.format(),
             mode: section.mode(),
-            declared: section
-                .get("columns")
-                .and_then(|value| declared(&value).ok())
-                .unwrap_or_default(),
+            declared: section.get("columns").as_ref().map(declared).unwrap_or_default(),
             select: section.text("select"),
             on_mismatch: section.on_bad("on_mismatch"),
             on_corrupt_file: section.on_bad("on_corrupt_file"),

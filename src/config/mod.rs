@@ -18,7 +18,7 @@ use alluvium_protocol::{Code, Error, Pipeline, Result};
 use alluvium_table::store::{self, StorageOptions};
 use toml::{Table, Value};
 
-use settings::{Kind, find, is_section, siblings};
+use settings::{Kind, column_problems, find, is_section, siblings};
 
 /// The resolved configuration.
 #[derive(Debug)]
@@ -137,9 +137,12 @@ pub(crate) fn parse(
     }
     for (path, value) in &leaves {
         let parts: Vec<String> = path.split('.').map(str::to_owned).collect();
-        if let Some(setting) = find(&parts)
-            && let Err(text) = setting.kind.check(value)
-        {
+        let Some(setting) = find(&parts) else { continue };
+        if let (Kind::Columns, Value::Table(columns)) = (setting.kind, value) {
+            for (name, text) in column_problems(columns) {
+                problems.push(Problem { path: format!("{path}.{name}"), text });
+            }
+        } else if let Err(text) = setting.kind.check(value) {
             problems.push(Problem { path: path.clone(), text });
         }
     }

@@ -268,10 +268,13 @@ impl Kind {
                 _ => expected("one ASCII character such as \";\" or \"\\t\""),
             },
             Self::Select => match value.as_str() {
-                Some(text) => check_select(text),
+                Some(text) => check_select(text).map(drop),
                 None => expected("SQL in quotes"),
             },
-            Self::Columns => declared(value).map(drop),
+            Self::Columns => match value.as_table() {
+                Some(_) => Ok(()),
+                None => expected("columns and types such as { amount = \"decimal(12,2)\" }"),
+            },
             Self::Address => match value.as_str().map(str::parse::<std::net::SocketAddr>) {
                 Some(Ok(_)) => Ok(()),
                 _ => expected("ADDRESS:PORT such as \"127.0.0.1:8460\""),
@@ -318,22 +321,30 @@ impl Kind {
     }
 }
 
-/// Reads declared columns, in their order; Err says what was expected.
-pub(crate) fn declared(value: &toml::Value) -> Result<Vec<Declared>, String> {
-    let example = r#"`amount = "decimal(12,2)"`"#;
-    let table = value.as_table().ok_or_else(|| format!("expected columns such as {example}"))?;
-    let mut found: Vec<Declared> = Vec::new();
-    for (name, kind) in table {
-        let kind = kind
-            .as_str()
-            .ok_or_else(|| format!("{name:?}: expected a type in quotes, such as {example}"))?;
-        parse_type(kind).map_err(|error| format!("{name:?}: {error}"))?;
-        if found.iter().any(|known| known.name.eq_ignore_ascii_case(name)) {
-            return Err(format!("{name:?} stands there twice (case does not count)"));
-        }
-        found.push(Declared { name: name.clone(), kind: kind.to_owned() });
+/// What is wrong with declared columns: name and text.
+pub(crate) fn column_problems(columns: &toml::Table) -> Vec<(String, String)> {
+    let mut problems = Vec::new();
+    let mut seen: Vec<String> = Vec::new();
+    for (name, kind) in columns {
+        let wrong = match kind.as_str() {
+            Some(kind) => parse_type(kind).err(),
+            None => Some("expected a type in quotes, such as \"decimal(12,2)\"".to_owned()),
+        };
+        let is_again = seen.contains(&name.to_lowercase());
+        let again = is_again.then(|| "it stands there twice (case does not count)".to_owned());
+        problems.extend(wrong.or(again).map(|text| (name.clone(), text)));
+        seen.push(name.to_lowercase());
     }
-    Ok(found)
+    problems
+}
+
+/// Declared columns, in their order.
+pub(crate) fn declared(value: &toml::Value) -> Vec<Declared> {
+    let columns = value.as_table().into_iter().flatten();
+    let column = |(name, kind): (&String, &toml::Value)| {
+        Some(Declared { name: name.clone(), kind: kind.as_str()?.to_owned() })
+    };
+    columns.filter_map(column).collect()
 }
 
 /// Reads a list of expectations; Err says what was expected.

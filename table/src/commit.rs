@@ -14,6 +14,7 @@
 
 use alluvium_protocol::{Code, Error, Result, part_of_task};
 use chrono::Utc;
+use deltalake::arrow::datatypes::{DataType, TimeUnit};
 use deltalake::checkpoints::{cleanup_metadata, create_checkpoint};
 use deltalake::kernel::transaction::{CommitData, CommitProperties};
 use deltalake::kernel::{Action, Add, Remove, StructField, Transaction};
@@ -27,6 +28,9 @@ use crate::{Table, store};
 
 /// A checkpoint is written every so many versions, after the commit, off the hot path.
 const CHECKPOINT_EVERY: i64 = 20;
+
+/// A time without a zone, which asks for a feature of the protocol.
+const TIMESTAMP_NTZ: DataType = DataType::Timestamp(TimeUnit::Microsecond, None);
 
 /// The first writer version that knows change files.
 const WRITES_CHANGES: i64 = 4;
@@ -264,8 +268,11 @@ impl Table {
         Ok(actions)
     }
 
-    /// The action that gives columns other types. Data files must fit them.
-    pub fn change_types(&self, columns: &[deltalake::arrow::datatypes::Field]) -> Result<Action> {
+    /// The actions that give columns other types. Data files must fit them.
+    pub fn change_types(
+        &self,
+        columns: &[deltalake::arrow::datatypes::Field],
+    ) -> Result<Vec<Action>> {
         use deltalake::kernel::engine::arrow_conversion::TryIntoKernel;
         let mut value = serde_json::to_value(self.snapshot.metadata()).map_err(Error::internal)?;
         let text = value["schemaString"].as_str().unwrap_or_default();
@@ -282,7 +289,34 @@ impl Table {
         }
         value["schemaString"] = serde_json::Value::String(schema.to_string());
         let changed = serde_json::from_value(value).map_err(Error::internal)?;
-        Ok(Action::Metadata(changed))
+        let mut actions = vec![Action::Metadata(changed)];
+        if columns.iter().any(|column| column.data_type() == &TIMESTAMP_NTZ) {
+            actions.extend(self.know_times_without_zone()?);
+        }
+        Ok(actions)
+    }
+
+    /// The protocol that knows times without a zone, where this one does not.
+    fn know_times_without_zone(&self) -> Result<Option<Action>> {
+        let feature = serde_json::Value::from("timestampNtz");
+        let mut protocol =
+            serde_json::to_value(self.snapshot.protocol()).map_err(Error::internal)?;
+        let known = protocol["writerFeatures"].as_array().cloned();
+        if known.as_ref().is_some_and(|known| known.contains(&feature)) {
+            return Ok(None);
+        }
+        // A protocol that names its features names those in use.
+        let feed = self.tells_changes().then(|| serde_json::Value::from("changeDataFeed"));
+        let mut writer = known.unwrap_or_else(|| feed.into_iter().collect());
+        writer.push(feature.clone());
+        let mut reader = protocol["readerFeatures"].as_array().cloned().unwrap_or_default();
+        reader.push(feature);
+        protocol["minReaderVersion"] = 3.into();
+        protocol["minWriterVersion"] = 7.into();
+        protocol["readerFeatures"] = reader.into();
+        protocol["writerFeatures"] = writer.into();
+        let protocol = serde_json::from_value(protocol).map_err(Error::internal)?;
+        Ok(Some(Action::Protocol(protocol)))
     }
 
     /// Files of the table's folder that no version within `retention` names and that are older than
@@ -325,7 +359,7 @@ impl Table {
         let store: store::StoreRef = self.store();
         let mut deleted = 0;
         for path in paths {
-            let at = object_store::path::Path::from(path.as_str());
+            let at = crate::files::path_of(path);
             match store.delete(&at).await {
                 Ok(()) => deleted += 1,
                 Err(object_store::Error::NotFound { .. }) => {}

@@ -43,9 +43,14 @@ impl LiveFile {
     }
 }
 
+/// Where a file is that the log names: its path is the object's already, `%` and all.
+pub(crate) fn path_of(path: &str) -> Path {
+    Path::parse(path).unwrap_or_else(|_| Path::from(path))
+}
+
 async fn rows_in_file(store: StoreRef, add: &Add) -> Result<u64> {
     let doing = || format!("read back {}", add.path);
-    let at = Path::from(add.path.as_str());
+    let at = path_of(&add.path);
     let size = u64::try_from(add.size).unwrap_or(0);
     let mut wanted = FOOTER_BYTES;
     loop {
@@ -115,7 +120,7 @@ impl Table {
         for path in paths {
             let store = std::sync::Arc::clone(&store);
             let look = async move {
-                let at = Path::from(path.as_str());
+                let at = path_of(&path);
                 match store.head(&at).await {
                     Ok(_) => Ok(None),
                     Err(object_store::Error::NotFound { .. }) => Ok(Some(path)),

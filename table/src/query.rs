@@ -32,7 +32,7 @@ pub async fn batches(session: &SessionContext, sql: &str) -> Result<Vec<RecordBa
 }
 
 /// Decimals as text: a JSON number would lose digits in most readers.
-fn with_text_decimals(batch: &RecordBatch) -> Result<RecordBatch> {
+pub fn with_text_decimals(batch: &RecordBatch) -> Result<RecordBatch> {
     let is_decimal =
         |kind: &DataType| matches!(kind, DataType::Decimal128(..) | DataType::Decimal256(..));
     let kind = |field: &Field| match is_decimal(field.data_type()) {

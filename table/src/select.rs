@@ -28,23 +28,33 @@ fn at(place: &impl Spanned) -> String {
     }
 }
 
-/// Refuses what is not of one row at a time.
+/// Refuses what is not of one row at a time. Returns the relation's name, as it is spelt.
 ///
 /// # Errors
 /// What is wrong, with line and column.
-pub fn check_select(text: &str) -> Result<(), String> {
+pub fn check_select(text: &str) -> Result<String, String> {
     let parsed = Parser::new(&GenericDialect {}).try_with_sql(text);
     let statements = parsed.and_then(|mut parser| parser.parse_statements());
     let statements = statements.map_err(|e| format!("not SQL: {e}"))?;
-    let [Statement::Query(query)] = statements.as_slice() else {
-        return Err("write one SELECT … FROM incoming".to_owned());
+    let query = match statements.as_slice() {
+        [Statement::Query(query)] => query,
+        [] => return Err("write one SELECT … FROM incoming".to_owned()),
+        [_, second, ..] => return Err(format!("write one SELECT … FROM incoming{}", at(second))),
+        [other] => {
+            // Not every statement knows where it stands.
+            let place = match at(other) {
+                place if place.is_empty() => " (line 1, column 1)".to_owned(),
+                place => place,
+            };
+            return Err(format!("write one SELECT … FROM incoming{place}"));
+        }
     };
     check_query(query)?;
     let SetExpr::Select(select) = query.body.as_ref() else {
         return Err(format!("UNION and the like look at more than one row{}", at(query.as_ref())));
     };
     check_clauses(select)?;
-    check_source(select)?;
+    let relation = check_source(select)?;
     let aggregates = SessionContext::new().state();
     let found = visit_expressions(query.as_ref(), |expr: &Expr| {
         let why = match expr {
@@ -68,20 +78,26 @@ pub fn check_select(text: &str) -> Result<(), String> {
     });
     match found {
         ControlFlow::Break(why) => Err(why),
-        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Continue(()) => Ok(relation),
     }
 }
 
 fn check_query(query: &Query) -> Result<(), String> {
-    let clause = [
-        (query.with.is_some(), "WITH"),
-        (query.order_by.is_some(), "ORDER BY"),
-        (query.limit_clause.is_some() || query.fetch.is_some(), "LIMIT"),
-    ];
-    match clause.iter().find(|(is_there, _)| *is_there) {
-        Some((_, clause)) => Err(format!("{clause} looks at more than one row{}", at(query))),
-        None => Ok(()),
+    let refused =
+        |clause: &str, place: String| Err(format!("{clause} looks at more than one row{place}"));
+    if let Some(with) = &query.with {
+        return refused("WITH", at(with));
     }
+    if let Some(order) = &query.order_by {
+        return refused("ORDER BY", at(order));
+    }
+    if let Some(limit) = &query.limit_clause {
+        return refused("LIMIT", at(limit));
+    }
+    if query.fetch.is_some() {
+        return refused("FETCH", at(query));
+    }
+    Ok(())
 }
 
 fn check_clauses(select: &Select) -> Result<(), String> {
@@ -107,7 +123,7 @@ fn check_clauses(select: &Select) -> Result<(), String> {
     }
 }
 
-fn check_source(select: &Select) -> Result<(), String> {
+fn check_source(select: &Select) -> Result<String, String> {
     let [from] = select.from.as_slice() else {
         return Err(match select.from.get(1) {
             Some(second) => format!("a join looks at more than one row{}", at(&second.relation)),
@@ -118,7 +134,16 @@ fn check_source(select: &Select) -> Result<(), String> {
         return Err(format!("a join looks at more than one row{}", at(&join.relation)));
     }
     match &from.relation {
-        TableFactor::Table { name, args: None, .. } if name.to_string() == INCOMING => Ok(()),
+        TableFactor::Table { name, args: None, .. } => {
+            let relation = name.to_string();
+            match relation.trim_matches('"').eq_ignore_ascii_case(INCOMING) {
+                true => Ok(relation.trim_matches('"').to_owned()),
+                false => Err(format!(
+                    "{name}: there is only the relation incoming{}",
+                    at(&from.relation)
+                )),
+            }
+        }
         other => Err(format!("{other}: there is only the relation incoming{}", at(other))),
     }
 }
@@ -134,7 +159,7 @@ mod tests {
             "SELECT a, b AS c, CAST(d AS BIGINT) AS d FROM incoming WHERE a IS NOT NULL",
             "SELECT i.a FROM incoming AS i",
         ] {
-            assert_eq!(check_select(good), Ok(()), "{good}");
+            assert_eq!(check_select(good), Ok("incoming".to_owned()), "{good}");
         }
         for (bad, why) in [
             ("SELECT a FROM incoming JOIN other ON true", "join"),

@@ -220,6 +220,31 @@ impl Table {
             };
             return Err(Error::new(Code::SettingsMismatch, text).with_help(help));
         }
+        self.check_declared(pipeline)
+    }
+
+    /// A declared column must have its type, or a narrower one that can be widened.
+    fn check_declared(&self, pipeline: &Pipeline) -> Result<()> {
+        let schema = self.schema();
+        for column in &pipeline.content.declared {
+            let declared = schema::parse_type(&column.kind);
+            let declared = declared.map_err(|e| Error::new(Code::ConfigInvalid, e))?;
+            let Some(at) = schema::find_column(&schema, &column.name) else { continue };
+            let held = schema.field(at).data_type();
+            if schema::widens_to(held, &declared) {
+                continue;
+            }
+            let text = format!(
+                "column {:?} of {} is of type {held}, the configuration declares {}",
+                column.name, self.uri, column.kind
+            );
+            let help = format!(
+                "set the type back in [pipeline.{}.columns]; or rebuild: move the folders of raw and \
+                 main away, then `alluvium run --once`",
+                pipeline.id
+            );
+            return Err(Error::new(Code::SettingsMismatch, text).with_help(help));
+        }
         Ok(())
     }
 

@@ -5,13 +5,17 @@ use std::sync::{Arc, Mutex};
 use alluvium_protocol::{Code, Error, Result};
 use alluvium_table::arrow::array::{Array, AsArray, Int64Array, RecordBatch, StringArray};
 use alluvium_table::arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
-use alluvium_table::arrow::json::LineDelimitedWriter;
+use alluvium_table::arrow::json::WriterBuilder;
+use alluvium_table::arrow::json::writer::LineDelimited;
+use alluvium_table::query::with_text_decimals;
 use alluvium_table::spool::Spool;
 
 use crate::raw::{FILE, ROW};
 
 /// The last column of refused rows: why.
 pub const REASON: &str = "_alluvium_reason";
+/// The row as it came, as JSON, beside what was made of it.
+pub const CAME: &str = "_alluvium_came";
 /// Why a row is in quarantine: a NULL in its key.
 pub const NULL_KEY: &str = "null_key";
 /// Why: it cannot be read as a row.
@@ -84,6 +88,10 @@ impl Aside {
             Ok(column.map_err(Error::internal)?.as_string::<i32>().clone())
         };
         let places = column(ROW)?.as_primitive::<Int64Type>().clone();
+        if rows.column_by_name(CAME).is_some() {
+            let came = text(CAME)?.iter().map(|row| row.unwrap_or_default().to_owned()).collect();
+            return self.add(text(FILE)?, places, text(REASON)?, came);
+        }
         let own = [FILE, ROW, REASON];
         let schema = rows.schema();
         let data: Vec<usize> = (0..rows.num_columns())
@@ -118,8 +126,13 @@ impl Aside {
 
 /// Each row as a JSON object.
 pub fn texts_of(batch: &RecordBatch) -> Result<Vec<String>> {
+    // Numbers in JSON lose digits in most readers.
+    let batch = &with_text_decimals(batch)?;
     let mut text = Vec::new();
-    let mut writer = LineDelimitedWriter::new(&mut text);
+    // A NULL within a value is part of it; a column without a value is left out.
+    let has_nested = batch.schema_ref().fields().iter().any(|f| f.data_type().is_nested());
+    let builder = WriterBuilder::new().with_explicit_nulls(has_nested);
+    let mut writer = builder.build::<_, LineDelimited>(&mut text);
     let failed = |e: &dyn std::fmt::Display| {
         Error::new(Code::Internal, format!("write refused rows as JSON: {e}"))
     };

@@ -54,9 +54,7 @@ pub(crate) fn decide(
     let declared = declared(&pipeline.content)?;
     let mut widened = Vec::new();
     let mut columns = match table {
-        Some(schema) => {
-            with_declared(pipeline, data_of(pipeline, schema), &declared, &mut widened)?
-        }
+        Some(schema) => with_declared(data_of(pipeline, schema), &declared, &mut widened),
         None => declared.clone(),
     };
     // Tables without data columns were made by an epoch without rows: this one says which there are.
@@ -102,41 +100,25 @@ fn data_of(pipeline: &Pipeline, schema: &Schema) -> Vec<Field> {
     columns
 }
 
-/// The table's columns and the declared ones, where these do not contradict each other.
+/// The table's columns and the declared ones, which do not contradict them: that was checked.
 fn with_declared(
-    pipeline: &Pipeline,
     mut columns: Vec<Field>,
     declared: &[Field],
     widened: &mut Vec<Field>,
-) -> Result<Vec<Field>> {
+) -> Vec<Field> {
     for field in declared {
         let Some(at) = find_column(&Schema::new(columns.clone()), field.name()) else {
             columns.push(field.clone());
             continue;
         };
         let held = columns[at].data_type();
-        if widens_to(held, field.data_type()) && widens_to(field.data_type(), held) {
+        if widens_to(field.data_type(), held) {
             continue;
         }
-        if widens_to(held, field.data_type()) {
-            columns[at] = Field::new(columns[at].name(), field.data_type().clone(), true);
-            widened.push(columns[at].clone());
-            continue;
-        }
-        let text = format!(
-            "column {:?} of {} is of type {held}, the configuration declares {}",
-            field.name(),
-            pipeline.raw,
-            field.data_type()
-        );
-        let help = format!(
-            "set the type back in [pipeline.{}.columns]; or rebuild: move the folders of raw and main \
-             away, then `alluvium run --once`",
-            pipeline.id
-        );
-        return Err(Error::new(Code::SettingsMismatch, text).with_help(help));
+        columns[at] = Field::new(columns[at].name(), field.data_type().clone(), true);
+        widened.push(columns[at].clone());
     }
-    Ok(columns)
+    columns
 }
 
 /// Adds a file's columns. The first `known` columns are the table's and the declared ones.

@@ -90,7 +90,7 @@ pub(crate) struct Edit {
 }
 
 /// A column of `winner_keys`: the key has rows that come.
-pub(crate) const COMES: &str = "_alluvium_comes";
+const COMES: &str = "_alluvium_comes";
 
 impl Edit {
     /// Finds the files of main with keys of `winners`.
@@ -273,7 +273,7 @@ async fn leave_unchanged(session: &SessionContext, main: &Table, rule: &Rule) ->
         .map(|field| {
             let known = rule.output.iter().find(|c| c.eq_ignore_ascii_case(field.name()));
             let coming = known.map_or_else(|| "NULL".to_owned(), |c| format!("w.{}", quoted(c)));
-            format!("m.{} IS NOT DISTINCT FROM {coming}", quoted(field.name()))
+            format!("(m.{} IS NOT DISTINCT FROM {coming})", quoted(field.name()))
         })
         .collect();
     let sql = format!(

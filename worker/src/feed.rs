@@ -12,7 +12,7 @@ use alluvium_table::session::quoted;
 use alluvium_table::write::{CHANGE_TYPE, ChangeWriter};
 use alluvium_table::{Action, Table};
 
-use crate::edit::COMES;
+use crate::slowly::VALIDITY;
 use crate::winners::{Rule, collect};
 
 /// Writes what changes: rows of the registered `touched` with a key of `winner_keys` go, those that
@@ -32,7 +32,7 @@ pub(crate) async fn write(
     };
     // What goes is few rows, however large the files are.
     let going = format!(
-        "SELECT {}, w.{COMES} FROM winner_keys w JOIN touched t ON {}",
+        "SELECT {} FROM winner_keys w JOIN touched t ON {}",
         list("t"),
         rule.keys_equal("t", "w")
     );
@@ -44,33 +44,32 @@ pub(crate) async fn write(
     };
     let key: Vec<String> = rule.key.iter().map(spelled).collect();
     let equal = |a: &str, b: &str, columns: &[String], operator: &str| {
-        let equal = columns.iter().map(|name| format!("{a}.{name} {operator} {b}.{name}"));
+        let equal = columns.iter().map(|name| format!("({a}.{name} {operator} {b}.{name})"));
         equal.collect::<Vec<_>>().join(" AND ")
     };
     let change = quoted(CHANGE_TYPE);
-    let sql = match rule.mode {
-        // Versions have no identity of their own: what is the same before and after is no change.
-        Mode::Scd2 => {
-            let all: Vec<String> = names.iter().map(|name| quoted(name)).collect();
-            let same = equal("a", "b", &all, "IS NOT DISTINCT FROM");
-            let keys = equal("a", "b", &key, "=");
-            format!(
-                "SELECT {a}, 'delete' AS {change} FROM going a LEFT ANTI JOIN coming b ON {keys} AND {same} \
-                 UNION ALL \
-                 SELECT {a}, 'insert' AS {change} FROM coming a LEFT ANTI JOIN going b ON {keys} AND {same}",
-                a = list("a"),
-            )
-        }
-        _ => format!(
-            "SELECT {a}, CASE WHEN a.{COMES} THEN 'update_preimage' ELSE 'delete' END AS {change} \
-             FROM going a UNION ALL \
-             SELECT {a}, 'update_postimage' AS {change} FROM coming a LEFT SEMI JOIN going b ON {same} \
-             UNION ALL \
-             SELECT {a}, 'insert' AS {change} FROM coming a LEFT ANTI JOIN going b ON {same}",
-            a = list("a"),
-            same = equal("a", "b", &key, "="),
-        ),
+    // What makes a row the same one before and after; a version of a key begins at its epoch.
+    let mut identity = key;
+    if rule.mode == Mode::Scd2 {
+        identity.push(quoted(VALIDITY[0]));
+    }
+    let is_one = equal("a", "b", &identity, "=");
+    let all: Vec<String> = names.iter().map(|name| quoted(name)).collect();
+    // All versions of a key are computed anew: most of them as they were.
+    let is_changed = match rule.mode {
+        Mode::Scd2 => format!("NOT ({})", equal("a", "b", &all, "IS NOT DISTINCT FROM")),
+        _ => "TRUE".to_owned(),
     };
+    let (before, after) = (list("a"), list("b"));
+    let sql = format!(
+        "SELECT {before}, 'delete' AS {change} FROM going a LEFT ANTI JOIN coming b ON {is_one} \
+         UNION ALL SELECT {before}, 'update_preimage' AS {change} \
+         FROM going a JOIN coming b ON {is_one} WHERE {is_changed} \
+         UNION ALL SELECT {after}, 'update_postimage' AS {change} \
+         FROM going a JOIN coming b ON {is_one} WHERE {is_changed} \
+         UNION ALL SELECT {before}, 'insert' AS {change} \
+         FROM coming a LEFT ANTI JOIN going b ON {is_one}"
+    );
     let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
     let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
     ChangeWriter::new(main)?.write_all(stream).await

@@ -30,11 +30,14 @@ use alluvium_table::datafusion::physical_plan::streaming::PartitionStream;
 use alluvium_table::schema::find_column;
 use futures::StreamExt;
 
-use crate::aside::{Aside, AsideRef, MALFORMED, NULL_KEY, SELECT, line_as_json, texts_of};
+use crate::aside::{Aside, AsideRef, CAME, MALFORMED, NULL_KEY, SELECT, line_as_json, texts_of};
 use crate::raw::{FILE, ROW};
 use crate::selecting::Selection;
 use crate::source::{Piece, SourceFile};
 use crate::typing::{fits_whole, shown, typed};
+
+const MISFIT_HELP: &str = "deliver the folder again with the table's type (a narrower one is fine); or \
+                           refuse such rows: on_mismatch = \"quarantine\", then `alluvium retry`";
 
 /// Repaired rows: file, position, and the row as JSON text.
 pub type Repairs = BTreeMap<String, BTreeMap<i64, String>>;
@@ -107,6 +110,33 @@ impl Incoming {
     /// Registers the rows as table `name`. Each reading starts from the files; refused rows go to
     /// `aside` at each, so read once with any one of them.
     pub fn register(&self, session: &SessionContext, name: &str, aside: &AsideRef) -> Result<()> {
+        self.register_as(session, name, aside, &self.schema)
+    }
+
+    /// The same, with each row as it came in the column [`CAME`], where that is something else.
+    pub fn register_with_came(
+        &self,
+        session: &SessionContext,
+        name: &str,
+        aside: &AsideRef,
+    ) -> Result<()> {
+        let is_plain =
+            self.reading.selection.is_none() && !self.files.iter().any(SourceFile::is_text);
+        if is_plain {
+            return self.register(session, name, aside);
+        }
+        let mut fields = self.schema.fields().to_vec();
+        fields.push(Arc::new(Field::new(CAME, DataType::Utf8, true)));
+        self.register_as(session, name, aside, &Arc::new(Schema::new(fields)))
+    }
+
+    fn register_as(
+        &self,
+        session: &SessionContext,
+        name: &str,
+        aside: &AsideRef,
+        schema: &SchemaRef,
+    ) -> Result<()> {
         let partitions: Vec<Arc<dyn PartitionStream>> = self
             .files
             .iter()
@@ -115,12 +145,12 @@ impl Incoming {
                     folder: self.folder.clone(),
                     file: file.clone(),
                     reading: Arc::clone(&self.reading),
-                    schema: Arc::clone(&self.schema),
+                    schema: Arc::clone(schema),
                     aside: Arc::clone(aside),
                 }) as Arc<dyn PartitionStream>
             })
             .collect();
-        let table = StreamingTable::try_new(Arc::clone(&self.schema), partitions);
+        let table = StreamingTable::try_new(Arc::clone(schema), partitions);
         let table = table.map_err(|e| foreign("read the folder", &e))?;
         session
             .register_table(name, Arc::new(table))
@@ -192,6 +222,14 @@ impl Rows {
         Ok(out)
     }
 
+    fn as_they_came(&self) -> Result<Vec<String>> {
+        if !self.are_lines {
+            return texts_of(&self.came);
+        }
+        let lines = self.came.column(0).as_string::<i32>();
+        Ok(lines.iter().map(|line| line.unwrap_or_default().to_owned()).collect())
+    }
+
     fn filtered(&self, keep: &BooleanArray) -> Result<Self> {
         let batch = filter_record_batch(&self.batch, keep).map_err(Error::internal)?;
         let came = filter_record_batch(&self.came, keep).map_err(Error::internal)?;
@@ -228,7 +266,7 @@ impl FileRows {
             rows: self.file.piece_of_json(&lines, read_as)?,
             places: Int64Array::from_iter_values(repairs.keys().copied()),
             lines: Some(StringArray::from(lines)),
-            malformed: Vec::new(),
+            misfits: Vec::new(),
         }))
     }
 
@@ -249,10 +287,27 @@ impl FileRows {
         self.lock().push(&self.file.name, &[place], MALFORMED, vec![line_as_json(line)])
     }
 
+    /// A line with a value of the wrong shape, an object where a number belongs.
+    fn set_aside_misfit(&self, place: i64, line: &str, column: &str) -> Result<()> {
+        if self.is_repaired(place) {
+            return Ok(());
+        }
+        if self.reading.on_mismatch == OnBad::Fail {
+            let text = format!(
+                "{}, column {column:?}: the value does not fit its type: {}",
+                self.place(place),
+                shown_line(line)
+            );
+            return Err(Error::new(Code::ColumnTypeMismatch, text).with_help(MISFIT_HELP));
+        }
+        let reason = format!("type:{column}");
+        self.lock().push(&self.file.name, &[place], &reason, vec![line.to_owned()])
+    }
+
     /// A piece as rows of the table `incoming`.
     fn take(&self, piece: Piece) -> Result<RecordBatch> {
-        for (place, line) in &piece.malformed {
-            self.set_aside_line(*place, line)?;
+        for (place, line, column) in &piece.misfits {
+            self.set_aside_misfit(*place, line, column)?;
         }
         let mut rows = self.unrepaired(piece)?;
         if let Some(selection) = &self.reading.selection {
@@ -321,10 +376,7 @@ impl FileRows {
             "{}, column {name:?}: {value} ({found}) does not fit its type, {wanted}",
             self.place(rows.places.value(row))
         );
-        Error::new(Code::ColumnTypeMismatch, text).with_help(
-            "deliver the folder again with the table's type (a narrower one is fine); or refuse such \
-             rows: on_mismatch = \"quarantine\", then `alluvium retry`",
-        )
+        Error::new(Code::ColumnTypeMismatch, text).with_help(MISFIT_HELP)
     }
 
     fn select(&self, rows: &mut Rows, selection: &Selection) -> Result<()> {
@@ -351,13 +403,7 @@ impl FileRows {
     }
 
     fn set_aside(&self, rows: &Rows, reason: &str) -> Result<()> {
-        let texts = match rows.are_lines {
-            true => {
-                let lines = rows.came.column(0).as_string::<i32>();
-                lines.iter().map(|line| line.unwrap_or_default().to_owned()).collect()
-            }
-            false => texts_of(&rows.came)?,
-        };
+        let texts = rows.as_they_came()?;
         self.lock().push(&self.file.name, rows.places.values(), reason, texts)
     }
 
@@ -370,6 +416,9 @@ impl FileRows {
         let names = vec![&self.file.name; rows.places.len()];
         columns.push(Arc::new(StringArray::from_iter_values(names)));
         columns.push(Arc::new(rows.places.clone()));
+        if self.schema.fields().len() > columns.len() {
+            columns.push(Arc::new(StringArray::from(rows.as_they_came()?)));
+        }
         RecordBatch::try_new(Arc::clone(&self.schema), columns).map_err(Error::internal)
     }
 

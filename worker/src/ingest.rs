@@ -299,7 +299,7 @@ async fn write_files(
     let session = work_session(pipeline.sizes.memory_bytes);
     let aside = aside::new();
     let unheeded = aside::new();
-    incoming.register(&session, "incoming", &unheeded)?;
+    incoming.register_with_came(&session, "incoming", &unheeded)?;
     let kept = judged.set_aside(pipeline, &session, &aside).await;
     kept.map_err(|error| first_error(&unheeded, error))?;
     // Read once with the aside: rows without a key go there.

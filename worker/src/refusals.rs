@@ -19,7 +19,7 @@ use alluvium_table::schema::find_column;
 use alluvium_table::session::{quoted, quoted_list, work_session};
 use futures::StreamExt;
 
-use crate::aside::{self, AsideRef, REASON};
+use crate::aside::{self, AsideRef, CAME, REASON};
 use crate::incoming::{Incoming, first_error};
 use crate::raw::{FILE, ROW};
 
@@ -161,8 +161,12 @@ impl Judged {
             keep(session, &sql, aside).await?;
         }
         if self.only_last {
+            let incoming =
+                session.table("incoming").await.map_err(|e| foreign("set rows aside", &e))?;
+            let has_came = incoming.schema().has_column_with_unqualified_name(CAME);
+            let came = if has_came { format!(", {}", quoted(CAME)) } else { String::new() };
             let sql = format!(
-                "SELECT {}, '{DUPLICATE_KEY}' AS {} FROM {} WHERE _alluvium_later IS NOT NULL ORDER BY {place}",
+                "SELECT {}{came}, '{DUPLICATE_KEY}' AS {} FROM {} WHERE _alluvium_later IS NOT NULL ORDER BY {place}",
                 self.names.all,
                 quoted(REASON),
                 self.ranked(),

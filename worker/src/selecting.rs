@@ -4,15 +4,17 @@
 use std::sync::Arc;
 
 use alluvium_protocol::{Code, Error, Pipeline, Result};
-use alluvium_table::arrow::array::{AsArray, BooleanArray, RecordBatch, RecordBatchOptions};
+use alluvium_table::arrow::array::{Array, AsArray, BooleanArray, RecordBatch, RecordBatchOptions};
 use alluvium_table::arrow::compute::{cast, prep_null_mask_filter};
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use alluvium_table::datafusion::error::DataFusionError;
+use alluvium_table::datafusion::logical_expr::simplify::SimplifyContext;
 use alluvium_table::datafusion::logical_expr::{Expr, LogicalPlan};
+use alluvium_table::datafusion::optimizer::simplify_expressions::ExprSimplifier;
 use alluvium_table::datafusion::physical_plan::PhysicalExpr;
 use alluvium_table::schema::delta_type;
 use alluvium_table::select::{check_select, place_of};
-use alluvium_table::session::work_session;
+use alluvium_table::session::{quoted, work_session};
 
 use crate::refusals::changes_with_time;
 
@@ -37,12 +39,12 @@ impl Selection {
             );
             Error::new(Code::SelectInvalid, format!("select: {why}")).with_help(help)
         };
-        check_select(select).map_err(invalid)?;
+        let relation = check_select(select).map_err(invalid)?;
         let session = work_session(pipeline.sizes.memory_bytes);
         session.state_ref().write().config_mut().options_mut().sql_parser.collect_spans = true;
         let none = session.read_batch(RecordBatch::new_empty(Arc::clone(input)));
         let none = none.map_err(Error::internal)?.into_view();
-        session.register_table("incoming", none).map_err(Error::internal)?;
+        session.register_table(quoted(&relation), none).map_err(Error::internal)?;
         let told = |e: DataFusionError| {
             let place = place_of(&e).map_or_else(String::new, |place| format!(" at {place}"));
             invalid(format!("{}{place}", e.strip_backtrace()))
@@ -58,11 +60,16 @@ impl Selection {
         };
         let schema = projection.input.schema();
         let state = session.state();
+        // Some functions exist only as what they are rewritten to.
+        let context = SimplifyContext::builder().with_schema(Arc::clone(schema)).build();
+        let simplifier = ExprSimplifier::new(context);
         let compiled = |expr: &Expr| {
             if changes_with_time(expr).unwrap_or(true) {
                 return Err(invalid(format!("{expr} gives another answer each time")));
             }
-            state.create_physical_expr(expr.clone(), schema).map_err(told)
+            let expr = simplifier.coerce(expr.clone(), schema).map_err(told)?;
+            let expr = simplifier.simplify(expr).map_err(told)?;
+            state.create_physical_expr(expr, schema).map_err(told)
         };
         let filter = condition.as_ref().map(&compiled).transpose()?;
         let (mut columns, mut fields) = (Vec::new(), Vec::new());
@@ -121,7 +128,12 @@ impl Selection {
         let keep = filter.evaluate(batch).map_err(failed)?;
         let keep = keep.into_array(batch.num_rows()).map_err(failed)?;
         let keep = cast(&keep, &DataType::Boolean).map_err(Error::internal)?;
-        Ok(Some(prep_null_mask_filter(keep.as_boolean())))
+        let keep = keep.as_boolean();
+        Ok(Some(match keep.null_count() {
+            0 => keep.clone(),
+            // NULL is not true.
+            _ => prep_null_mask_filter(keep),
+        }))
     }
 
     /// The columns that it makes of each row.

@@ -41,7 +41,7 @@ pub(crate) fn versions(rule: &Rule, relation: &str) -> String {
     let same: Vec<String> = [raw::OP]
         .into_iter()
         .chain(values.iter().map(|name| name.as_str()))
-        .map(|name| format!("{} IS NOT DISTINCT FROM {}", quoted(name), before(name)))
+        .map(|name| format!("({} IS NOT DISTINCT FROM {})", quoted(name), before(name)))
         .collect();
     let output = quoted_list(rule.output.iter().map(String::as_str));
     format!(

@@ -4,14 +4,16 @@ use std::sync::Arc;
 
 use alluvium_protocol::{Error, Result};
 use alluvium_table::arrow::array::{
-    Array, ArrayRef, BooleanArray, RecordBatch, RecordBatchOptions, new_null_array,
+    Array, ArrayRef, AsArray, BooleanArray, ListArray, MapArray, RecordBatch, RecordBatchOptions,
+    StructArray, new_null_array,
 };
+use alluvium_table::arrow::buffer::OffsetBuffer;
 use alluvium_table::arrow::compute::kernels::cmp::{distinct, not_distinct};
 use alluvium_table::arrow::compute::kernels::zip::zip;
 use alluvium_table::arrow::compute::{
     CastOptions, and, cast_with_options, is_not_null, is_null, or,
 };
-use alluvium_table::arrow::datatypes::{DataType, SchemaRef, TimeUnit};
+use alluvium_table::arrow::datatypes::{DataType, Fields, Float64Type, SchemaRef, TimeUnit};
 use alluvium_table::arrow::util::display::{ArrayFormatter, FormatOptions};
 use alluvium_table::schema::{delta_type, find_column, widens_to};
 
@@ -86,12 +88,18 @@ fn fitted(column: &ArrayRef, to: &DataType) -> Result<Fitted> {
         let misfit = lost(column, &made)?;
         return Ok((made, Some(misfit)));
     }
+    if let Some(fitted) = fitted_nested(column, to)? {
+        return Ok(fitted);
+    }
     if !is_judged_by_value(&held, to) {
         return nothing();
     }
     let column = cast_with_options(column, &held, &SAFE).map_err(Error::internal)?;
     let made = if held == DataType::Utf8 { from_text(&column, to)? } else { cast(&column, to)? };
     let mut misfit = lost(&column, &made)?;
+    if to.is_floating() && held == DataType::Utf8 {
+        misfit = or(&misfit, &too_large(&column, &made)?).map_err(Error::internal)?;
+    }
     if let Some(way_back) = way_back(&held, to) {
         // What was rounded or cut does not come back as it was.
         let back = cast(&made, &way_back)?;
@@ -101,6 +109,80 @@ fn fitted(column: &ArrayRef, to: &DataType) -> Result<Fitted> {
         misfit = or(&misfit, &changed.map_err(Error::internal)?).map_err(Error::internal)?;
     }
     Ok((made, Some(misfit)))
+}
+
+/// Nested values, part by part; a row does not fit when one of its parts does not. `None`: they are not
+/// of one shape.
+fn fitted_nested(column: &ArrayRef, to: &DataType) -> Result<Option<Fitted>> {
+    let internal = |e: alluvium_table::arrow::error::ArrowError| Error::internal(e);
+    match to {
+        DataType::Struct(fields) => {
+            let Some(values) = column.as_struct_opt() else { return Ok(None) };
+            let (columns, misfit) = fitted_parts(values, fields)?;
+            let made = StructArray::try_new(fields.clone(), columns, values.nulls().cloned());
+            Ok(Some((Arc::new(made.map_err(internal)?), Some(misfit))))
+        }
+        DataType::List(field) => {
+            let Some(values) = column.as_list_opt::<i32>() else { return Ok(None) };
+            let (items, misfit) = fitted(values.values(), field.data_type())?;
+            let misfit = misfit.map(|misfit| any_of(values.offsets(), &misfit));
+            let (offsets, nulls) = (values.offsets().clone(), values.nulls().cloned());
+            let made = ListArray::try_new(Arc::clone(field), offsets, items, nulls);
+            Ok(Some((Arc::new(made.map_err(internal)?), misfit)))
+        }
+        DataType::Map(field, sorted) => {
+            let (Some(values), DataType::Struct(fields)) = (column.as_map_opt(), field.data_type())
+            else {
+                return Ok(None);
+            };
+            let (columns, misfit) = fitted_parts(values.entries(), fields)?;
+            if columns.first().is_some_and(|keys| keys.null_count() > 0) {
+                return Ok(None);
+            }
+            let entries = StructArray::try_new(fields.clone(), columns, None).map_err(internal)?;
+            let misfit = any_of(values.offsets(), &misfit);
+            let (offsets, nulls) = (values.offsets().clone(), values.nulls().cloned());
+            let made = MapArray::try_new(Arc::clone(field), offsets, entries, nulls, *sorted);
+            Ok(Some((Arc::new(made.map_err(internal)?), Some(misfit))))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// The parts of structures, found by name.
+fn fitted_parts(values: &StructArray, fields: &Fields) -> Result<(Vec<ArrayRef>, BooleanArray)> {
+    let names: Vec<String> = values.fields().iter().map(|f| f.name().to_lowercase()).collect();
+    let mut misfit = BooleanArray::from(vec![false; values.len()]);
+    let mut seen = Vec::new();
+    let mut columns = Vec::new();
+    for field in fields {
+        let Some(at) = names.iter().position(|name| *name == field.name().to_lowercase()) else {
+            columns.push(new_null_array(field.data_type(), values.len()));
+            continue;
+        };
+        seen.push(at);
+        let (column, wrong) = fitted(values.column(at), field.data_type())?;
+        columns.push(column);
+        if let Some(wrong) = wrong {
+            misfit = or(&misfit, &wrong).map_err(Error::internal)?;
+        }
+    }
+    // A part that the column has no place for would be lost.
+    for at in (0..names.len()).filter(|at| !seen.contains(at)) {
+        let there = is_not_null(values.column(at)).map_err(Error::internal)?;
+        misfit = or(&misfit, &there).map_err(Error::internal)?;
+    }
+    if let Some(nulls) = values.nulls() {
+        let there = BooleanArray::new(nulls.inner().clone(), None);
+        misfit = and(&misfit, &there).map_err(Error::internal)?;
+    }
+    Ok((columns, misfit))
+}
+
+/// True for each list with an item that does not fit.
+fn any_of(offsets: &OffsetBuffer<i32>, items: &BooleanArray) -> BooleanArray {
+    let ranges = offsets.windows(2).map(|pair| pair[0] as usize..pair[1] as usize);
+    ranges.map(|mut range| Some(range.any(|at| items.value(at)))).collect()
 }
 
 fn cast(column: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
@@ -127,6 +209,20 @@ fn from_text(column: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
     let none = new_null_array(to, column.len());
     let whole = zip(&is_whole, &whole, &none).map_err(Error::internal)?;
     zip(&is_not_null(&made).map_err(Error::internal)?, &made, &whole).map_err(Error::internal)
+}
+
+/// True where a text of digits became infinite.
+fn too_large(texts: &ArrayRef, made: &ArrayRef) -> Result<BooleanArray> {
+    let made = cast(made, &DataType::Float64)?;
+    let made = made.as_primitive::<Float64Type>().iter();
+    let texts = texts.as_string::<i32>().iter();
+    Ok(texts
+        .zip(made)
+        .map(|(text, made)| {
+            let is_number = text.is_some_and(|text| text.contains(|c: char| c.is_ascii_digit()));
+            Some(is_number && made.is_some_and(f64::is_infinite))
+        })
+        .collect())
 }
 
 /// Some values of type `from` are values of `to`, and which is plain. A number is no time, and a time
@@ -159,7 +255,7 @@ fn way_back(from: &DataType, to: &DataType) -> Option<DataType> {
 #[cfg(test)]
 mod tests {
     use alluvium_table::arrow::array::{
-        AsArray, Date32Array, Decimal128Array, Float64Array, Int32Array, Int64Array, StringArray,
+        Date32Array, Decimal128Array, Float64Array, Int32Array, Int64Array, StringArray,
     };
     use alluvium_table::arrow::datatypes::Int64Type;
 

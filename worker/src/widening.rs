@@ -67,7 +67,7 @@ pub(crate) async fn widen(
         remove.data_change = false;
         removes.push(remove);
     }
-    let others = vec![table.change_types(columns)?];
+    let others = table.change_types(columns)?;
     let names: Vec<&str> = columns.iter().map(|column| column.name().as_str()).collect();
     crash::point("schema.before_commit")?;
     table

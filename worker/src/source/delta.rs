@@ -20,7 +20,7 @@ pub(super) struct LiveObject {
 pub(super) async fn live_files(source: &str, manifest: &Manifest) -> Result<Vec<LiveObject>> {
     let uri = format!("{}/{}", source.trim_end_matches('/'), manifest.folder);
     let unreadable = |why: &str| {
-        Error::new(Code::FileUnreadable, format!("{}: {why}", manifest.folder))
+        Error::new(Code::FileUnreadable, format!("{uri}: {why}"))
             .with_help("deliver the folder as a Delta table without that, or set another `format`")
     };
     let version = manifest.objects.iter().filter_map(|object| version_of(&object.name)).max();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use alluvium_table::arrow::array::RecordBatch;
-use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use alluvium_table::arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 use alluvium_table::arrow::error::ArrowError;
 use alluvium_table::arrow::json::ReaderBuilder;
 use alluvium_table::schema::find_column;
@@ -106,20 +106,60 @@ fn add(kinds: &mut Vec<(String, JsonKind)>, name: &str, kind: JsonKind) {
     }
 }
 
-/// How objects are decoded that have these columns: single values as text, nested ones with the types
-/// of `columns`, where these are known.
+/// How objects are decoded that have these columns: single values as text, also within nested ones.
+/// What they are is judged afterwards, value by value; a decoder would cut `1.5` to fit an integer.
 pub(super) fn decoding(found: &Schema, columns: &SchemaRef) -> SchemaRef {
     let fields = found.fields().iter().map(|field| {
         let wanted = find_column(columns, field.name()).map(|at| columns.field(at).data_type());
-        let kind = match wanted.unwrap_or(field.data_type()) {
-            nested @ (DataType::List(_) | DataType::Struct(_) | DataType::Map(..)) => {
-                nested.clone()
-            }
-            _ => DataType::Utf8,
-        };
-        Field::new(field.name(), kind, true)
+        Field::new(field.name(), as_text(field.data_type(), wanted), true)
     });
     Arc::new(Schema::new(fields.collect::<Vec<_>>()))
+}
+
+/// The nested type that was found, or else is wanted, with text where single values stand.
+fn as_text(found: &DataType, wanted: Option<&DataType>) -> DataType {
+    let item = |field: &Field, kind| Arc::new(Field::new(field.name(), kind, true));
+    match (found, wanted) {
+        (_, Some(DataType::Map(entries, sorted))) | (DataType::Map(entries, sorted), None) => {
+            let DataType::Struct(parts) = entries.data_type() else { return DataType::Utf8 };
+            let [key, value] = parts.as_ref() else { return DataType::Utf8 };
+            let key = Arc::new(Field::new(key.name(), DataType::Utf8, false));
+            let value = item(value, as_text(value.data_type(), Some(value.data_type())));
+            let parts = DataType::Struct(vec![key, value].into());
+            DataType::Map(Arc::new(Field::new(entries.name(), parts, false)), *sorted)
+        }
+        (DataType::Struct(fields), wanted) => {
+            let fields = fields.iter().map(|field| {
+                let wanted = match wanted {
+                    Some(DataType::Struct(wanted)) => {
+                        wanted.iter().find(|w| w.name().eq_ignore_ascii_case(field.name()))
+                    }
+                    _ => None,
+                };
+                item(field, as_text(field.data_type(), wanted.map(|field| field.data_type())))
+            });
+            DataType::Struct(fields.collect::<Vec<_>>().into())
+        }
+        (DataType::List(element), wanted) => {
+            let wanted = match wanted {
+                Some(DataType::List(wanted)) => Some(wanted.data_type()),
+                _ => None,
+            };
+            DataType::List(item(element, as_text(element.data_type(), wanted)))
+        }
+        // Only null so far, or all kinds of things: what is wanted tells lines that are no such thing.
+        (_, Some(wanted @ (DataType::Struct(_) | DataType::List(_)))) => as_text(wanted, None),
+        // As hexadecimal digits: JSON has no other way.
+        (DataType::Binary, None) | (_, Some(DataType::Binary)) => DataType::Binary,
+        _ => DataType::Utf8,
+    }
+}
+
+/// The first column that makes the line impossible to decode.
+pub(super) fn culprit(line: &str, schema: &SchemaRef) -> Option<String> {
+    let alone = |field: &FieldRef| Arc::new(Schema::new(vec![Arc::clone(field)]));
+    let fails = |field: &&FieldRef| decode(&[line], &alone(field)).is_err();
+    schema.fields().iter().find(fails).map(|field| field.name().clone())
 }
 
 /// The lines, each an object, as columns.

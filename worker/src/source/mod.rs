@@ -64,8 +64,8 @@ pub struct Piece {
     pub places: Int64Array,
     /// The lines, where these are what came.
     pub lines: Option<StringArray>,
-    /// Lines that have other values than the columns can hold, with their positions.
-    pub malformed: Vec<(i64, String)>,
+    /// Lines with a value that its column cannot hold: position, line, column.
+    pub misfits: Vec<(i64, String, String)>,
 }
 
 /// The files of an epoch.

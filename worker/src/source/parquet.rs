@@ -93,7 +93,7 @@ impl ParquetFile {
                             let first: i64 = *next;
                             *next += rows.num_rows() as i64;
                             let places = Int64Array::from_iter_values(first..*next);
-                            Ok(Piece { rows, places, lines: None, malformed: Vec::new() })
+                            Ok(Piece { rows, places, lines: None, misfits: Vec::new() })
                         }
                         Err(error) => Err(read_error(&folder, &name, &error)),
                     };

@@ -107,24 +107,28 @@ fn piece_of(batch: &RecordBatch, decoding: Option<&SchemaRef>) -> Result<Piece> 
     let Some(decoding) = decoding else {
         let columns: Vec<usize> = (0..last).collect();
         let rows = batch.project(&columns).map_err(Error::internal)?;
-        return Ok(Piece { rows, places, lines: None, malformed: Vec::new() });
+        return Ok(Piece { rows, places, lines: None, misfits: Vec::new() });
     };
     let lines = batch.column(0).as_string::<i32>().clone();
     let texts: Vec<&str> = (0..lines.len()).map(|at| lines.value(at)).collect();
     if let Ok(rows) = json::decode(&texts, decoding) {
-        return Ok(Piece { rows, places, lines: Some(lines), malformed: Vec::new() });
+        return Ok(Piece { rows, places, lines: Some(lines), misfits: Vec::new() });
     }
     // Some line has an object where others have a number, say: which ones?
     let fits: BooleanArray =
         texts.iter().map(|line| Some(json::decode(&[*line], decoding).is_ok())).collect();
-    let malformed = (0..texts.len()).filter(|at| !fits.value(*at));
-    let malformed = malformed.map(|at| (places.value(at), texts[at].to_owned())).collect();
+    let misfits = (0..texts.len()).filter(|at| !fits.value(*at));
+    let misfits = misfits.map(|at| {
+        let column = json::culprit(texts[at], decoding).unwrap_or_default();
+        (places.value(at), texts[at].to_owned(), column)
+    });
+    let misfits = misfits.collect();
     let good = filter_record_batch(batch, &fits).map_err(Error::internal)?;
     let lines = good.column(0).as_string::<i32>().clone();
     let texts: Vec<&str> = (0..lines.len()).map(|at| lines.value(at)).collect();
     let rows = json::decode(&texts, decoding).map_err(Error::internal)?;
     let places = good.column(last).as_primitive::<Int64Type>().clone();
-    Ok(Piece { rows, places, lines: Some(lines), malformed })
+    Ok(Piece { rows, places, lines: Some(lines), misfits })
 }
 
 /// What a file's bytes are in.
@@ -384,10 +388,11 @@ impl Seen {
     fn add(&mut self, text: &str) {
         self.any = true;
         // Numbers as people write them: `007` and `+1` are names of something.
-        self.not_long |= !matches(&LONG, text);
+        self.not_long |=
+            text.parse::<i64>().map(|number| number.to_string()).as_deref() != Ok(text);
         let digits = text.bytes().take_while(|b| !matches!(b, b'e' | b'E'));
         let is_exact = digits.filter(u8::is_ascii_digit).count() <= 15;
-        self.not_double |= !(is_exact && matches(&DOUBLE, text));
+        self.not_double |= !(is_exact && is_double(text));
         self.not_boolean |= !matches!(text, "true" | "false" | "TRUE" | "FALSE" | "True" | "False");
         self.not_date |= text.len() != 10 || text.parse::<chrono::NaiveDate>().is_err();
         self.not_timestamp |= chrono::DateTime::parse_from_rfc3339(text).is_err();
@@ -424,15 +429,10 @@ impl Seen {
     }
 }
 
-static LONG: OnceLock<Option<regex::Regex>> = OnceLock::new();
-static DOUBLE: OnceLock<Option<regex::Regex>> = OnceLock::new();
-
-fn matches(which: &'static OnceLock<Option<regex::Regex>>, text: &str) -> bool {
-    let pattern = match std::ptr::eq(which, &LONG) {
-        true => r"^(0|-?[1-9][0-9]{0,17})$",
-        false => r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$",
-    };
-    let regex = which.get_or_init(|| regex::Regex::new(pattern).ok());
+fn is_double(text: &str) -> bool {
+    static DOUBLE: OnceLock<Option<regex::Regex>> = OnceLock::new();
+    let pattern = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$";
+    let regex = DOUBLE.get_or_init(|| regex::Regex::new(pattern).ok());
     regex.as_ref().is_some_and(|regex| regex.is_match(text))
 }
 
@@ -456,7 +456,8 @@ mod tests {
         assert_eq!(kind(&["007", "12"]), T::Utf8);
         assert_eq!(kind(&["+1"]), T::Utf8);
         assert_eq!(kind(&["12", "1.5", "1e3"]), T::Float64);
-        assert_eq!(kind(&["1234567890123456789"]), T::Utf8);
+        assert_eq!(kind(&["9223372036854775807"]), T::Int64);
+        assert_eq!(kind(&["9223372036854775808"]), T::Utf8);
         assert_eq!(kind(&["0.1234567890123456789"]), T::Utf8);
         assert_eq!(kind(&["true", "False"]), T::Boolean);
         assert_eq!(kind(&["2024-02-29"]), T::Date32);
