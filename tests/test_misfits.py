@@ -159,6 +159,15 @@ def test_a_value_deep_inside_is_judged_with_its_row(tmp_path: Path):
     assert [(reason, row) for reason, row, _ in lake.refused()] == [("type:at", row) for row in (1, 2, 3)]
 
 
+def test_a_part_that_the_declared_type_has_no_place_for_is_not_lost(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more=f"{JSON}\n{REFUSE}", columns='at = "struct<n:int>"')
+    lines = ['{"id":"a","value":1,"op":"U","at":{"n":1,"new":2}}', '{"id":"b","value":1,"op":"U","at":{"n":1,"new":null}}']
+    lake.write(10, "part-0.json", "\n".join(lines))
+    lake.run()
+    assert [(row["id"], row["at"]) for row in lake.rows()] == [("b", {"n": 1})]
+    assert [reason for reason, _, _ in lake.refused()] == ["type:at"]
+
+
 def test_files_of_one_folder_are_each_read_with_their_own_types(tmp_path: Path):
     lake = Lake(tmp_path).pipeline(more=REFUSE, columns='value = "long"')
     lake.write(10, "part-0.parquet", table(pa.int32(), 1, ids="a"))

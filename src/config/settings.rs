@@ -12,6 +12,8 @@ use super::value::{bytes_of, duration_of, ratio_of, share_of};
 pub(crate) enum Kind {
     /// Any text.
     Text,
+    /// Any text, also an empty one.
+    Literal,
     /// A text that is never printed: it may hold a password.
     Secret,
     /// A path or URI; relative ones start at the configuration file.
@@ -142,8 +144,8 @@ settings! {
         "Between two fields of CSV.";
     "pipeline.*.csv.header", Kind::Flag, Some("true"), "", "false",
         "The first line of a CSV file names its columns; without one they are the declared ones, or c1, c2, …";
-    "pipeline.*.csv.null", Kind::Text, None, "an empty field is NULL", r#""\\N""#,
-        "The text that means NULL in CSV.";
+    "pipeline.*.csv.null", Kind::Literal, Some("\"\""), "", r#""\\N""#,
+        "The text that means NULL in CSV; an empty field, without it.";
     "pipeline.*.select", Kind::Select, None, "rows enter as they come", r#""SELECT id, CAST(price AS DECIMAL(12,2)) AS price FROM incoming WHERE id <> ''""#,
         "SQL over each row as it came: projection, renaming, typing, filter. All else speaks of its result.";
     "pipeline.*.columns", Kind::Columns, None, "columns are as the files have them", r#"{ pguid = "string", amount = "decimal(12,2)" }"#,
@@ -253,6 +255,10 @@ impl Kind {
             Self::Text | Self::Secret | Self::Location => match value.as_str() {
                 Some(text) if !text.is_empty() => Ok(()),
                 Some(_) => Err("expected a text in quotes that is not empty".to_owned()),
+                None => expected("a text in quotes"),
+            },
+            Self::Literal => match value.as_str() {
+                Some(_) => Ok(()),
                 None => expected("a text in quotes"),
             },
             Self::Percent => match value.as_str().and_then(share_of) {

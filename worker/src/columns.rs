@@ -1,6 +1,6 @@
 //! Which columns an epoch gives raw: the table's and the declared ones, then what its files bring.
 
-use alluvium_protocol::pipeline::{Content, Mode, NewColumns};
+use alluvium_protocol::pipeline::{Content, Format, Mode, NewColumns};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use alluvium_table::schema::{delta_type, find_column, parse_type, widens_to};
@@ -207,15 +207,24 @@ fn new_columns(pipeline: &Pipeline, folder: &str, names: &[String]) -> Error {
     Error::new(Code::NewColumn, text).with_help(help)
 }
 
-/// Key columns must be in every file; the sequence column in at least one.
+/// Key columns must be in every file; the sequence column in at least one, or declared. Objects of JSON may
+/// leave out what is NULL: there it is enough that the table or the configuration knows the column.
 pub(crate) fn check_columns(
     pipeline: &Pipeline,
     folder: &str,
+    table: Option<&SchemaRef>,
     files: &[NamedSchema],
 ) -> Result<()> {
+    let content = &pipeline.content;
+    let is_declared =
+        |name: &str| content.declared.iter().any(|column| column.name.eq_ignore_ascii_case(name));
+    let is_known = |name: &str| {
+        content.format == Format::Json
+            && (is_declared(name) || table.is_some_and(|table| find_column(table, name).is_some()))
+    };
     for (file, schema) in files {
-        for key in &pipeline.content.key {
-            if find_column(schema, key).is_none() {
+        for key in &content.key {
+            if find_column(schema, key).is_none() && !is_known(key) {
                 let names: Vec<&str> =
                     schema.fields().iter().map(|f| f.name().as_str()).take(20).collect();
                 let text = format!(
@@ -230,8 +239,10 @@ pub(crate) fn check_columns(
             }
         }
     }
-    let Some(sequence) = &pipeline.content.sequence_by else { return Ok(()) };
-    let is_missing = files.iter().all(|(_, schema)| find_column(schema, sequence).is_none());
+    let Some(sequence) = &content.sequence_by else { return Ok(()) };
+    let is_missing = !is_known(sequence)
+        && !is_declared(sequence)
+        && files.iter().all(|(_, schema)| find_column(schema, sequence).is_none());
     if is_missing && !files.is_empty() {
         let text = format!("no file of {folder} has the column {sequence:?}");
         let help = format!("set `sequence_by` of pipeline.{}", pipeline.id);

@@ -153,7 +153,11 @@ async fn incoming_of(
     if let Some(selection) = &selection {
         schemas = vec![("select".to_owned(), Arc::clone(selection.output()))];
     }
-    check_columns(pipeline, &manifest.folder, &schemas)?;
+    // A text file without rows may be one without columns, too.
+    let is_empty = |name: &str| files.iter().any(|f| f.name == name && f.is_text() && f.rows == 0);
+    let with_rows: Vec<NamedSchema> =
+        schemas.iter().filter(|(name, _)| !is_empty(name)).cloned().collect();
+    check_columns(pipeline, &manifest.folder, table, &with_rows)?;
     let columns =
         columns::decide(pipeline, manifest.epoch, &manifest.folder, table, is_first_raw, &schemas)?;
     let repairs = manifest.repairs.iter().map(|(file, rows)| {
