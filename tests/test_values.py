@@ -100,15 +100,16 @@ def test_a_condition_is_true_or_false_and_stays_so(tmp_path: Path, condition: st
 
 
 def test_the_first_epoch_gives_the_types_however_many_wait(tmp_path: Path):
+    """Later ones may widen them; a narrower one that goes first does not make it a race."""
     for attempt in range(5):
         lake = Lake(tmp_path / str(attempt))
         lake.root.mkdir()
         lake.pipeline()
         deliver(lake, 1, id=pa.array(["a"]), value=pa.array([1], pa.int32()), op=pa.array(["U"]))
         deliver(lake, 2, id=pa.array(["b"]), value=pa.array([2], pa.int64()), op=pa.array(["U"]))
-        blocked = lake.run(code=1)
-        assert "AL-0303" in blocked.err
-        assert lake.states() == {1: "processed", 2: "blocked"}
+        lake.run()
+        assert lake.types()["value"] == lake.types("raw")["value"] == "long"
+        assert lake.main() == {"a": 1, "b": 2}
 
 
 def test_memory_bounds_an_epoch_and_not_the_table(tmp_path: Path):

@@ -232,7 +232,8 @@ fn check_pipeline(source: &Source, name: &str, problems: &mut Vec<Problem>) {
     }
     for setting in SETTINGS.iter().filter(|setting| setting.without == "required") {
         let key = setting.path.trim_start_matches("pipeline.*.");
-        if section.get(key).is_none() {
+        // Whether there must be a key depends on the mode.
+        if key != "key" && section.get(key).is_none() {
             problem(key, format!("required; for example `{key} = {}`", setting.example));
         }
     }

@@ -134,8 +134,8 @@ settings! {
         "Delta table with the current row of each key: the one that people read.";
     "pipeline.*.quarantine", Kind::Location, None, "raw's path with `_quarantine`", r#""./lake/quarantine""#,
         "Delta table with refused rows and the reason.";
-    "pipeline.*.key", Kind::Names, None, "required, except with mode = \"append\"", r#"["pguid"]"#,
-        "Columns that identify a row. Kept in the tables: changing it means rebuilding them.";
+    "pipeline.*.key", Kind::Names, None, "required", r#"["pguid"]"#,
+        "Columns that identify a row (none with mode = \"append\"). Kept in the tables: changing it means rebuilding them.";
     "pipeline.*.mode", Kind::OneOf(&["upsert", "append", "snapshot", "scd2"]), Some(r#""upsert""#), "", r#""scd2""#,
         "What main is: the current row of each key; every row (no key); the rows of the highest epoch; or every version of each key. Kept in the tables.";
     "pipeline.*.format", Kind::OneOf(&["parquet", "delta", "csv", "json"]), Some(r#""parquet""#), "", r#""json""#,

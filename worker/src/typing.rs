@@ -29,7 +29,8 @@ pub struct Typed {
 }
 
 /// The batch with exactly the columns of `schema`: found by name, in either case; absent ones are NULL.
-pub fn typed(batch: &RecordBatch, schema: &SchemaRef) -> Result<Typed> {
+/// A text is no number in the columns `strict`: of what decides between rows `03` is not `3`.
+pub fn typed(batch: &RecordBatch, schema: &SchemaRef, strict: &[String]) -> Result<Typed> {
     let rows = batch.num_rows();
     let mut columns = Vec::with_capacity(schema.fields().len());
     let mut misfits = Vec::new();
@@ -38,7 +39,13 @@ pub fn typed(batch: &RecordBatch, schema: &SchemaRef) -> Result<Typed> {
             columns.push(new_null_array(field.data_type(), rows));
             continue;
         };
-        let (column, misfit) = fitted(batch.column(at), field.data_type())?;
+        let is_strict = strict.iter().any(|name| name.eq_ignore_ascii_case(field.name()));
+        let found = delta_type(batch.column(at).data_type());
+        let is_text = found == Some(DataType::Utf8) && field.data_type() != &DataType::Utf8;
+        let (column, misfit) = match is_strict && is_text {
+            true => nothing_fits(batch.column(at), field.data_type())?,
+            false => fitted(batch.column(at), field.data_type())?,
+        };
         columns.push(column);
         misfits.extend(misfit.filter(|m| m.true_count() > 0).map(|m| (field.name().clone(), m)));
     }
@@ -66,15 +73,17 @@ pub fn fits_whole(from: &DataType, to: &DataType) -> bool {
 
 type Fitted = (ArrayRef, Option<BooleanArray>);
 
+fn nothing_fits(column: &ArrayRef, to: &DataType) -> Result<Fitted> {
+    let misfit = is_not_null(column).map_err(Error::internal)?;
+    Ok((new_null_array(to, column.len()), Some(misfit)))
+}
+
 fn fitted(column: &ArrayRef, to: &DataType) -> Result<Fitted> {
     let from = column.data_type();
     if from == to {
         return Ok((Arc::clone(column), None));
     }
-    let nothing = || {
-        let misfit = is_not_null(column).map_err(Error::internal)?;
-        Ok((new_null_array(to, column.len()), Some(misfit)))
-    };
+    let nothing = || nothing_fits(column, to);
     let Some(held) = delta_type(from) else {
         return if from == &DataType::Null {
             Ok((new_null_array(to, column.len()), None))
