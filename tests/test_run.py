@@ -29,6 +29,16 @@ def three_epochs(lake: Lake) -> None:
 ALL_THREE = {"a": 3, "c": 1, "d": 3}
 
 
+def test_a_merge_that_keeps_failing_blocks_its_epoch_and_the_run_ends(lake: Lake):
+    for epoch in (8, 9, 11):
+        lake.deliver(epoch, [(f"k{epoch}", epoch, "U")])
+    failed = lake.run(code=1, env={"ALLUVIUM_FAIL": "merge.before_commit:1-99"})
+    assert "BLOCKED" in failed.err
+    assert lake.states()[8] == "blocked" and lake.states()[9] == "ingested"
+    assert lake.alluvium("retry", "p", "8").code == 0
+    assert lake.main() == {"k8": 8, "k9": 9, "k11": 11}
+
+
 def test_the_demo_makes_tables_that_the_oracle_confirms(tmp_path: Path):
     lake = Lake(tmp_path)
     first = lake.alluvium("demo", "--rows", "300")

@@ -2,8 +2,10 @@
 //!
 //! Free unless asked for. `ALLUVIUM_CRASH=name:2` kills the process (SIGKILL, as `kill -9` does) the
 //! second time the point is passed; `ALLUVIUM_FAIL=name:2` makes that passing return a transient
-//! error instead, as if the effect had happened and its reply were lost. Tests walk [`POINTS`].
+//! error instead, as if the effect had happened and its reply were lost; `name:2-9` the second to the
+//! ninth time. Tests walk [`POINTS`].
 
+use std::ops::RangeInclusive;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -60,22 +62,22 @@ pub const POINTS: &[&str] = &[
 
 struct Armed {
     point: String,
-    passing: u32,
+    passings: RangeInclusive<u32>,
     passed: AtomicU32,
 }
 
 fn armed(variable: &str) -> Option<Armed> {
     let value = std::env::var(variable).ok()?;
-    let (point, passing) = match value.split_once(':') {
-        Some((point, passing)) => (point.to_owned(), passing.parse().unwrap_or(1)),
-        None => (value, 1),
-    };
-    Some(Armed { point, passing, passed: AtomicU32::new(0) })
+    let (point, passings) = value.split_once(':').unwrap_or((&value, "1"));
+    let (first, last) = passings.split_once('-').unwrap_or((passings, passings));
+    let passings = first.parse().unwrap_or(1)..=last.parse().unwrap_or(1);
+    Some(Armed { point: point.to_owned(), passings, passed: AtomicU32::new(0) })
 }
 
 fn is_due(armed: &Option<Armed>, point: &str) -> bool {
     armed.as_ref().is_some_and(|armed| {
-        armed.point == point && armed.passed.fetch_add(1, Ordering::SeqCst) + 1 == armed.passing
+        armed.point == point
+            && armed.passings.contains(&(armed.passed.fetch_add(1, Ordering::SeqCst) + 1))
     })
 }
 
