@@ -1,7 +1,7 @@
 //! `config reference`: every setting as a commented configuration file that works when its
 //! required lines are filled in.
 
-use super::settings::{SETTINGS, Setting};
+use super::settings::{Kind, SETTINGS, Setting};
 
 /// Options are object_store's own, too many to list: the ones that people need, as a sample.
 const STORAGE: &str = r#"
@@ -44,6 +44,15 @@ pub(crate) fn reference() -> String {
         };
         let value = setting.default.unwrap_or(setting.example);
         let hash = if setting.without == "required" { "" } else { "# " };
+        if setting.kind == Kind::Columns {
+            // One line for each column: TOML takes no `columns.ignore` after `columns = { … }`.
+            let sample: toml::Table =
+                toml::from_str(&format!("columns = {value}")).unwrap_or_default();
+            for (column, kind) in sample["columns"].as_table().into_iter().flatten() {
+                text.push_str(&format!("# {key}.{column} = {kind}\n"));
+            }
+            continue;
+        }
         text.push_str(&format!("{hash}{key} = {value}{note}\n"));
     }
     text

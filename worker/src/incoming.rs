@@ -345,10 +345,12 @@ impl FileRows {
 
     /// Gives values their types; what does not fit is refused, or an error.
     fn fit(&self, rows: &mut Rows, columns: &SchemaRef) -> Result<()> {
-        // Text formats have nothing but text, and corrected rows come as text.
+        // Text formats and paths have nothing but text, and corrected rows come as text.
         let is_text = self.file.is_text() || rows.are_lines;
-        let strict = if is_text { &[][..] } else { &self.reading.exact };
-        let found = typed(&rows.batch, columns, strict)?;
+        let exact =
+            self.reading.exact.iter().filter(|name| !is_text && !self.file.is_constant(name));
+        let strict: Vec<&str> = exact.map(String::as_str).collect();
+        let found = typed(&rows.batch, columns, &strict)?;
         if self.reading.on_mismatch == OnBad::Fail
             && let Some((name, misfit)) = found.misfits.first()
         {

@@ -30,7 +30,7 @@ pub struct Typed {
 
 /// The batch with exactly the columns of `schema`: found by name, in either case; absent ones are NULL.
 /// A text is no number in the columns `strict`: of what decides between rows `03` is not `3`.
-pub fn typed(batch: &RecordBatch, schema: &SchemaRef, strict: &[String]) -> Result<Typed> {
+pub fn typed(batch: &RecordBatch, schema: &SchemaRef, strict: &[&str]) -> Result<Typed> {
     let rows = batch.num_rows();
     let mut columns = Vec::with_capacity(schema.fields().len());
     let mut misfits = Vec::new();

@@ -176,6 +176,11 @@ impl SourceFile {
         }
     }
 
+    /// The file's path, or the Delta log, gives the column: as text, whatever it means.
+    pub fn is_constant(&self, column: &str) -> bool {
+        self.constants.iter().any(|(field, _)| field.name().eq_ignore_ascii_case(column))
+    }
+
     /// What the file itself says of a column counts.
     fn add_constants(&mut self, constants: Vec<(Field, ArrayRef)>) {
         let is_new = |field: &Field| find_column(&self.schema, field.name()).is_none();
