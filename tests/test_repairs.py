@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Callable
 
+import pyarrow as pa
 import pytest
 
 from lake import Lake, Result
@@ -93,6 +94,22 @@ def test_what_content_lacks_is_null(refused: Lake):
     repair(refused, (1, {"id": "b"}), (2, {"value": 2}))
     assert refused.main() == {"a": 1, "b": None, "e": 5}
     assert [row[:2] for row in refused.refused()][:2] == [("null_key", 2), ("expect:paid", 3)]
+
+
+def test_a_corrected_rows_columns_are_the_tables_in_any_case(tmp_path: Path):
+    """The file lacks one, and has another in other letters."""
+    lake = Lake(tmp_path).pipeline(more=EXPECT)
+    lake.deliver(10, [("a", 1, "U")])
+    lake.write(20, PART, pa.table({"ID": ["b"], "VALUE": [-1]}))
+    lake.run()
+    repair(lake, (0, {"id": "b", "Value": 7, "op": "U"}), epoch=20)
+    assert [(r["id"], r["value"], r["op"]) for r in lake.rows("raw")] == [("a", 1, "U"), ("b", 7, "U")]
+
+
+def test_a_column_that_is_not_there_is_refused_before_anything_changes(refused: Lake):
+    done = replay(refused, [{"file": PART, "row": 1, "content": {"id": "b", "vlaue": 7}}])
+    assert done.code == 2 and "AL-0312" in done.err and '"vlaue"' in done.err, done.err
+    assert refused.main() == {"a": 1, "e": 5}
 
 
 def test_all_rules_judge_a_repaired_row(tmp_path: Path):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from oracle import Main, judged
 from oracle_modes import ModeWorld, expected
-from oracle_reading import table_version
+from oracle_reading import SourceRow, table_version
 from worlds_check import check_held, check_world, is_held
 from worlds_files import (
     PIPELINE, complete_folder, config_text, deletes_of, demands_of, write_files, write_junk,
@@ -25,7 +25,7 @@ from worlds_files import (
 from worlds_plan import (
     Action, Change, Check, Deliver, Fault, File, Lose, Plan, Rollback, Run, Verb, describe,
 )  # fmt: skip
-from worlds_read import read_folder
+from worlds_read import Corrected, corrected_rows, corrections_text, read_folder
 from worlds_shape import Shape
 
 TIMEOUT_SECONDS = 120
@@ -106,6 +106,8 @@ class Player:
     # Versions of main that were checked, with the rows that they hold.
     checked: dict[int, Main] = field(default_factory=dict)
     also_accepted: set[int] = field(default_factory=set)
+    # Corrected rows of each epoch, as long as its files are the same and the manifests are there.
+    corrected: dict[int, Corrected] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -154,7 +156,17 @@ class Player:
         name, epoch = action.name, action.epoch
         self.unrepeated.discard((name, epoch))
         args = [name, PIPELINE, str(epoch), "--yes"]
+        corrected = corrected_rows(self._rows(epoch), self.corrected.get(epoch, {}), action.rows)
+        if action.rows and not corrected:
+            self.unrepeated.discard((name, epoch))
+            return
+        if corrected:
+            (self.home / "rows.json").write_text(corrections_text(corrected))
+            args = ["quarantine", *args, "--rows", "rows.json"]
         self._invoke([(args, action.fault)], {})
+        if not action.fault:
+            kept = self.corrected.get(epoch, {}) | corrected
+            self.corrected[epoch] = {place: row for place, row in kept.items() if row is not None}
         if action.fault:
             # Whether it took effect is not known; the plan repeats it before it checks.
             self.unrepeated.add((name, epoch))
@@ -166,6 +178,7 @@ class Player:
     def _rewrite(self, epoch: int, files: tuple[File, ...]) -> None:
         folder = self._folder(epoch)
         shutil.rmtree(folder)
+        self.corrected.pop(epoch, None)
         write_files(folder, files, self.shape)
         complete_folder(folder)
 
@@ -174,6 +187,8 @@ class Player:
         shutil.rmtree(lost, ignore_errors=True)
         if what == "main":
             self.checked.clear()
+        if what == "state":
+            self.corrected.clear()
 
     def _rollback(self, action: Rollback) -> None:
         """What was killed is repeated plainly; it may have taken effect (then it is refused)."""
@@ -307,9 +322,16 @@ class Player:
     def _folder(self, epoch: int) -> Path:
         return self.home / "incoming" / str(epoch)
 
+    def _rows(self, epoch: int) -> list[SourceRow]:
+        return read_folder(self._folder(epoch), self.shape)
+
     def _folder_content(self, epoch: int) -> tuple:
         shape = self.shape
-        rows = read_folder(self._folder(epoch), shape)
+        corrected = self.corrected.get(epoch, {})
+        rows = [
+            SourceRow(row.file, row.row, corrected.get((row.file, row.row), row.columns))
+            for row in self._rows(epoch)
+        ]
         return judged(rows, shape.key, shape.sequence_by, demands_of(shape), deletes_of(shape))
 
     def _expected(self, epochs: set[int]) -> Main:

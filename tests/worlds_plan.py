@@ -103,12 +103,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Verb:
-    """replay, undo or skip of an epoch. `files`: the folder is rewritten first."""
+    """replay, undo or skip of an epoch. `files`: the folder is rewritten first. `rows`: a replay with
+    corrected rows: which of the folder's, as a share of them, and what is put in; nothing takes back."""
 
     name: str
     epoch: int
     files: tuple[File, ...] | None
     fault: Fault | None
+    rows: tuple[tuple[float, Columns | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ def describe(action: Action, points: list[str]) -> str:
 def _verb_text(verb: Verb, points: list[str]) -> str:
     text = f"{verb.name} {verb.epoch}"
     text += f", folder now: {_files(verb.files)}" if verb.files is not None else ""
+    text += f" with {len(verb.rows)} corrected rows" if verb.rows else ""
     return text + (f", {verb.fault.describe(points)}" if verb.fault else "")
 
 
@@ -273,6 +276,7 @@ class _Planner:
             "fail": 3 if work else 1,
             "twice": (3 if work else 1) if left >= 2 else 0,
             "verb": 6 if self.folders and not self._replay_is_open() else 0,
+            "correct": 3 if left >= 2 and not self.repeats and self.sure - self.emptied else 0,
             "repeat": 4 if self.repeats else 0,
             "change": 3 if self._changeable() else 0,
             "lose": 3 if self.begun else 0,
@@ -308,6 +312,9 @@ class _Planner:
                 self._run((self._fault("crash") if left >= 2 and rng.random() < 0.5 else None,))
             case "repeat":
                 self._repeat(self.repeats.pop(0))
+            case "correct":
+                self._run((None,))
+                self._correct(rng.choice(sorted(self.sure - self.emptied)), left - 1)
             case "verb":
                 self._verb(left)
 
@@ -391,6 +398,31 @@ class _Planner:
         self.actions.append(verb)
         if verb.fault:
             self.repeats.append(replace(verb, files=None, fault=None))
+
+    def _correct(self, epoch: int, left: int) -> None:
+        rng = self.rng
+        fault = self._fault(rng.choice(("crash", "fail"))) if left >= 2 and rng.random() < 0.4 else None
+        rows = tuple((rng.random(), self._correction()) for _ in range(rng.randint(1, 4)))
+        verb = Verb("replay", epoch, None, fault, rows)
+        self.actions.append(verb)
+        if verb.fault:
+            self.repeats.append(replace(verb, fault=None))
+
+    def _correction(self) -> Columns | None:
+        rng = self.rng
+        if rng.random() < 0.15:
+            return None
+        self.version += 1
+        new: Columns = {"name": f"corrected/v{self.version}"}
+        if rng.random() < 0.5:
+            new["pguid"] = None if rng.random() < 0.1 else rng.choice(self.pool)
+        if rng.random() < 0.5:
+            new["op"] = self._op()
+        if rng.random() < 0.5:
+            new["amount"] = rng.choice((None, -2.5, 7.0))
+        if rng.random() < 0.5:
+            new["seq"] = rng.choice((None, 1, 3))
+        return new
 
     def _some_verb(self, left: int) -> Verb | None:
         rng = self.rng

@@ -12,7 +12,7 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -23,6 +23,8 @@ from oracle_reading import Columns, SourceRow, read_source_folder
 from worlds_shape import CSV, FOLDER_COLUMNS, PARQUET, TYPES, Shape
 
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+# By file and row: its columns, or None where a correction is taken back.
+Corrected = dict[tuple[str, int], Columns | None]
 PACKED = r"(\.gz|\.zst)?"
 INCLUDE = {"csv": rf".*\.csv{PACKED}", "json": rf".*\.(json|jsonl|ndjson){PACKED}"}
 READERS = {
@@ -44,6 +46,29 @@ def read_folder(folder: Path, shape: Shape) -> list[SourceRow]:
             typed = {n: _typed(n, value, shape) for n, value in _known_names(columns).items()}
             found.append(_with_folders(SourceRow(name, at, typed), shape))
     return found
+
+
+def corrected_rows(
+    rows: list[SourceRow], before: Corrected, picked: Iterable[tuple[float, Columns | None]]
+) -> Corrected:
+    """The corrections asked for: each row as it is now with the new values in it, or None to take back."""
+    found: Corrected = {}
+    for share, new in picked if rows else ():
+        row = rows[int(share * len(rows))]
+        now = found.get((row.file, row.row)) or before.get((row.file, row.row)) or row.columns
+        found[row.file, row.row] = None if new is None else {**_sayable(now), **new}
+    return found
+
+
+def _sayable(columns: Columns) -> Columns:
+    """JSON has no NaN."""
+    return {name: None if value != value else value for name, value in columns.items()}
+
+
+def corrections_text(corrected: Corrected) -> str:
+    """As `quarantine replay --rows` takes them."""
+    items = [{"file": file, "row": row, "content": new} for (file, row), new in corrected.items()]
+    return json.dumps(items, default=lambda at: at.isoformat().replace("+00:00", "Z"))
 
 
 def _names(folder: Path, include: str) -> list[str]:

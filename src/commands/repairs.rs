@@ -8,6 +8,7 @@ use alluvium_protocol::manifest::Repairs;
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
 use alluvium_table::session::query_session;
 use alluvium_table::{Table, query};
+use alluvium_worker::raw::OWN;
 use serde_json::Value;
 
 use super::quarantine::rows;
@@ -26,6 +27,7 @@ pub(crate) async fn read(pipeline: &Pipeline, epoch: Epoch, path: &Path) -> Resu
     let text = std::fs::read_to_string(path).map_err(|e| refused(e.to_string()))?;
     let items = items_of(&text).map_err(|e| refused(format!("not JSON: {e}")))?;
     let known = known_places(pipeline, epoch).await?;
+    let columns = known_columns(pipeline, epoch).await?;
     let mut repairs = Repairs::new();
     for (at, item) in items.iter().enumerate() {
         if is_unchanged(item) {
@@ -45,6 +47,14 @@ pub(crate) async fn read(pipeline: &Pipeline, epoch: Epoch, path: &Path) -> Resu
         }
         if !known.contains(&(file.to_owned(), row)) {
             return Err(refused(format!("epoch {epoch} has no row {row} of {file}")));
+        }
+        let names = content.as_object().into_iter().flat_map(|content| content.keys());
+        let is_unknown = |name: &&String| !columns.contains(&name.to_lowercase());
+        // What `select` reads is only known with the file.
+        if pipeline.content.select.is_none()
+            && let Some(name) = names.into_iter().find(is_unknown)
+        {
+            return Err(refused(format!("row {row} of {file}: there is no column {name:?}")));
         }
         repairs.entry(file.to_owned()).or_default().insert(row, content.clone());
     }
@@ -82,6 +92,25 @@ fn items_of(text: &str) -> std::result::Result<Vec<Value>, serde_json::Error> {
             one => vec![one],
         })
         .collect())
+}
+
+/// Columns that a row of the epoch may have, in lower case: raw's, declared ones, those that refused
+/// rows came with.
+async fn known_columns(pipeline: &Pipeline, epoch: Epoch) -> Result<BTreeSet<String>> {
+    let mut names: Vec<String> =
+        pipeline.content.declared.iter().map(|column| column.name.clone()).collect();
+    if let Some(raw) = Table::open(&pipeline.raw).await? {
+        names.extend(raw.schema().fields().iter().map(|field| field.name().clone()));
+    }
+    let came = format!("SELECT row FROM t WHERE _epoch = {epoch} AND reason <> 'malformed'");
+    for row in rows(pipeline, &came).await? {
+        let content = row["row"].as_str().map(serde_json::from_str::<Value>);
+        if let Some(Ok(Value::Object(content))) = content {
+            names.extend(content.into_iter().map(|(name, _)| name));
+        }
+    }
+    names.retain(|name| !OWN.contains(&name.as_str()));
+    Ok(names.iter().map(|name| name.to_lowercase()).collect())
 }
 
 /// Rows of the epoch: refused ones, those in raw, and those that were corrected before.

@@ -267,6 +267,7 @@ impl FileRows {
             places: Int64Array::from_iter_values(repairs.keys().copied()),
             lines: Some(StringArray::from(lines)),
             misfits: Vec::new(),
+            are_corrections: true,
         }))
     }
 
@@ -324,18 +325,16 @@ impl FileRows {
         self.with_places(&rows)
     }
 
-    /// The piece without rows that were corrected, unless it is these.
+    /// The piece without rows that were corrected, unless it holds these.
     fn unrepaired(&self, piece: Piece) -> Result<Rows> {
         let are_lines = piece.lines.is_some();
-        let is_correction =
-            are_lines && self.repairs().is_some_and(|r| r.keys().eq(piece.places.values().iter()));
         let came = match piece.lines {
             None => piece.rows.clone(),
             Some(lines) => RecordBatch::try_from_iter([("line", Arc::new(lines) as ArrayRef)])
                 .map_err(Error::internal)?,
         };
         let rows = Rows { batch: piece.rows, places: piece.places, came, are_lines };
-        if self.repairs().is_none() || is_correction {
+        if self.repairs().is_none() || piece.are_corrections {
             return Ok(rows);
         }
         let keep: Vec<bool> =

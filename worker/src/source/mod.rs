@@ -66,6 +66,8 @@ pub struct Piece {
     pub lines: Option<StringArray>,
     /// Lines with a value that its column cannot hold: position, line, column.
     pub misfits: Vec<(i64, String, String)>,
+    /// Not the file's rows, but what somebody put in their places.
+    pub are_corrections: bool,
 }
 
 /// The files of an epoch.
@@ -216,12 +218,33 @@ impl SourceFile {
         }
     }
 
-    /// A row of this file, given as JSON text, as a piece.
+    /// Rows of this file, given as JSON text. Their columns are the file's, or else those of
+    /// `columns`; one that neither has is an error: dropped in silence, it would be a NULL.
     pub fn piece_of_json(&self, lines: &[String], columns: &SchemaRef) -> Result<RecordBatch> {
-        let fields: Vec<Field> =
-            self.schema.fields().iter().map(|field| field.as_ref().clone()).collect();
-        json::decode(lines, &json::decoding(&Schema::new(fields), columns))
-            .map_err(|e| Error::new(Code::RepairUnknown, format!("{}: {e}", self.name)))
+        let refused = |why: String| {
+            Error::new(Code::RepairUnknown, format!("{}: {why}", self.name))
+                .with_help("correct it: `alluvium quarantine replay PIPELINE EPOCH --rows FILE`")
+        };
+        let more =
+            columns.fields().iter().filter(|f| find_column(&self.schema, f.name()).is_none());
+        let fields = self.schema.fields().iter().chain(more).map(|field| field.as_ref().clone());
+        let schema = Schema::new(fields.collect::<Vec<_>>());
+        let named = |line: &String| {
+            let object: serde_json::Map<String, serde_json::Value> =
+                serde_json::from_str(line).map_err(|e| refused(e.to_string()))?;
+            let mut told = serde_json::Map::new();
+            for (name, value) in object {
+                let Some(at) = find_column(&schema, &name) else {
+                    return Err(refused(format!("a corrected row has {name:?}: no such column")));
+                };
+                if told.insert(schema.field(at).name().clone(), value).is_some() {
+                    return Err(refused(format!("a corrected row has {name:?} twice")));
+                }
+            }
+            Ok(serde_json::Value::Object(told).to_string())
+        };
+        let lines: Vec<String> = lines.iter().map(named).collect::<Result<_>>()?;
+        json::decode(&lines, &json::decoding(&schema, columns)).map_err(|e| refused(e.to_string()))
     }
 }
 

@@ -93,7 +93,13 @@ impl ParquetFile {
                             let first: i64 = *next;
                             *next += rows.num_rows() as i64;
                             let places = Int64Array::from_iter_values(first..*next);
-                            Ok(Piece { rows, places, lines: None, misfits: Vec::new() })
+                            Ok(Piece {
+                                rows,
+                                places,
+                                lines: None,
+                                misfits: Vec::new(),
+                                are_corrections: false,
+                            })
                         }
                         Err(error) => Err(read_error(&folder, &name, &error)),
                     };

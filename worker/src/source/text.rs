@@ -107,12 +107,24 @@ fn piece_of(batch: &RecordBatch, decoding: Option<&SchemaRef>) -> Result<Piece> 
     let Some(decoding) = decoding else {
         let columns: Vec<usize> = (0..last).collect();
         let rows = batch.project(&columns).map_err(Error::internal)?;
-        return Ok(Piece { rows, places, lines: None, misfits: Vec::new() });
+        return Ok(Piece {
+            rows,
+            places,
+            lines: None,
+            misfits: Vec::new(),
+            are_corrections: false,
+        });
     };
     let lines = batch.column(0).as_string::<i32>().clone();
     let texts: Vec<&str> = (0..lines.len()).map(|at| lines.value(at)).collect();
     if let Ok(rows) = json::decode(&texts, decoding) {
-        return Ok(Piece { rows, places, lines: Some(lines), misfits: Vec::new() });
+        return Ok(Piece {
+            rows,
+            places,
+            lines: Some(lines),
+            misfits: Vec::new(),
+            are_corrections: false,
+        });
     }
     // Some line has an object where others have a number, say: which ones?
     let fits: BooleanArray =
@@ -128,7 +140,7 @@ fn piece_of(batch: &RecordBatch, decoding: Option<&SchemaRef>) -> Result<Piece> 
     let texts: Vec<&str> = (0..lines.len()).map(|at| lines.value(at)).collect();
     let rows = json::decode(&texts, decoding).map_err(Error::internal)?;
     let places = good.column(last).as_primitive::<Int64Type>().clone();
-    Ok(Piece { rows, places, lines: Some(lines), misfits })
+    Ok(Piece { rows, places, lines: Some(lines), misfits, are_corrections: false })
 }
 
 /// What a file's bytes are in.
