@@ -6,6 +6,7 @@ Never: a type that nothing declares (test_formats.py), single values that do not
 from __future__ import annotations
 
 import datetime as dt
+import signal
 from decimal import Decimal
 from pathlib import Path
 
@@ -184,6 +185,20 @@ def test_a_wider_type_widens_both_tables(
     assert all("value" in changes[name] and becomes in changes[name] for name in ("raw", "main")), items
     assert lake.alluvium("undo", "p", "20", "--yes").code == 0
     assert lake.main() == {"y": first, "z": first}
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("point", ["schema.before_commit", "schema.after_commit"])
+def test_a_kill_while_a_type_widens_loses_and_doubles_nothing(tmp_path: Path, point: str, nth: int):
+    """The first passing is raw's, the second main's."""
+    lake = undeclared(tmp_path, pa.int32(), 7)
+    lake.write(20, "part-0.parquet", table(pa.int64(), 2**40, ids="b"))
+    killed = lake.alluvium("run", "--once", env={"ALLUVIUM_CRASH": f"{point}:{nth}"})
+    assert killed.code == -signal.SIGKILL
+    lake.run()
+    for name in ("raw", "main"):
+        assert [(row["id"], row["value"]) for row in lake.rows(name)] == [("b", 2**40), ("z", 7)]
+        assert lake.types(name)["value"] == "long"
 
 
 def test_a_late_epoch_may_be_wider_and_so_may_one_of_many(tmp_path: Path):
