@@ -416,11 +416,15 @@ Examples:
   alluvium query researchers \"SELECT reason, row FROM quarantine\" -o json";
 
 const QUARANTINE_HELP: &str = "\
-Reasons: null_key (a NULL in the key), duplicate_key (`on_duplicate`), expect:NAME (an expectation).
+Reasons: null_key (a NULL in the key), type:COLUMN (a value that does not fit), malformed (no row can be
+read), select (`select` fails for it), expect:NAME (an expectation), duplicate_key (`on_duplicate`),
+corrupt_file (a whole file that cannot be read). More: docs/rows.md
 
 Examples:
   alluvium quarantine list                     how many, by epoch and reason
   alluvium quarantine show researchers 1700086400
+  alluvium quarantine show researchers 1700086400 -o json > rows.json      to correct `content` in it, then
+  alluvium quarantine replay researchers 1700086400 --rows rows.json
   alluvium quarantine replay researchers 1700086400    read the folder again: after it was delivered
                                                again, or the configuration was corrected
   alluvium quarantine drop researchers 1700086400      forget them";

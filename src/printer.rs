@@ -130,8 +130,13 @@ pub(crate) fn data(text: &str) {
 }
 
 /// Data: the stable JSON envelope.
-pub(crate) fn json_items(schema: &str, items: &[Value]) -> Result<()> {
-    let document = json!({"schema": format!("alluvium.{schema}/v1"), "items": items});
+pub(crate) fn json_items<T: serde::Serialize>(schema: &str, items: &[T]) -> Result<()> {
+    #[derive(serde::Serialize)]
+    struct Document<'a, T> {
+        items: &'a [T],
+        schema: String,
+    }
+    let document = Document { items, schema: format!("alluvium.{schema}/v1") };
     data(&serde_json::to_string_pretty(&document).map_err(Error::internal)?);
     Ok(())
 }

@@ -1,8 +1,8 @@
 //! Progress for people: one line per change, and a moving line where stderr is a terminal.
 
 use alluvium_coordinator::notice::Notice;
-use alluvium_protocol::Epoch;
 use alluvium_protocol::task::{Report, Step};
+use alluvium_protocol::{Code, Epoch};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -121,9 +121,16 @@ fn line_of(notice: &Notice) -> Option<(bool, String)> {
         }
         Notice::EpochBlocked { pipeline, epoch, step, error } => {
             let help = error.help.as_ref().map(|help| format!("\n  help: {help}"));
+            // Trying again passes no gate.
+            let then = match error.code {
+                Code::GateClosed => String::new(),
+                _ => format!(
+                    "\n  then: alluvium retry {pipeline} {epoch}   (or `run --once`; `skip` leaves the \
+                     epoch out)"
+                ),
+            };
             let line = format!(
-                "{pipeline} {epoch} is blocked at {}: {error}{}\n  then: alluvium retry {pipeline} \
-                 {epoch}   (or `run --once`; `skip` leaves the epoch out)",
+                "{pipeline} {epoch} is blocked at {}: {error}{}{then}",
                 step.as_str(),
                 help.unwrap_or_default(),
             );

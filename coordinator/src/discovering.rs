@@ -479,6 +479,10 @@ async fn change_of(book: &Book, epoch: Epoch, folder: &str, generation: Generati
         return Compared::Same;
     }
     let text = match book.policy.replay_changed {
+        _ if contents.objects.is_empty() => format!(
+            "folder {folder} lost all its files; what was read stays: `alluvium undo {id} {epoch}` \
+             takes it out of main"
+        ),
         true => format!("folder {folder} changed after it was read; it is read again"),
         false => format!(
             "folder {folder} changed after it was read; `alluvium replay {id} {epoch}` reads it again"

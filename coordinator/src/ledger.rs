@@ -289,7 +289,7 @@ async fn with_columns(table: &mut Table, schema: &Schema) -> Result<()> {
         if missing.is_empty() {
             return Ok(());
         }
-        match table.add_columns(&missing).await? {
+        match table.add_columns(&missing, serde_json::Value::Null).await? {
             CommitOutcome::Landed => {}
             CommitOutcome::Lost(error) if !pauses.wait().await => return Err(error),
             CommitOutcome::Lost(_) => table.refresh().await?,

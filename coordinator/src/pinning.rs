@@ -3,6 +3,8 @@
 //! Owns: which content a generation gets, and what that does to the book. Never: decides whether a
 //! folder is complete.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use alluvium_protocol::manifest::{Manifest, Object, Reason, Repairs};
 use alluvium_protocol::marker::Generation;
 use alluvium_protocol::pipeline::{Format, Ready};
@@ -82,8 +84,10 @@ pub(crate) async fn gather(
         }
     };
     if objects.is_empty() {
-        let text = format!("{folder} has no data files");
-        return Err(Error::new(Code::NotPossibleNow, text));
+        let (id, text) = (&book.pipeline.id, format!("{folder} has no data files"));
+        return Err(Error::new(Code::NotPossibleNow, text).with_help(format!(
+            "deliver its files; or take what it said before out of main: `alluvium undo {id} {epoch}`"
+        )));
     }
     let pinned = store(book, epoch, folder, reason, request, objects, now).await?;
     Ok(Gathered::Pinned(Box::new(pinned)))
@@ -162,10 +166,15 @@ async fn repairs_of(
     request: Option<&Request>,
 ) -> Result<Repairs> {
     let mut repairs = Repairs::new();
+    let mut changed: BTreeSet<String> = BTreeSet::new();
     let mut generation = before;
     while generation > 0 {
-        // A manifest that cannot be read has no say; nor has one that is empty by request.
-        let Ok(Some(pinned)) = book.manifests.load(epoch, generation).await else { break };
+        // A manifest that cannot be read has no say; nor has one that is empty by request. A rollback
+        // raises the generation without one.
+        let loaded = book.manifests.load(epoch, generation).await;
+        generation -= 1;
+        let Ok(loaded) = loaded else { break };
+        let Some(pinned) = loaded else { continue };
         if !pinned.manifest.reason.is_empty_content() {
             let was = pinned.manifest.objects;
             let is_same = |file: &String| {
@@ -178,16 +187,33 @@ async fn repairs_of(
                 })
             };
             repairs = pinned.manifest.repairs;
+            let held = count_of(&repairs);
             repairs.retain(|file, _| is_same(file));
+            let dropped = held - count_of(&repairs);
+            if dropped > 0 {
+                tracing::warn!(
+                    "{} {epoch}: {dropped} corrected row(s) no longer apply: their files changed",
+                    book.pipeline.id
+                );
+            }
+            changed =
+                was.iter().map(|object| object.name.clone()).filter(|f| !is_same(f)).collect();
             break;
         }
-        generation -= 1;
     }
     for (file, rows) in request.into_iter().flat_map(|request| &request.repairs) {
+        // They were made from other content: at their places there is somebody else's row now.
+        if changed.contains(file) {
+            tracing::warn!(
+                "{} {epoch}: {file} changed since its rows were read: its corrections are left out",
+                book.pipeline.id
+            );
+            continue;
+        }
         let held = repairs.entry(file.clone()).or_default();
         for (row, content) in rows {
             match content {
-                serde_json::Value::Null => drop(held.remove(row)),
+                None => drop(held.remove(row)),
                 content => drop(held.insert(*row, content.clone())),
             }
         }
@@ -195,6 +221,10 @@ async fn repairs_of(
     repairs
         .retain(|file, rows| !rows.is_empty() && objects.iter().any(|object| object.name == *file));
     Ok(repairs)
+}
+
+fn count_of(repairs: &Repairs) -> usize {
+    repairs.values().map(BTreeMap::len).sum()
 }
 
 fn note_pinned(book: &mut Book, epoch: Epoch, pinned: Pinned, now: DateTime<Utc>) -> Result<()> {

@@ -82,8 +82,9 @@ pub struct Manifest {
     pub repairs: Repairs,
 }
 
-/// Corrected rows by file and position, as JSON objects.
-pub type Repairs = BTreeMap<String, BTreeMap<i64, serde_json::Value>>;
+/// Corrected rows by file and position: the text of a JSON object, whose numbers stay as they were
+/// written; `None` takes a correction back.
+pub type Repairs = BTreeMap<String, BTreeMap<i64, Option<String>>>;
 
 impl Manifest {
     /// Bytes of all data files.

@@ -325,7 +325,7 @@ impl Pipeline {
 
     /// The column stays in raw (Delta's columns are case-insensitive).
     pub fn is_ignored(&self, column: &str) -> bool {
-        self.content.ignore.iter().any(|name| name.eq_ignore_ascii_case(column))
+        self.content.ignore.iter().any(|name| same_name(name, column))
     }
 
     /// A short hash of the whole definition, for `commitInfo`.
@@ -345,4 +345,12 @@ pub fn short_hash(bytes: &[u8]) -> String {
 /// The SHA-256 of `bytes` in hex.
 pub fn full_hash(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Names of columns are the same in any case, as Delta has it.
+pub fn same_name(one: &str, other: &str) -> bool {
+    match one.is_ascii() && other.is_ascii() {
+        true => one.eq_ignore_ascii_case(other),
+        false => one.to_lowercase() == other.to_lowercase(),
+    }
 }

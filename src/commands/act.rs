@@ -36,7 +36,13 @@ pub(crate) async fn with_content(
     let filter = [("pipeline", Some(of.pipeline.clone()))];
     let state = match client::typed::<EpochStanding>(config, "epochs", &filter).await? {
         Some(epochs) => check_act(&pipeline.id, &epochs, verb, of.epoch)?,
-        None => check(&Standing::read(pipeline.clone(), Utc::now()).await?, verb, of.epoch)?,
+        None => {
+            let standing = Standing::read(pipeline.clone(), Utc::now()).await?;
+            if !repairs.is_empty() {
+                check_same(&standing, of.epoch)?;
+            }
+            check(&standing, verb, of.epoch)?
+        }
     };
     if verb != Verb::Retry {
         let question = question(verb, &of.pipeline, of.epoch, &state);
@@ -47,6 +53,17 @@ pub(crate) async fn with_content(
     }
     let act = Act { verb, epoch: Some(of.epoch), to: None, repairs };
     carry_out(config, pipeline, act, &state).await
+}
+
+/// Corrections were made from what was read: at their places the folder must still have these rows.
+fn check_same(standing: &Standing, epoch: Epoch) -> Result<()> {
+    let entry = standing.book.entries.get(&epoch);
+    let Some(why) = entry.and_then(|entry| entry.changed.as_ref()) else { return Ok(()) };
+    let id = &standing.book.pipeline.id;
+    let text = format!("epoch {epoch} is no longer what the rows were read from: {why}");
+    Err(Error::new(Code::RepairUnknown, text).with_help(format!(
+        "`alluvium replay {id} {epoch}`, then correct what `alluvium quarantine show {id} {epoch} -o json` prints"
+    )))
 }
 
 /// An act on a whole pipeline.

@@ -64,6 +64,9 @@ fn summary(found: &Lineage) -> String {
         (None, None) if found.rows.iter().any(|row| row.fate == Fate::Waiting) => {
             "not in main yet: its epochs wait".to_owned()
         }
+        (None, None) if found.rows.iter().any(|row| row.fate == Fate::Superseded) => {
+            "not in main: the newest snapshot does not have it".to_owned()
+        }
         (None, None) if !found.rows.is_empty() => {
             "not in main: what said it was taken back".to_owned()
         }
@@ -87,7 +90,9 @@ fn show(found: &Lineage) {
         .iter()
         .enumerate()
         .map(|(at, row)| {
-            let before = found.rows.get(at + 1);
+            // What was taken back was not there.
+            let was_said = found.rows[at + 1..].iter().any(|row| row.fate != Fate::Revert);
+            let before = found.rows.get(at + 1).filter(|_| was_said);
             vec![
                 row.epoch.to_string(),
                 row.fate.as_str().to_owned(),

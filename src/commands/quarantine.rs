@@ -1,5 +1,6 @@
 //! `alluvium quarantine`: refused rows, why, and what can be done about them.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use alluvium_coordinator::ledger::{Ledger, LedgerTable};
@@ -9,6 +10,7 @@ use alluvium_table::session::query_session;
 use alluvium_table::{Table, query};
 use alluvium_worker::quarantine;
 use chrono::Utc;
+use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Value, json};
 
 use crate::cli::{OfEpoch, Output, QuarantineVerb};
@@ -80,10 +82,14 @@ async fn list(config: &Config, name: Option<&str>, output: Output) -> Result<Exi
     let fields = ["pipeline", "epoch", "reason", "rows", "files", "first", "since"];
     printer::items(output, "quarantine", &items, &fields)?;
     if output == Output::Table {
-        printer::say(
-            "look at them: alluvium quarantine show PIPELINE EPOCH; what a reason means: \
-             alluvium quarantine --help",
-        );
+        let first = &items[0];
+        let of = format!("{} {}", first["pipeline"].as_str().unwrap_or_default(), first["epoch"]);
+        printer::say(&format!(
+            "look at them: alluvium quarantine show {of}\n\
+             correct them: alluvium quarantine show {of} -o json > rows.json; then, with `content` corrected,\n\
+             \x20             alluvium quarantine replay {of} --rows rows.json\n\
+             what a reason means: alluvium quarantine --help"
+        ));
     }
     Ok(Exit::Ok)
 }
@@ -104,24 +110,49 @@ async fn show(
          _generation AS generation FROM t WHERE {} ORDER BY _epoch, _file, _row LIMIT {limit}",
         conditions.join(" AND ")
     );
-    let mut items = rows(pipeline, &sql).await?;
+    let items = rows(pipeline, &sql).await?;
     if output == Output::Json {
-        for item in &mut items {
-            let content = item["content"].as_str().map(serde_json::from_str::<Value>);
-            if let Some(Ok(content)) = content {
-                item["content"] = content;
-            }
-        }
-    } else if items.is_empty() {
+        let items: Vec<_> = items.iter().map(as_it_came).collect::<Result<_>>()?;
+        return printer::json_items("quarantine-rows", &items).map(|()| Exit::Ok);
+    }
+    if items.is_empty() && limit > 0 {
         printer::say("no such row is in quarantine");
         return Ok(Exit::Ok);
     }
     let fields = ["epoch", "file", "row", "reason", "content"];
     printer::items(output, "quarantine-rows", &items, &fields)?;
-    if output == Output::Table && items.len() == limit {
+    if items.len() == limit {
         printer::say(&format!("the first {limit}; `--limit` shows more"));
     }
+    let of = match epoch {
+        Some(epoch) => format!("{} {epoch}", pipeline.id),
+        None => format!("{} EPOCH", pipeline.id),
+    };
+    printer::say(&format!(
+        "correct them: alluvium quarantine show {of} -o json > rows.json; then, with `content` corrected,\n\
+         \x20             alluvium quarantine replay {of} --rows rows.json"
+    ));
     Ok(Exit::Ok)
+}
+
+/// A row for `-o json`: its content word for word, so that no number loses a digit on its way back.
+fn as_it_came(item: &Value) -> Result<BTreeMap<String, Box<RawValue>>> {
+    let raw = |(name, value): (&str, &Value)| {
+        let content = match (name, value) {
+            ("content", Value::String(text)) => RawValue::from_string(text.clone()).ok(),
+            _ => None,
+        };
+        let value = match content {
+            Some(content) => content,
+            None => to_raw_value(value).map_err(Error::internal)?,
+        };
+        Ok((name.to_owned(), value))
+    };
+    item.as_object()
+        .into_iter()
+        .flatten()
+        .map(|(name, value)| raw((name.as_str(), value)))
+        .collect()
 }
 
 async fn drop_rows(config: &Config, of: &OfEpoch) -> Result<Exit> {

@@ -1,6 +1,6 @@
 //! Corrected rows, as people give them to `quarantine replay --rows`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use alluvium_coordinator::manifests::Manifests;
@@ -10,6 +10,7 @@ use alluvium_table::session::query_session;
 use alluvium_table::{Table, query};
 use alluvium_worker::raw::OWN;
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::quarantine::rows;
 
@@ -27,36 +28,45 @@ pub(crate) async fn read(pipeline: &Pipeline, epoch: Epoch, path: &Path) -> Resu
     let text = std::fs::read_to_string(path).map_err(|e| refused(e.to_string()))?;
     let items = items_of(&text).map_err(|e| refused(format!("not JSON: {e}")))?;
     let known = known_places(pipeline, epoch).await?;
+    if known.is_empty() {
+        let text = format!("nothing of epoch {epoch} was read so far: it has no row to correct");
+        let help = format!("`alluvium epochs {}` says why it waits", pipeline.id);
+        return Err(Error::new(Code::RepairUnknown, text).with_help(help));
+    }
     let columns = known_columns(pipeline, epoch).await?;
     let mut repairs = Repairs::new();
     for (at, item) in items.iter().enumerate() {
-        if is_unchanged(item) {
+        let content = item.get("content").map(|content| content.get()).unwrap_or_default();
+        let object: Option<Object> = match content {
+            "null" => None,
+            text => serde_json::from_str(text).ok(),
+        };
+        if is_unchanged(item, object.as_ref()) {
             continue;
         }
-        let (file, row) = (item["file"].as_str(), item["row"].as_i64());
-        let (Some(file), Some(row)) = (file, row) else {
+        let (file, row) = (field(item, "file"), field(item, "row"));
+        let (Some(file), Some(row)) = (file.as_str(), row.as_i64()) else {
             return Err(refused(format!("item {} has no `file` and `row`", at + 1)));
         };
-        let content =
-            item.get("content").filter(|content| content.is_object() || content.is_null());
-        let Some(content) = content else {
+        if object.is_none() && content != "null" {
             return Err(refused(format!("row {row} of {file}: `content` is no object")));
-        };
-        if item.get("epoch").and_then(Value::as_i64).is_some_and(|other| other != epoch.value()) {
+        }
+        if field(item, "epoch").as_i64().is_some_and(|other| other != epoch.value()) {
             return Err(refused(format!("row {row} of {file} is of another epoch")));
         }
         if !known.contains(&(file.to_owned(), row)) {
             return Err(refused(format!("epoch {epoch} has no row {row} of {file}")));
         }
-        let names = content.as_object().into_iter().flat_map(|content| content.keys());
         let is_unknown = |name: &&String| !columns.contains(&name.to_lowercase());
         // What `select` reads is only known with the file.
         if pipeline.content.select.is_none()
-            && let Some(name) = names.into_iter().find(is_unknown)
+            && let Some(name) = object.iter().flat_map(|object| object.keys()).find(is_unknown)
         {
             return Err(refused(format!("row {row} of {file}: there is no column {name:?}")));
         }
-        repairs.entry(file.to_owned()).or_default().insert(row, content.clone());
+        // As text: a number keeps every digit that somebody wrote.
+        let content = object.map(|_| content.to_owned());
+        repairs.entry(file.to_owned()).or_default().insert(row, content);
     }
     match repairs.is_empty() {
         true => Err(refused("it holds no row".to_owned())),
@@ -64,34 +74,46 @@ pub(crate) async fn read(pipeline: &Pipeline, epoch: Epoch, path: &Path) -> Resu
     }
 }
 
+/// An object whose values are text still.
+type Object = BTreeMap<String, Box<RawValue>>;
+
+fn field(item: &Object, name: &str) -> Value {
+    item.get(name).and_then(|raw| serde_json::from_str(raw.get()).ok()).unwrap_or_default()
+}
+
 /// What `show` prints of something that is no row: nobody corrected it.
-fn is_unchanged(item: &Value) -> bool {
-    let content = item["content"].as_object();
+fn is_unchanged(item: &Object, content: Option<&Object>) -> bool {
     let is_only = |name: &str| content.is_some_and(|c| c.len() == 1 && c.contains_key(name));
-    match item["reason"].as_str() {
+    match field(item, "reason").as_str() {
         Some("malformed") => is_only("line"),
         Some("corrupt_file") => is_only("error"),
         _ => false,
     }
 }
 
-fn items_of(text: &str) -> std::result::Result<Vec<Value>, serde_json::Error> {
-    let values: Vec<Value> = serde_json::Deserializer::from_str(text)
-        .into_iter()
-        .collect::<std::result::Result<_, _>>()?;
-    Ok(values
-        .into_iter()
-        .flat_map(|value| match value {
-            Value::Array(items) => items,
-            Value::Object(mut whole) if whole.get("items").is_some_and(Value::is_array) => {
-                match whole.remove("items") {
-                    Some(Value::Array(items)) => items,
-                    _ => Vec::new(),
+/// An array, lines of objects, or the whole that `show` prints.
+fn items_of(text: &str) -> std::result::Result<Vec<Object>, serde_json::Error> {
+    let mut items = Vec::new();
+    for value in serde_json::Deserializer::from_str(text).into_iter::<Box<RawValue>>() {
+        let value = value?;
+        let list = match value.get().starts_with('[') {
+            true => Some(value.get().to_owned()),
+            false => {
+                let whole: Object = serde_json::from_str(value.get()).unwrap_or_default();
+                let list = whole.get("items").map(|items| items.get().to_owned());
+                if list.is_none() {
+                    items.push(whole);
                 }
+                list
             }
-            one => vec![one],
-        })
-        .collect())
+        };
+        if let Some(list) = list {
+            let list: Vec<Box<RawValue>> = serde_json::from_str(&list)?;
+            let item = |item: Box<RawValue>| serde_json::from_str(item.get()).unwrap_or_default();
+            items.extend(list.into_iter().map(item));
+        }
+    }
+    Ok(items)
 }
 
 /// Columns that a row of the epoch may have, in lower case: raw's, declared ones, those that refused

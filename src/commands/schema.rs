@@ -17,11 +17,12 @@ pub(crate) async fn history(file: Option<&Path>, pipeline: &str, output: Output)
     let config = config::load(file)?;
     let pipeline = config.select(Some(pipeline))?.remove(0);
     let mut items = Vec::new();
+    let mut brought = Brought::new();
     for (name, uri) in [("raw", &pipeline.raw), ("main", &pipeline.main)] {
         let Some(table) = Table::open(uri).await? else { continue };
         let mut commits = table.history(0).await?;
         commits.reverse();
-        items.extend(changes(name, &commits));
+        items.extend(changes(name, &commits, &mut brought));
     }
     if items.is_empty() && output == Output::Table {
         printer::say("there is no table yet, or its log no longer reaches back to a change");
@@ -36,50 +37,58 @@ pub(crate) async fn history(file: Option<&Path>, pipeline: &str, output: Output)
     Ok(Exit::Ok)
 }
 
-/// What each commit changed in the columns, oldest first.
-fn changes(table: &str, commits: &[CommitRecord]) -> Vec<Value> {
+/// By column and type: the epoch that brought it into raw. Main gets it with some later merge.
+type Brought = BTreeMap<(String, String), Option<i64>>;
+
+/// What each commit changed in the columns, by the epoch that wanted it, oldest first.
+fn changes(table: &str, commits: &[CommitRecord], brought: &mut Brought) -> Vec<Value> {
     let mut held: Option<BTreeMap<String, String>> = None;
     let mut items = Vec::new();
     for (at, commit) in commits.iter().enumerate() {
         let Some(columns) = &commit.columns else { continue };
         let now: BTreeMap<String, String> = columns.iter().cloned().collect();
-        let mut said = Vec::new();
-        match &held {
-            None => said.push(format!("made with {}", list(columns.iter().map(|(n, k)| (n, k))))),
-            Some(before) => {
-                let added = now.iter().filter(|(name, _)| !before.contains_key(*name));
-                let gone = before.iter().filter(|(name, _)| !now.contains_key(*name));
-                let other = now.iter().filter(|(name, kind)| {
-                    before.get(*name).is_some_and(|earlier| earlier != *kind)
-                });
-                for (word, some) in
-                    [("added", list(added)), ("gone", list(gone)), ("now", list(other))]
-                {
-                    if !some.is_empty() {
-                        said.push(format!("{word} {some}"));
-                    }
-                }
-            }
+        // A commit that does not say so itself is followed by the one that needed it.
+        let own = commit.info["epoch"].as_i64();
+        let own = own.or_else(|| commits[at..].iter().find_map(first_epoch));
+        let mut by_epoch: BTreeMap<Option<i64>, Vec<(&str, &String, &String)>> = BTreeMap::new();
+        for (name, kind) in columns {
+            let word = match held.as_ref().map(|before| before.get(name)) {
+                None => "made with",
+                Some(None) => "added",
+                Some(Some(earlier)) if earlier != kind => "now",
+                Some(Some(_)) => continue,
+            };
+            let epoch = *brought.entry((name.clone(), kind.clone())).or_insert(own);
+            let epoch = if held.is_none() { own } else { epoch };
+            by_epoch.entry(epoch).or_default().push((word, name, kind));
         }
-        held = Some(now);
-        if !said.is_empty() {
+        let before = held.iter().flatten();
+        let gone = before.filter(|(name, _)| !now.contains_key(*name)).map(|(n, k)| ("gone", n, k));
+        by_epoch.entry(own).or_default().extend(gone);
+        for (epoch, some) in by_epoch.into_iter().filter(|(_, some)| !some.is_empty()) {
             items.push(json!({
                 "table": table,
                 "version": commit.version,
                 "at": commit.at.to_rfc3339_opts(chrono::SecondsFormat::Secs, true),
-                // A change is a commit of its own, right before the one that needs it.
-                "epoch": commits[at..].iter().find_map(first_epoch),
-                "change": said.join("; "),
+                "epoch": epoch,
+                "change": said(&some),
             }));
         }
+        held = Some(now);
     }
     items
 }
 
-fn first_epoch(commit: &CommitRecord) -> Option<i64> {
-    commit.info["epochs"].as_array()?.first()?["epoch"].as_i64()
+/// `added a long, b text; gone c long`.
+fn said(changes: &[(&str, &String, &String)]) -> String {
+    let words = ["made with", "added", "gone", "now"].into_iter().filter_map(|word| {
+        let some = changes.iter().filter(|(of, _, _)| *of == word);
+        let some: Vec<String> = some.map(|(_, name, kind)| format!("{name} {kind}")).collect();
+        (!some.is_empty()).then(|| format!("{word} {}", some.join(", ")))
+    });
+    words.collect::<Vec<_>>().join("; ")
 }
 
-fn list<'a>(columns: impl Iterator<Item = (&'a String, &'a String)>) -> String {
-    columns.map(|(name, kind)| format!("{name} {kind}")).collect::<Vec<_>>().join(", ")
+fn first_epoch(commit: &CommitRecord) -> Option<i64> {
+    commit.info["epochs"].as_array()?.first()?["epoch"].as_i64()
 }

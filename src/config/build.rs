@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use alluvium_protocol::Pipeline;
 use alluvium_protocol::pipeline::{
-    Content, Csv, Format, Gates, Mode, NewColumns, OnBad, OnBlock, OnDuplicate, Order, Ready, Sizes,
+    Content, Csv, Format, Gates, Mode, NewColumns, OnBad, OnBlock, OnDuplicate, Order, Ready,
+    Sizes, same_name,
 };
 use alluvium_table::store::{Place, StorageOptions, place_of};
 use toml::Value;
@@ -271,7 +272,7 @@ fn check_pipeline(source: &Source, name: &str, problems: &mut Vec<Problem>) {
     }
     for name in names_of(section.get("columns.ignore")) {
         let keys = names_of(section.get("key"));
-        if keys.iter().any(|key| key.eq_ignore_ascii_case(&name)) {
+        if keys.iter().any(|key| same_name(key, &name)) {
             problem("columns.ignore", format!("{name:?} is a column of the key: main needs it"));
         }
         if name.contains(',') {
@@ -281,7 +282,7 @@ fn check_pipeline(source: &Source, name: &str, problems: &mut Vec<Problem>) {
     let own = ["_epoch", "_op", "_file", "_row", "_generation", "_ingested_at"];
     let keys = section.get("key").and_then(|value| value.as_array().cloned()).unwrap_or_default();
     for (index, key) in keys.iter().filter_map(Value::as_str).enumerate() {
-        let is_again = |other: &Value| other.as_str().is_some_and(|o| o.eq_ignore_ascii_case(key));
+        let is_again = |other: &Value| other.as_str().is_some_and(|o| same_name(o, key));
         if keys.iter().take(index).any(is_again) {
             problem("key", format!("{key:?} stands there twice"));
         }
@@ -313,8 +314,12 @@ fn check_mode(section: &Section<'_>, problem: &mut impl FnMut(&str, String)) {
         }
     }
     let ignored = names_of(section.get("columns.ignore"));
-    for name in names_of(section.get("partition_by")) {
-        if ignored.iter().any(|other| other.eq_ignore_ascii_case(&name)) {
+    let partitions = names_of(section.get("partition_by"));
+    for (at, name) in partitions.iter().enumerate() {
+        if partitions[..at].iter().any(|other| same_name(other, name)) {
+            problem("partition_by", format!("{name:?} stands there twice"));
+        }
+        if ignored.iter().any(|other| same_name(other, name)) {
             problem(
                 "partition_by",
                 format!("{name:?} does not enter main: columns.ignore names it"),

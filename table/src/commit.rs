@@ -203,10 +203,11 @@ impl Table {
             .map_err(|e| foreign(format!("clean the log of {}", self.uri), &e))
     }
 
-    /// Adds nullable columns, in a commit of its own. Not known to have landed: `Lost`.
+    /// Adds nullable columns, in a commit of its own that says `info` of itself. Not known to have landed: `Lost`.
     pub async fn add_columns(
         &mut self,
         columns: &deltalake::arrow::datatypes::Fields,
+        info: serde_json::Value,
     ) -> Result<CommitOutcome> {
         use deltalake::kernel::engine::arrow_conversion::TryIntoKernel;
         let fields = columns
@@ -215,6 +216,7 @@ impl Table {
             .collect::<std::result::Result<Vec<_>, _>>()
             .map_err(|e| Error::new(Code::ColumnTypeMismatch, e.to_string()))?;
         let properties = CommitProperties::default()
+            .with_metadata([("alluvium".to_owned(), info)])
             .with_max_retries(0)
             .with_create_checkpoint(false)
             .with_cleanup_expired_logs(Some(false));

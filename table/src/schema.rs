@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use alluvium_protocol::pipeline::same_name;
 use deltalake::arrow::array::RecordBatch;
 use deltalake::arrow::compute::{CastOptions, cast_with_options};
 use deltalake::arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef, TimeUnit};
@@ -201,9 +202,10 @@ pub fn conform(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, A
 /// The position of a column: by its exact name, or else in another case (Delta's columns are
 /// case-insensitive).
 pub fn find_column(schema: &Schema, name: &str) -> Option<usize> {
-    schema.index_of(name).ok().or_else(|| {
-        schema.fields().iter().position(|field| field.name().eq_ignore_ascii_case(name))
-    })
+    schema
+        .index_of(name)
+        .ok()
+        .or_else(|| schema.fields().iter().position(|field| same_name(field.name(), name)))
 }
 
 #[cfg(test)]

@@ -3,10 +3,17 @@
 use std::sync::{Arc, Mutex};
 
 use alluvium_protocol::{Code, Error, Result};
-use alluvium_table::arrow::array::{Array, AsArray, Int64Array, RecordBatch, StringArray};
-use alluvium_table::arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
-use alluvium_table::arrow::json::WriterBuilder;
-use alluvium_table::arrow::json::writer::LineDelimited;
+use alluvium_table::arrow::array::{
+    Array, ArrayRef, ArrowPrimitiveType, AsArray, Int64Array, PrimitiveArray, RecordBatch,
+    RecordBatchOptions, StringArray,
+};
+use alluvium_table::arrow::compute::cast;
+use alluvium_table::arrow::datatypes::{
+    DataType, Field, FieldRef, Float32Type, Float64Type, Int64Type, Schema, SchemaRef,
+};
+use alluvium_table::arrow::error::ArrowError;
+use alluvium_table::arrow::json::writer::{LineDelimited, NullableEncoder};
+use alluvium_table::arrow::json::{Encoder, EncoderFactory, EncoderOptions, WriterBuilder};
 use alluvium_table::query::with_text_decimals;
 use alluvium_table::spool::Spool;
 
@@ -126,12 +133,14 @@ impl Aside {
 
 /// Each row as a JSON object.
 pub fn texts_of(batch: &RecordBatch) -> Result<Vec<String>> {
-    // Numbers in JSON lose digits in most readers.
-    let batch = &with_text_decimals(batch)?;
+    // Numbers in JSON lose digits in most readers; names in JSON are text.
+    let batch = &with_text_keys(&with_text_decimals(batch)?)?;
     let mut text = Vec::new();
     // A NULL within a value is part of it; a column without a value is left out.
     let has_nested = batch.schema_ref().fields().iter().any(|f| f.data_type().is_nested());
-    let builder = WriterBuilder::new().with_explicit_nulls(has_nested);
+    let builder = WriterBuilder::new()
+        .with_explicit_nulls(has_nested)
+        .with_encoder_factory(Arc::new(AllNumbers));
     let mut writer = builder.build::<_, LineDelimited>(&mut text);
     let failed = |e: &dyn std::fmt::Display| {
         Error::new(Code::Internal, format!("write refused rows as JSON: {e}"))
@@ -141,6 +150,80 @@ pub fn texts_of(batch: &RecordBatch) -> Result<Vec<String>> {
     drop(writer);
     let text = String::from_utf8(text).map_err(|e| failed(&e))?;
     Ok(text.lines().map(str::to_owned).collect())
+}
+
+/// Keys of maps become text: JSON has no others.
+fn with_text_keys(batch: &RecordBatch) -> Result<RecordBatch> {
+    let schema = batch.schema();
+    let fields: Vec<Field> = schema.fields().iter().map(|field| text_keys(field)).collect();
+    let cast = |(column, field): (&ArrayRef, &Field)| match column.data_type() == field.data_type()
+    {
+        true => Ok(Arc::clone(column)),
+        false => cast(column, field.data_type()).map_err(Error::internal),
+    };
+    let columns = batch.columns().iter().zip(&fields).map(cast).collect::<Result<Vec<_>>>()?;
+    let rows = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+    let schema = Arc::new(Schema::new(fields));
+    RecordBatch::try_new_with_options(schema, columns, &rows).map_err(Error::internal)
+}
+
+fn text_keys(field: &Field) -> Field {
+    let inner = |field: &FieldRef| Arc::new(text_keys(field));
+    let kind = match field.data_type() {
+        DataType::Map(entries, sorted) => match entries.data_type() {
+            DataType::Struct(parts) if parts.len() == 2 => {
+                let key = parts[0].as_ref().clone().with_data_type(DataType::Utf8);
+                let parts = DataType::Struct(vec![Arc::new(key), inner(&parts[1])].into());
+                DataType::Map(Arc::new(entries.as_ref().clone().with_data_type(parts)), *sorted)
+            }
+            other => other.clone(),
+        },
+        DataType::List(item) => DataType::List(inner(item)),
+        DataType::LargeList(item) => DataType::LargeList(inner(item)),
+        DataType::Struct(parts) => DataType::Struct(parts.iter().map(inner).collect()),
+        other => other.clone(),
+    };
+    field.clone().with_data_type(kind)
+}
+
+/// NaN and the infinities as text: JSON has no number for them, and NULL is another value.
+#[derive(Debug)]
+struct AllNumbers;
+
+impl EncoderFactory for AllNumbers {
+    fn make_default_encoder<'a>(
+        &self,
+        _field: &'a FieldRef,
+        array: &'a dyn Array,
+        _options: &'a EncoderOptions,
+    ) -> std::result::Result<Option<NullableEncoder<'a>>, ArrowError> {
+        let encoder: Box<dyn Encoder + 'a> = match array.data_type() {
+            DataType::Float64 => Box::new(Floats(array.as_primitive::<Float64Type>())),
+            DataType::Float32 => Box::new(Floats(array.as_primitive::<Float32Type>())),
+            _ => return Ok(None),
+        };
+        Ok(Some(NullableEncoder::new(encoder, array.nulls().cloned())))
+    }
+}
+
+struct Floats<'a, T: ArrowPrimitiveType>(&'a PrimitiveArray<T>);
+
+impl<T: ArrowPrimitiveType> Encoder for Floats<'_, T>
+where
+    T::Native: Into<f64> + std::fmt::Debug,
+{
+    fn encode(&mut self, at: usize, out: &mut Vec<u8>) {
+        let value = self.0.value(at);
+        let wide: f64 = value.into();
+        let text = match wide {
+            _ if wide.is_nan() => "\"NaN\"".to_owned(),
+            f64::INFINITY => "\"Infinity\"".to_owned(),
+            f64::NEG_INFINITY => "\"-Infinity\"".to_owned(),
+            // The shortest text that reads back as the same number.
+            _ => format!("{value:?}"),
+        };
+        out.extend_from_slice(text.as_bytes());
+    }
 }
 
 /// A line that is no row, as a JSON object.

@@ -1,6 +1,6 @@
 //! Which columns an epoch gives raw: the table's and the declared ones, then what its files bring.
 
-use alluvium_protocol::pipeline::{Content, Format, Mode, NewColumns};
+use alluvium_protocol::pipeline::{Content, Format, Mode, NewColumns, same_name};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use alluvium_table::schema::{delta_type, find_column, parse_type, widens_to};
@@ -68,7 +68,7 @@ pub(crate) fn decide(
             // The rule needs these, also where no earlier file gave them a type; and main, which may be
             // older than raw, never has what is ignored.
             let of_rule = pipeline.content.key.iter().chain(&pipeline.content.sequence_by);
-            of_rule.into_iter().any(|name| name.eq_ignore_ascii_case(column.name()))
+            of_rule.into_iter().any(|name| same_name(name, column.name()))
                 || (is_first_raw && pipeline.is_ignored(column.name()))
         });
     columns.extend(needed);
@@ -181,10 +181,14 @@ fn void_columns(columns: &[Field], files: &[NamedSchema]) -> Vec<Field> {
     found
 }
 
+/// What readers of a change data feed find beside the row.
+const OF_FEED: [&str; 3] = ["_change_type", "_commit_version", "_commit_timestamp"];
+
 fn check_name(pipeline: &Pipeline, name: &str, seen: &mut Vec<String>, place: &str) -> Result<()> {
     let lower = name.to_lowercase();
     let is_validity = pipeline.content.mode == Mode::Scd2 && VALIDITY.contains(&lower.as_str());
-    if OWN.contains(&lower.as_str()) || lower.starts_with(HELPERS) || is_validity {
+    let is_of_feed = pipeline.content.change_feed && OF_FEED.contains(&lower.as_str());
+    if OWN.contains(&lower.as_str()) || lower.starts_with(HELPERS) || is_validity || is_of_feed {
         let text = format!("{place}: the name is reserved for Alluvium's own columns");
         return Err(Error::new(Code::ReservedColumn, text)
             .with_help("rename the column where the file is written, or with `select`"));
@@ -217,7 +221,7 @@ pub(crate) fn check_columns(
 ) -> Result<()> {
     let content = &pipeline.content;
     let is_declared =
-        |name: &str| content.declared.iter().any(|column| column.name.eq_ignore_ascii_case(name));
+        |name: &str| content.declared.iter().any(|column| same_name(&column.name, name));
     let is_known = |name: &str| {
         content.format == Format::Json
             && (is_declared(name) || table.is_some_and(|table| find_column(table, name).is_some()))

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use alluvium_protocol::pipeline::Mode;
+use alluvium_protocol::pipeline::{Mode, same_name};
 use alluvium_protocol::{Epoch, Error, Result};
 use alluvium_table::arrow::array::AsArray;
 use alluvium_table::arrow::compute::cast;
@@ -271,7 +271,7 @@ async fn leave_unchanged(session: &SessionContext, main: &Table, rule: &Rule) ->
         .iter()
         .filter(|field| rule.key_name(field.name()).is_none())
         .map(|field| {
-            let known = rule.output.iter().find(|c| c.eq_ignore_ascii_case(field.name()));
+            let known = rule.output.iter().find(|c| same_name(c, field.name()));
             let coming = known.map_or_else(|| "NULL".to_owned(), |c| format!("w.{}", quoted(c)));
             format!("(m.{} IS NOT DISTINCT FROM {coming})", quoted(field.name()))
         })
@@ -318,7 +318,7 @@ fn padded_columns(main: &Table, rule: &Rule) -> String {
         .fields()
         .iter()
         .map(|field| {
-            let known = rule.output.iter().find(|c| c.eq_ignore_ascii_case(field.name()));
+            let known = rule.output.iter().find(|c| same_name(c, field.name()));
             match known {
                 Some(column) => format!("{} AS {}", quoted(column), quoted(field.name())),
                 None => format!("NULL AS {}", quoted(field.name())),

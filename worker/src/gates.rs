@@ -7,7 +7,7 @@ use alluvium_protocol::manifest::{Manifest, Reason};
 use alluvium_protocol::pipeline::Gates;
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
 use alluvium_table::Table;
-use alluvium_table::arrow::array::AsArray;
+use alluvium_table::arrow::array::{Array, AsArray};
 use alluvium_table::arrow::datatypes::Int64Type;
 use alluvium_table::classify::foreign;
 use alluvium_table::session::work_session;
@@ -51,8 +51,9 @@ pub(crate) async fn check(
         && refused * WHOLE > most * incoming.rows()
     {
         return closed(format!(
-            "{refused} of {} rows are refused; gate.refused_max is {}",
+            "{refused} of {} rows are refused ({}); gate.refused_max is {}",
             incoming.rows(),
+            reasons(pipeline, incoming, judged).await?,
             shown(most)
         ));
     }
@@ -100,6 +101,36 @@ async fn counts(pipeline: &Pipeline, incoming: &Incoming, judged: &Judged) -> Re
     Ok((content, incoming.rows().saturating_sub(content + filtered)))
 }
 
+/// `null_key 1, first row 0 of b.csv; type:value 20, first row 3 of a.csv`
+async fn reasons(pipeline: &Pipeline, incoming: &Incoming, judged: &Judged) -> Result<String> {
+    let aside = aside::new();
+    let all = work_session(pipeline.sizes.memory_bytes);
+    incoming.register(&all, "incoming", &aside)?;
+    let doing = "look at the refused rows";
+    let frame = all.sql("SELECT count(*) FROM incoming").await.map_err(|e| foreign(doing, &e))?;
+    let read = frame.collect().await.map_err(|e| foreign(doing, &e));
+    read.map_err(|error| first_error(&aside, error))?;
+    let session = work_session(pipeline.sizes.memory_bytes);
+    incoming.register(&session, "incoming", &aside::new())?;
+    judged.set_aside(pipeline, &session, &aside).await?;
+    let refused = aside.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+    let mut reasons: BTreeMap<String, (u64, String)> = BTreeMap::new();
+    for batch in refused.finish()?.batches()? {
+        let batch = batch?;
+        let text = |at: usize| batch.column(at).as_string::<i32>();
+        let (files, rows, why) = (text(0), batch.column(1).as_primitive::<Int64Type>(), text(2));
+        for at in 0..batch.num_rows() {
+            let place = || match rows.is_valid(at) {
+                true => format!("row {} of {}", rows.value(at), files.value(at)),
+                false => files.value(at).to_owned(),
+            };
+            reasons.entry(why.value(at).to_owned()).or_insert_with(|| (0, place())).0 += 1;
+        }
+    }
+    let told = reasons.iter().map(|(reason, (count, at))| format!("{reason} {count}, first {at}"));
+    Ok(told.collect::<Vec<_>>().join("; "))
+}
+
 /// The median of rows of the nearest epochs below; `None`: there is none.
 async fn usual_rows(raw: Option<&Table>, epoch: Epoch) -> Result<Option<u64>> {
     let Some(raw) = raw else { return Ok(None) };
@@ -113,5 +144,10 @@ async fn usual_rows(raw: Option<&Table>, epoch: Epoch) -> Result<Option<u64>> {
     }
     let mut nearest: Vec<u64> = rows.into_values().rev().take(EARLIER).collect();
     nearest.sort_unstable();
-    Ok(nearest.get(nearest.len() / 2).copied())
+    let middle = nearest.len() / 2;
+    Ok(match nearest.len() % 2 {
+        _ if nearest.is_empty() => None,
+        0 => Some(nearest[middle - 1].midpoint(nearest[middle])),
+        _ => Some(nearest[middle]),
+    })
 }

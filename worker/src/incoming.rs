@@ -13,7 +13,8 @@ use std::sync::{Arc, PoisonError};
 use alluvium_protocol::pipeline::OnBad;
 use alluvium_protocol::{Code, Error, Result};
 use alluvium_table::arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, StringArray,
+    Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, RecordBatchOptions,
+    StringArray,
 };
 use alluvium_table::arrow::compute::{filter, filter_record_batch, not, or};
 use alluvium_table::arrow::datatypes::{
@@ -39,6 +40,9 @@ use crate::typing::{fits_whole, shown, typed};
 const MISFIT_HELP: &str = "deliver the folder again with the table's type (a narrower one is fine); or \
                            refuse such rows: on_mismatch = \"quarantine\", then `alluvium retry`";
 
+const CORRECTION_HELP: &str = "correct it again: `alluvium quarantine replay PIPELINE EPOCH --rows FILE`; \
+                               \"content\": null in the file takes the correction back";
+
 /// Repaired rows: file, position, and the row as JSON text.
 pub type Repairs = BTreeMap<String, BTreeMap<i64, String>>;
 
@@ -48,6 +52,10 @@ pub struct Reading {
     pub key: Vec<String>,
     /// Values of these columns decide between rows: none may change where Delta keeps less of it.
     pub exact: Vec<String>,
+    /// Those of them whose type nobody declared: text that came to be a number must look like one.
+    pub written: Vec<String>,
+    /// Text columns of these are main's folders: Delta takes an empty text there for NULL.
+    pub partitions: Vec<String>,
     /// What files have, and `select` is over; without it nothing is asked.
     pub selection: Option<Selection>,
     /// The data columns.
@@ -212,6 +220,8 @@ struct Rows {
     came: RecordBatch,
     /// `came` holds lines of JSON.
     are_lines: bool,
+    /// Somebody put them in the file's rows' places.
+    are_corrections: bool,
 }
 
 impl Rows {
@@ -235,7 +245,7 @@ impl Rows {
         let came = filter_record_batch(&self.came, keep).map_err(Error::internal)?;
         let places = filter(&self.places, keep).map_err(Error::internal)?;
         let places = places.as_primitive::<Int64Type>().clone();
-        Ok(Self { batch, places, came, are_lines: self.are_lines })
+        Ok(Self { batch, places, came, ..*self })
     }
 }
 
@@ -318,6 +328,7 @@ impl FileRows {
         self.check_exact(&rows)?;
         self.fit(&mut rows, &self.reading.columns)?;
         rows.batch = self.with_one_zero(rows.batch)?;
+        rows.batch = self.without_empty_partitions(rows.batch)?;
         if let Some(refused) = self.null_keys(&rows.batch)? {
             let out = rows.take_out(&refused)?;
             self.set_aside(&out, NULL_KEY)?;
@@ -327,14 +338,15 @@ impl FileRows {
 
     /// The piece without rows that were corrected, unless it holds these.
     fn unrepaired(&self, piece: Piece) -> Result<Rows> {
-        let are_lines = piece.lines.is_some();
+        let (are_lines, are_corrections) = (piece.lines.is_some(), piece.are_corrections);
         let came = match piece.lines {
             None => piece.rows.clone(),
             Some(lines) => RecordBatch::try_from_iter([("line", Arc::new(lines) as ArrayRef)])
                 .map_err(Error::internal)?,
         };
-        let rows = Rows { batch: piece.rows, places: piece.places, came, are_lines };
-        if self.repairs().is_none() || piece.are_corrections {
+        let rows =
+            Rows { batch: piece.rows, places: piece.places, came, are_lines, are_corrections };
+        if self.repairs().is_none() || are_corrections {
             return Ok(rows);
         }
         let keep: Vec<bool> =
@@ -349,7 +361,10 @@ impl FileRows {
         let exact =
             self.reading.exact.iter().filter(|name| !is_text && !self.file.is_constant(name));
         let strict: Vec<&str> = exact.map(String::as_str).collect();
-        let found = typed(&rows.batch, columns, &strict)?;
+        let written =
+            self.reading.written.iter().filter(|name| is_text && !self.file.is_constant(name));
+        let written: Vec<&str> = written.map(String::as_str).collect();
+        let found = typed(&rows.batch, columns, &strict, &written)?;
         if self.reading.on_mismatch == OnBad::Fail
             && let Some((name, misfit)) = found.misfits.first()
         {
@@ -380,7 +395,11 @@ impl FileRows {
             "{}, column {name:?}: {value} ({found}) does not fit its type, {wanted}",
             self.place(rows.places.value(row))
         );
-        Error::new(Code::ColumnTypeMismatch, text).with_help(MISFIT_HELP)
+        let (text, help) = match rows.are_corrections {
+            true => (format!("corrected row: {text}"), CORRECTION_HELP),
+            false => (text, MISFIT_HELP),
+        };
+        Error::new(Code::ColumnTypeMismatch, text).with_help(help)
     }
 
     fn select(&self, rows: &mut Rows, selection: &Selection) -> Result<()> {
@@ -463,9 +482,22 @@ impl FileRows {
             }
         }
         let rows = batch.num_rows();
-        let options =
-            alluvium_table::arrow::array::RecordBatchOptions::new().with_row_count(Some(rows));
+        let options = RecordBatchOptions::new().with_row_count(Some(rows));
         RecordBatch::try_new_with_options(schema, columns, &options).map_err(Error::internal)
+    }
+
+    /// What every reader will see: a partition's empty text is NULL in the log.
+    fn without_empty_partitions(&self, batch: RecordBatch) -> Result<RecordBatch> {
+        let schema = batch.schema();
+        let mut columns = batch.columns().to_vec();
+        for at in self.reading.partitions.iter().filter_map(|name| find_column(&schema, name)) {
+            if let Some(values) = columns[at].as_string_opt::<i32>() {
+                let values = values.iter().map(|value| value.filter(|text| !text.is_empty()));
+                columns[at] = Arc::new(values.collect::<StringArray>());
+            }
+        }
+        let rows = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+        RecordBatch::try_new_with_options(schema, columns, &rows).map_err(Error::internal)
     }
 
     /// True for each row with a NULL in the key; `None`: no such row.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use alluvium_protocol::manifest::Manifest;
 use alluvium_protocol::marker::{Generation, Markers};
-use alluvium_protocol::pipeline::{Format, full_hash};
+use alluvium_protocol::pipeline::{Format, full_hash, same_name};
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
 use alluvium_table::Table;
@@ -84,7 +84,8 @@ pub async fn ingest(
 
     let judged = judge(pipeline, &incoming).await?;
     gates::check(pipeline, &manifest, present.as_ref(), &incoming, &judged).await?;
-    let table = prepare_table(workshop, pipeline, present, &columns, permit).await?;
+    let table =
+        prepare_table(workshop, pipeline, present, &columns, (manifest.epoch, permit)).await?;
     let prepared = write_files(workshop, task, wanted, &table, &incoming, &judged).await?;
     crash::point("ingest.after_write")?;
     permit.check()?;
@@ -154,18 +155,26 @@ async fn incoming_of(
         schemas = vec![("select".to_owned(), Arc::clone(selection.output()))];
     }
     // A text file without rows may be one without columns, too.
-    let is_empty = |name: &str| files.iter().any(|f| f.name == name && f.is_text() && f.rows == 0);
+    let is_empty =
+        |name: &str| files.iter().any(|f| f.name == name && f.is_text() && f.good_rows() == 0);
     let with_rows: Vec<NamedSchema> =
         schemas.iter().filter(|(name, _)| !is_empty(name)).cloned().collect();
     check_columns(pipeline, &manifest.folder, table, &with_rows)?;
     let columns =
         columns::decide(pipeline, manifest.epoch, &manifest.folder, table, is_first_raw, &schemas)?;
     let repairs = manifest.repairs.iter().map(|(file, rows)| {
-        (file.clone(), rows.iter().map(|(row, content)| (*row, content.to_string())).collect())
+        (
+            file.clone(),
+            rows.iter().filter_map(|(row, content)| Some((*row, content.clone()?))).collect(),
+        )
     });
+    let exact = [content.key.as_slice(), content.sequence_by.as_slice()].concat();
+    let is_declared = |name: &str| content.declared.iter().any(|d| same_name(&d.name, name));
     let reading = Reading {
         key: content.key.clone(),
-        exact: [content.key.as_slice(), content.sequence_by.as_slice()].concat(),
+        partitions: content.partition_by.clone(),
+        written: exact.iter().filter(|name| !is_declared(name)).cloned().collect(),
+        exact,
         selection,
         // Expressions may speak of columns that do not enter the table.
         columns: Arc::new(Schema::new(columns.read())),
@@ -238,7 +247,7 @@ async fn prepare_table(
     pipeline: &Pipeline,
     present: Option<Table>,
     columns: &Columns,
-    permit: &Permit,
+    (epoch, permit): (Epoch, &Permit),
 ) -> Result<Table> {
     let mut table = match present {
         Some(table) => table,
@@ -259,10 +268,12 @@ async fn prepare_table(
         }
         let _turn = workshop.tables.turn(&pipeline.raw).await;
         let outcome = if missing.is_empty() {
-            widen(&mut table, pipeline, &narrow, Some(permit)).await?
+            widen(&mut table, pipeline, &narrow, Some((epoch, permit))).await?
         } else {
             crash::point("schema.before_commit")?;
-            table.add_columns(&missing).await?
+            let info =
+                serde_json::json!({"pipeline": pipeline.id, "step": "schema", "epoch": epoch});
+            table.add_columns(&missing, info).await?
         };
         match outcome {
             CommitOutcome::Landed => crash::point("schema.after_commit")?,
@@ -359,7 +370,7 @@ async fn content_rows(
     let content = &pipeline.content;
     let op = match &content.delete_when {
         Some(condition) => {
-            format!("CASE WHEN ({condition}) THEN '{}' ELSE '{}' END", raw::DELETE, raw::UPSERT)
+            format!("CASE WHEN (\n{condition}\n) THEN '{}' ELSE '{}' END", raw::DELETE, raw::UPSERT)
         }
         None => format!("'{}'", raw::UPSERT),
     };

@@ -4,7 +4,7 @@
 //! else wrote is seen.
 
 use alluvium_protocol::marker::Markers;
-use alluvium_protocol::pipeline::Mode;
+use alluvium_protocol::pipeline::{Mode, same_name};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
 use alluvium_table::arrow::datatypes::{DataType, Schema};
 use alluvium_table::schema::find_column;
@@ -130,6 +130,7 @@ pub async fn lineage(pipeline: &Pipeline, key: &[String]) -> Result<Lineage> {
     raw.check_settings(pipeline)?;
     let of = |table: &Table| Markers::of_pipeline(&pipeline.id, table.transactions());
     let markers = Markers::joined(of(&raw), main.as_ref().map(of).unwrap_or_default());
+    check_values(pipeline, &raw.schema(), key).await?;
     let rows = rows_of_raw(pipeline, &raw, key).await?;
     let main_row = match &main {
         Some(main) => row_of(main, pipeline, &raw, key).await?,
@@ -194,7 +195,7 @@ async fn row_of(
         .iter()
         .filter(|field| !is_validity(pipeline, field.name()))
         .map(|field| {
-            let known = names.iter().find(|name| name.name().eq_ignore_ascii_case(field.name()));
+            let known = names.iter().find(|name| same_name(name.name(), field.name()));
             let name = known.map_or(field.name(), |known| known.name());
             format!("{} AS {}", quoted(field.name()), quoted(name))
         })
@@ -220,12 +221,58 @@ fn condition(schema: &Schema, pipeline: &Pipeline, key: &[String]) -> String {
         let name = quoted(field.map_or(column.as_str(), |field| field.name()));
         match field.map(|field| field.data_type()) {
             Some(DataType::Utf8) | None => format!("{name} = {}", text(value)),
+            Some(DataType::Binary) => format!("{name} = X{}", text(value)),
+            // No number equals it, and statistics do not know it.
+            Some(DataType::Float32 | DataType::Float64) if is_nan(value) => {
+                format!("isnan({name})")
+            }
             Some(kind) => {
                 format!("{name} = arrow_cast({}, {})", text(value), text(&kind.to_string()))
             }
         }
     });
     equal.collect::<Vec<_>>().join(" AND ")
+}
+
+fn is_nan(value: &str) -> bool {
+    value.eq_ignore_ascii_case("nan")
+}
+
+/// Each text is a value of its column, to the last digit.
+async fn check_values(pipeline: &Pipeline, schema: &Schema, key: &[String]) -> Result<()> {
+    let session = query_session(SEARCH_BYTES);
+    for (column, value) in pipeline.content.key.iter().zip(key) {
+        let Some(at) = find_column(schema, column) else { continue };
+        let kind = schema.field(at).data_type();
+        let literal = format!("'{}'", value.replace('\'', "''"));
+        let sql = format!("SELECT arrow_cast({literal}, '{kind}')");
+        let is_one = match kind {
+            DataType::Utf8 => true,
+            DataType::Binary => {
+                value.len().is_multiple_of(2) && value.bytes().all(|byte| byte.is_ascii_hexdigit())
+            }
+            DataType::Decimal128(_, scale) => {
+                let digits = value.split_once('.').map_or("", |(_, digits)| digits);
+                digits.trim_end_matches('0').len() <= usize::try_from(*scale).unwrap_or(0)
+                    && query::rows(&session, &sql).await.is_ok()
+            }
+            _ => query::rows(&session, &sql).await.is_ok(),
+        };
+        if !is_one {
+            let text = format!("{value:?} is no value of the key column {column} {kind}");
+            let help = match kind {
+                DataType::Binary => {
+                    "a binary key is given in hexadecimal digits: --key 00ff".to_owned()
+                }
+                _ => format!(
+                    "`alluvium query {} \"SELECT * FROM main LIMIT 5\"` shows what keys look like",
+                    pipeline.id
+                ),
+            };
+            return Err(Error::new(Code::NotPossibleNow, text).with_help(help));
+        }
+    }
+    Ok(())
 }
 
 fn no_such_value(error: Error, table: &Table, pipeline: &Pipeline) -> Error {

@@ -15,7 +15,7 @@ use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id, 
 use alluvium_protocol::pipeline::Mode;
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
-use alluvium_table::arrow::datatypes::{Field, Schema};
+use alluvium_table::arrow::datatypes::{DataType, Field, Schema};
 use alluvium_table::classify::foreign;
 use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
 use alluvium_table::pause::Pauses;
@@ -321,7 +321,8 @@ async fn prepare_main(workshop: &Workshop, task: &Task) -> Result<Table> {
             turn_on_change_feed(&mut main, pipeline).await?
         } else if !missing.is_empty() {
             crash::point("schema.before_commit")?;
-            main.add_columns(&missing).await?
+            let info = serde_json::json!({"pipeline": pipeline.id, "step": "schema"});
+            main.add_columns(&missing, info).await?
         } else {
             workshop.tables.remember(&main);
             return Ok(main);
@@ -360,7 +361,24 @@ fn partitions_of(pipeline: &Pipeline, data: &[Field]) -> Result<Vec<String>> {
             Error::new(Code::KeyColumnMissing, text)
                 .with_help(format!("set `partition_by` of pipeline.{}", pipeline.id))
         })?;
-        found.push(schema.field(at).name().clone());
+        let field = schema.field(at);
+        if field.data_type().is_nested() || field.data_type() == &DataType::Binary {
+            let text = format!("partition_by: column {name:?} has type {}", field.data_type());
+            let help = format!(
+                "folders are named after numbers, texts and times: set `partition_by` of pipeline.{}",
+                pipeline.id
+            );
+            return Err(Error::new(Code::ColumnTypeMismatch, text).with_help(help));
+        }
+        found.push(field.name().clone());
+    }
+    if data.iter().all(|field| found.contains(field.name())) {
+        let what =
+            if data.is_empty() { "no epoch so far has a column" } else { "all are partitions" };
+        let text = format!("{}: a table needs a column, and {what}", pipeline.main);
+        return Err(Error::new(Code::KeyColumnMissing, text).with_help(
+            "deliver an epoch with rows, then `alluvium retry`; or set `partition_by`",
+        ));
     }
     Ok(found)
 }

@@ -255,7 +255,8 @@ impl Judged {
 
 /// SQL that is true, and never NULL, of rows for which an expectation does not hold.
 fn fails(expectation: &Expectation) -> String {
-    format!("(({}) IS NOT TRUE)", expectation.sql)
+    // On lines of its own: it may end in a comment.
+    format!("((\n{}\n) IS NOT TRUE)", expectation.sql)
 }
 
 fn text(value: &str) -> String {
@@ -291,11 +292,34 @@ async fn count_failed(
     let sql = format!("SELECT {} FROM incoming", counts.join(", "));
     let doing = "count rows that are not as expected";
     let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-    let batches = frame.collect().await.map_err(|e| foreign(doing, &e))?;
+    let batches = match frame.collect().await {
+        Ok(batches) => batches,
+        Err(error) => return Err(culprit(session, expectations, foreign(doing, &error)).await),
+    };
     let batch = batches.first().ok_or_else(|| Error::internal("a count without a row"))?;
     let count = |at: usize| batch.column(at).as_primitive::<Int64Type>().value(0);
     let named = expectations.iter().enumerate();
     Ok(named.map(|(at, e)| (e.name.clone(), u64::try_from(count(at)).unwrap_or(0))).collect())
+}
+
+/// The error, with the name of the expectation that cannot be asked of every row, if it is one.
+async fn culprit(session: &SessionContext, expectations: &[Expectation], error: Error) -> Error {
+    for expectation in expectations {
+        let sql = format!("SELECT count(*) FILTER (WHERE {}) FROM incoming", fails(expectation));
+        let Ok(frame) = session.sql(&sql).await else { continue };
+        let Err(why) = frame.collect().await else { continue };
+        let text = format!(
+            "expectation {:?} ({}) fails for some row: {}",
+            expectation.name,
+            expectation.sql,
+            why.strip_backtrace()
+        );
+        return Error::new(Code::ExpressionInvalid, text).with_help(
+            "say what holds for every row, with nullif(x, 0), try_cast(x AS BIGINT) or CASE WHEN; then \
+             `alluvium retry`",
+        );
+    }
+    error
 }
 
 async fn failed_error(
@@ -341,8 +365,8 @@ async fn check_expression(
         Error::new(Code::ExpressionInvalid, format!("{what} = {expression:?}: {why}"))
             .with_help(help)
     };
-    let sql = format!("SELECT ({expression}) FROM incoming");
-    let frame = session.sql(&sql).await.map_err(|e| invalid(e.to_string()))?;
+    let sql = format!("SELECT (\n{expression}\n) FROM incoming");
+    let frame = session.sql(&sql).await.map_err(|e| invalid(e.strip_backtrace()))?;
     let kind = frame.schema().field(0).data_type();
     if !matches!(kind, DataType::Boolean | DataType::Null) {
         return Err(invalid(format!("it gives a value of type {kind}, not true or false")));

@@ -3,14 +3,17 @@
 
 use std::sync::Arc;
 
+use alluvium_protocol::pipeline::same_name;
 use alluvium_protocol::{Code, Error, Pipeline, Result};
 use alluvium_table::arrow::array::{Array, AsArray, BooleanArray, RecordBatch, RecordBatchOptions};
 use alluvium_table::arrow::compute::{cast, prep_null_mask_filter};
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use alluvium_table::datafusion::common::tree_node::{Transformed, TreeNode};
 use alluvium_table::datafusion::error::DataFusionError;
 use alluvium_table::datafusion::logical_expr::simplify::SimplifyContext;
 use alluvium_table::datafusion::logical_expr::{Expr, LogicalPlan};
 use alluvium_table::datafusion::optimizer::simplify_expressions::ExprSimplifier;
+use alluvium_table::datafusion::physical_expr::expressions::BinaryExpr;
 use alluvium_table::datafusion::physical_plan::PhysicalExpr;
 use alluvium_table::schema::delta_type;
 use alluvium_table::select::{check_select, place_of};
@@ -69,7 +72,7 @@ impl Selection {
             }
             let expr = simplifier.coerce(expr.clone(), schema).map_err(told)?;
             let expr = simplifier.simplify(expr).map_err(told)?;
-            state.create_physical_expr(expr, schema).map_err(told)
+            checked(state.create_physical_expr(expr, schema).map_err(told)?).map_err(told)
         };
         let filter = condition.as_ref().map(&compiled).transpose()?;
         let (mut columns, mut fields) = (Vec::new(), Vec::new());
@@ -150,6 +153,22 @@ impl Selection {
     }
 }
 
+/// The expression, failing where whole numbers are too large instead of beginning again from below.
+fn checked(expr: Arc<dyn PhysicalExpr>) -> Result<Arc<dyn PhysicalExpr>, DataFusionError> {
+    let checked = expr.transform_up(|part| {
+        Ok(match part.downcast_ref::<BinaryExpr>() {
+            Some(binary) => {
+                let (left, right) = (Arc::clone(binary.left()), Arc::clone(binary.right()));
+                let checked =
+                    BinaryExpr::new(left, *binary.op(), right).with_fail_on_overflow(true);
+                Transformed::yes(Arc::new(checked))
+            }
+            None => Transformed::no(part),
+        })
+    })?;
+    Ok(checked.data)
+}
+
 /// What `select` is over: the columns of all files, each with the first type that holds them all.
 /// Fields of CSV are text there: what they mean is for `select` to say.
 pub fn input_of(schemas: &[SchemaRef], is_csv: bool) -> SchemaRef {
@@ -159,7 +178,7 @@ pub fn input_of(schemas: &[SchemaRef], is_csv: bool) -> SchemaRef {
             true => DataType::Utf8,
             false => delta_type(field.data_type()).unwrap_or(DataType::Utf8),
         };
-        match fields.iter_mut().find(|known| known.name().eq_ignore_ascii_case(field.name())) {
+        match fields.iter_mut().find(|known| same_name(known.name(), field.name())) {
             None => fields.push(Field::new(field.name(), held, true)),
             Some(known) if alluvium_table::schema::widens_to(known.data_type(), &held) => {
                 *known = Field::new(known.name(), held, true);

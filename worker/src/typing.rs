@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use alluvium_protocol::pipeline::same_name;
 use alluvium_protocol::{Error, Result};
 use alluvium_table::arrow::array::{
     Array, ArrayRef, AsArray, BooleanArray, ListArray, MapArray, RecordBatch, RecordBatchOptions,
@@ -30,7 +31,13 @@ pub struct Typed {
 
 /// The batch with exactly the columns of `schema`: found by name, in either case; absent ones are NULL.
 /// A text is no number in the columns `strict`: of what decides between rows `03` is not `3`.
-pub fn typed(batch: &RecordBatch, schema: &SchemaRef, strict: &[&str]) -> Result<Typed> {
+/// In the columns `written` it is one, unless zeros stand before it: `007` is not `7` there.
+pub fn typed(
+    batch: &RecordBatch,
+    schema: &SchemaRef,
+    strict: &[&str],
+    written: &[&str],
+) -> Result<Typed> {
     let rows = batch.num_rows();
     let mut columns = Vec::with_capacity(schema.fields().len());
     let mut misfits = Vec::new();
@@ -39,13 +46,23 @@ pub fn typed(batch: &RecordBatch, schema: &SchemaRef, strict: &[&str]) -> Result
             columns.push(new_null_array(field.data_type(), rows));
             continue;
         };
-        let is_strict = strict.iter().any(|name| name.eq_ignore_ascii_case(field.name()));
+        let is_strict = strict.iter().any(|name| same_name(name, field.name()));
         let found = delta_type(batch.column(at).data_type());
         let is_text = found == Some(DataType::Utf8) && field.data_type() != &DataType::Utf8;
-        let (column, misfit) = match is_strict && is_text {
+        let (column, mut misfit) = match is_strict && is_text {
             true => nothing_fits(batch.column(at), field.data_type())?,
             false => fitted(batch.column(at), field.data_type())?,
         };
+        let is_written = written.iter().any(|name| same_name(name, field.name()));
+        if is_written && is_text && field.data_type().is_numeric() {
+            let texts = cast(batch.column(at), &DataType::Utf8)?;
+            let filled = texts.as_string::<i32>().iter().map(|t| Some(t.is_some_and(is_filled)));
+            let filled: BooleanArray = filled.collect();
+            misfit = Some(match misfit {
+                Some(misfit) => or(&misfit, &filled).map_err(Error::internal)?,
+                None => filled,
+            });
+        }
         columns.push(column);
         misfits.extend(misfit.filter(|m| m.true_count() > 0).map(|m| (field.name().clone(), m)));
     }
@@ -107,7 +124,12 @@ fn fitted(column: &ArrayRef, to: &DataType) -> Result<Fitted> {
     let made = if held == DataType::Utf8 { from_text(&column, to)? } else { cast(&column, to)? };
     let mut misfit = lost(&column, &made)?;
     if to.is_floating() && held == DataType::Utf8 {
-        misfit = or(&misfit, &too_large(&column, &made)?).map_err(Error::internal)?;
+        misfit = or(&misfit, &inexact(&column, &made)?).map_err(Error::internal)?;
+    }
+    if held == DataType::Utf8 && matches!(to, DataType::Timestamp(_, None)) {
+        // Taking the zone away would tell another time of the day.
+        let zoned = column.as_string::<i32>().iter().map(|text| Some(text.is_some_and(has_zone)));
+        misfit = or(&misfit, &zoned.collect()).map_err(Error::internal)?;
     }
     if let Some(way_back) = way_back(&held, to) {
         // What was rounded or cut does not come back as it was.
@@ -220,16 +242,49 @@ fn from_text(column: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
     zip(&is_not_null(&made).map_err(Error::internal)?, &made, &whole).map_err(Error::internal)
 }
 
-/// True where a text of digits became infinite.
-fn too_large(texts: &ArrayRef, made: &ArrayRef) -> Result<BooleanArray> {
+/// Zeros, or a plus, before a number.
+fn is_filled(text: &str) -> bool {
+    let digits = text.trim().trim_start_matches('-').as_bytes();
+    digits.first() == Some(&b'+')
+        || (digits.first() == Some(&b'0') && digits.get(1).is_some_and(u8::is_ascii_digit))
+}
+
+fn has_zone(text: &str) -> bool {
+    let time = text.trim_end().get(10..).unwrap_or_default();
+    time.ends_with(['Z', 'z']) || time.contains(['+', '-'])
+}
+
+/// True where a text of digits became infinite, a number that is not zero became zero, or a whole
+/// number another one.
+fn inexact(texts: &ArrayRef, made: &ArrayRef) -> Result<BooleanArray> {
+    let is_single = made.data_type() == &DataType::Float32;
     let made = cast(made, &DataType::Float64)?;
     let made = made.as_primitive::<Float64Type>().iter();
     let texts = texts.as_string::<i32>().iter();
     Ok(texts
         .zip(made)
         .map(|(text, made)| {
-            let is_number = text.is_some_and(|text| text.contains(|c: char| c.is_ascii_digit()));
-            Some(is_number && made.is_some_and(f64::is_infinite))
+            let (Some(text), Some(made)) = (text.map(str::trim), made) else { return Some(false) };
+            let mantissa = text.split(['e', 'E']).next().unwrap_or_default();
+            let has =
+                |digits: std::ops::RangeInclusive<char>| mantissa.contains(|c| digits.contains(&c));
+            if made.is_infinite() {
+                return Some(has('0'..='9'));
+            }
+            if made == 0.0 {
+                return Some(has('1'..='9'));
+            }
+            let digits = text.trim_start_matches(['-', '+']).trim_start_matches('0');
+            let is_whole = digits.bytes().all(|byte| byte.is_ascii_digit());
+            // As exact as programs write it: the shortest digits, filled up with zeros.
+            let shown = match is_single {
+                true => (made.abs() as f32).to_string(),
+                false => made.abs().to_string(),
+            };
+            let is_exact = digits
+                .parse::<u128>()
+                .is_ok_and(|whole| whole as f64 == made.abs() && made.abs() as u128 == whole);
+            Some(is_whole && shown != digits && !is_exact)
         })
         .collect())
 }
@@ -317,6 +372,20 @@ mod tests {
         assert_eq!(misfits(texts(&["true", "false", "maybe"]), T::Boolean), [2]);
         let (made, _) = fitted(&(Arc::new(texts(&["1.0", "7"])) as ArrayRef), &T::Int64).unwrap();
         assert_eq!(made.as_primitive::<Int64Type>().values(), &[1, 7]);
+    }
+
+    #[test]
+    fn a_text_is_no_number_that_it_does_not_say() {
+        use DataType as T;
+        let texts = |list: &[&str]| StringArray::from(list.to_vec());
+        let wide = ["9007199254740993", "9007199254740992", "0.1", "1e-400", "0", "0.0", "1e400"];
+        assert_eq!(misfits(texts(&wide), T::Float64), [0, 3, 6]);
+        let long = ["9223372036854776000", "9223372036854775808", "9223372036854775807", "-007"];
+        assert_eq!(misfits(texts(&long), T::Float64), [2]);
+        assert_eq!(misfits(texts(&["16777217", "16777216", "0.1"]), T::Float32), [0]);
+        let plain = T::Timestamp(TimeUnit::Microsecond, None);
+        let times = ["2020-01-01T01:02:03+02:00", "2020-01-01T01:02:03Z", "2020-01-01 01:02:03"];
+        assert_eq!(misfits(texts(&times), plain), [0, 1]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Wider types for columns of a table: its files are written anew, in one commit for exactly the
 //! snapshot that was read. Readers need no protocol feature for that.
 
-use alluvium_protocol::{Error, Pipeline, Result, crash};
+use alluvium_protocol::{Epoch, Error, Pipeline, Result, crash};
 use alluvium_table::Table;
 use alluvium_table::arrow::datatypes::{Field, Schema};
 use alluvium_table::classify::foreign;
@@ -23,12 +23,12 @@ pub(crate) fn narrower(table: &Schema, wanted: &[Field]) -> Vec<Field> {
     wanted.iter().filter_map(wider).collect()
 }
 
-/// Gives the columns their wider types. `Lost`: not known to have landed.
+/// Gives the columns their wider types, for an epoch where one brought them. `Lost`: not known to have landed.
 pub(crate) async fn widen(
     table: &mut Table,
     pipeline: &Pipeline,
     columns: &[Field],
-    permit: Option<&Permit>,
+    ingest: Option<(Epoch, &Permit)>,
 ) -> Result<CommitOutcome> {
     let doing = "write files with wider columns";
     let held = table.schema();
@@ -45,7 +45,7 @@ pub(crate) async fn widen(
     let (mut adds, mut removes) = (Vec::new(), Vec::new());
     // File by file: a table of a thousand epochs has a thousand partitions, one writer each.
     for file in table.files().await? {
-        permit.map_or(Ok(()), Permit::check)?;
+        ingest.map_or(Ok(()), |(_, permit)| permit.check())?;
         let session = work_session(pipeline.sizes.memory_bytes);
         table.register(&session, "narrow", Some(std::slice::from_ref(&file.path)), false).await?;
         let frame = session.sql(&format!("SELECT {names} FROM narrow")).await;
@@ -77,7 +77,12 @@ pub(crate) async fn widen(
             removes,
             others,
             markers: Vec::new(),
-            info: serde_json::json!({"pipeline": pipeline.id, "step": "widen", "columns": names}),
+            info: serde_json::json!({
+                "pipeline": pipeline.id,
+                "step": "widen",
+                "columns": names,
+                "epoch": ingest.map(|(epoch, _)| epoch),
+            }),
         })
         .await
 }

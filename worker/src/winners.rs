@@ -3,7 +3,7 @@
 //! Owns: the one place that says which row of a key wins. The result is a spool with one row per
 //! key: `upsert` with values, or `delete`.
 
-use alluvium_protocol::pipeline::Mode;
+use alluvium_protocol::pipeline::{Mode, same_name};
 use alluvium_protocol::{Pipeline, Result};
 use alluvium_table::Table;
 use alluvium_table::arrow::datatypes::Field;
@@ -54,7 +54,7 @@ impl Rule {
 
     /// A column of the key as raw spells it; `None`: it is none.
     pub(crate) fn key_name<'a>(&'a self, name: &str) -> Option<&'a String> {
-        self.key.iter().find(|key| key.eq_ignore_ascii_case(name))
+        self.key.iter().find(|key| same_name(key, name))
     }
 
     /// `left.k = right.k AND …`
@@ -164,7 +164,7 @@ impl Rule {
     pub(crate) fn whole(&self, columns: &[String], has_base: bool) -> String {
         let op = quoted(raw::OP);
         let of_raw = |name: &String| {
-            let known = self.output.iter().find(|known| known.eq_ignore_ascii_case(name));
+            let known = self.output.iter().find(|known| same_name(known, name));
             let from = known.map_or_else(|| "NULL".to_owned(), |known| quoted(known));
             format!("{from} AS {}", quoted(name))
         };

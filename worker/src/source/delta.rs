@@ -43,13 +43,14 @@ pub(super) async fn live_files(source: &str, manifest: &Manifest) -> Result<Vec<
         }
         let object = manifest.objects.iter().find(|object| object.name == file.path);
         let object = object.ok_or_else(|| {
-            let text =
-                format!("{}: {} was not there when it was listed", manifest.folder, file.path);
-            Error::new(Code::FolderChanged, text)
+            unreadable(&format!("its log names {}, which is not there", file.path))
         })?;
         let mut values = Vec::new();
         for name in table.partition_columns() {
             let Ok(field) = schema.field_with_name(&name) else { continue };
+            if field.data_type() == &alluvium_table::arrow::datatypes::DataType::Binary {
+                return Err(unreadable(&format!("partition column {name:?} is binary")));
+            }
             let text = StringArray::from(vec![file.partition.get(&name).cloned().flatten()]);
             let value = cast(&(Arc::new(text) as ArrayRef), field.data_type());
             let value =

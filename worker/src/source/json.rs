@@ -1,12 +1,17 @@
 //! JSON values: the types that they allow, and their columns.
 
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
+use alluvium_protocol::pipeline::same_name;
 use alluvium_table::arrow::array::RecordBatch;
 use alluvium_table::arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 use alluvium_table::arrow::error::ArrowError;
 use alluvium_table::arrow::json::ReaderBuilder;
 use alluvium_table::schema::find_column;
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 /// What the values of a place in the objects allow.
@@ -93,9 +98,89 @@ impl JsonKind {
 }
 
 /// Adds what an object says to what is known of its columns.
-pub(super) fn learn(kinds: &mut Vec<(String, JsonKind)>, object: &Map<String, Value>) {
+fn learn(kinds: &mut Vec<(String, JsonKind)>, object: &Map<String, Value>) {
     for (name, value) in object {
         add(kinds, name, JsonKind::of(value));
+    }
+}
+
+/// The columns of a file's objects, as far as they were seen.
+#[derive(Default)]
+pub(super) struct Columns {
+    kinds: Vec<(String, JsonKind)>,
+    /// Where a name is among them, in lower case.
+    at: HashMap<String, usize>,
+}
+
+impl Columns {
+    /// Adds an object's. Returns it with the names as they were seen first; `None`: this text is no
+    /// object, or has a name twice.
+    pub(super) fn learn<'a>(&mut self, text: &'a str) -> Option<Cow<'a, str>> {
+        let Members(mut members) = serde_json::from_str(text).ok()?;
+        let mut is_renamed = false;
+        let mut seen = HashSet::new();
+        let mut found = BTreeMap::new();
+        for (name, value) in &mut members {
+            let lower = name.to_lowercase();
+            if !seen.insert(lower.clone()) {
+                return None;
+            }
+            if let Some(at) = self.at.get(&lower)
+                && self.kinds[*at].0 != *name
+            {
+                name.clone_from(&self.kinds[*at].0);
+                is_renamed = true;
+            }
+            let value: Value = serde_json::from_str(value.get()).ok()?;
+            found.insert(name.clone(), (lower, JsonKind::of(&value)));
+        }
+        for (name, (lower, kind)) in found {
+            match self.at.get(&lower) {
+                Some(at) => {
+                    let known = &mut self.kinds[*at].1;
+                    *known = std::mem::take(known).merged(kind);
+                }
+                None => {
+                    self.at.insert(lower, self.kinds.len());
+                    self.kinds.push((name, kind));
+                }
+            }
+        }
+        if !is_renamed {
+            return Some(Cow::Borrowed(text));
+        }
+        let members: BTreeMap<String, Box<RawValue>> = members.into_iter().collect();
+        serde_json::to_string(&members).ok().map(Cow::Owned)
+    }
+
+    /// Names and kinds.
+    pub(super) fn into_kinds(self) -> Vec<(String, JsonKind)> {
+        self.kinds
+    }
+}
+
+/// An object's names and values in their order, each as often as it is there.
+struct Members(Vec<(String, Box<RawValue>)>);
+
+impl<'de> Deserialize<'de> for Members {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Each;
+        impl<'de> Visitor<'de> for Each {
+            type Value = Members;
+
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
+                let mut members = Vec::new();
+                while let Some(member) = map.next_entry()? {
+                    members.push(member);
+                }
+                Ok(Members(members))
+            }
+        }
+        deserializer.deserialize_map(Each)
     }
 }
 
@@ -132,7 +217,7 @@ fn as_text(found: &DataType, wanted: Option<&DataType>) -> DataType {
             let fields = fields.iter().map(|field| {
                 let wanted = match wanted {
                     Some(DataType::Struct(wanted)) => {
-                        wanted.iter().find(|w| w.name().eq_ignore_ascii_case(field.name()))
+                        wanted.iter().find(|w| same_name(w.name(), field.name()))
                     }
                     _ => None,
                 };

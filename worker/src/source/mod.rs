@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use alluvium_protocol::manifest::{Manifest, Object};
-use alluvium_protocol::pipeline::{Format, OnBad};
+use alluvium_protocol::pipeline::{Format, OnBad, same_name};
 use alluvium_protocol::{Code, Error, Pipeline, Result, part_of_task};
 use alluvium_table::arrow::array::{ArrayRef, Int64Array, RecordBatch, StringArray};
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
@@ -24,6 +24,7 @@ use alluvium_table::spool::Spooled;
 use alluvium_table::store::object_store_at;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt};
+use serde_json::value::RawValue;
 use tracing::Instrument;
 
 use self::parquet::ParquetFile;
@@ -180,7 +181,7 @@ impl SourceFile {
 
     /// The file's path, or the Delta log, gives the column: as text, whatever it means.
     pub fn is_constant(&self, column: &str) -> bool {
-        self.constants.iter().any(|(field, _)| field.name().eq_ignore_ascii_case(column))
+        self.constants.iter().any(|(field, _)| same_name(field.name(), column))
     }
 
     /// What the file itself says of a column counts.
@@ -210,6 +211,11 @@ impl SourceFile {
         matches!(self.body, Body::Text(_))
     }
 
+    /// Rows that could be read.
+    pub fn good_rows(&self) -> u64 {
+        self.rows - self.malformed().map_or(0, |malformed| malformed.rows() as u64)
+    }
+
     /// Rows that could not be read, with their lines.
     pub fn malformed(&self) -> Option<&Spooled> {
         match &self.body {
@@ -222,17 +228,20 @@ impl SourceFile {
     /// `columns`; one that neither has is an error: dropped in silence, it would be a NULL.
     pub fn piece_of_json(&self, lines: &[String], columns: &SchemaRef) -> Result<RecordBatch> {
         let refused = |why: String| {
-            Error::new(Code::RepairUnknown, format!("{}: {why}", self.name))
-                .with_help("correct it: `alluvium quarantine replay PIPELINE EPOCH --rows FILE`")
+            Error::new(Code::RepairUnknown, format!("{}: {why}", self.name)).with_help(
+                "correct it again: `alluvium quarantine replay PIPELINE EPOCH --rows FILE`; \
+                 \"content\": null in the file takes the correction back",
+            )
         };
         let more =
             columns.fields().iter().filter(|f| find_column(&self.schema, f.name()).is_none());
         let fields = self.schema.fields().iter().chain(more).map(|field| field.as_ref().clone());
         let schema = Schema::new(fields.collect::<Vec<_>>());
         let named = |line: &String| {
-            let object: serde_json::Map<String, serde_json::Value> =
+            // Values stay text: a parsed number may lose digits.
+            let object: BTreeMap<String, Box<RawValue>> =
                 serde_json::from_str(line).map_err(|e| refused(e.to_string()))?;
-            let mut told = serde_json::Map::new();
+            let mut told = BTreeMap::new();
             for (name, value) in object {
                 let Some(at) = find_column(&schema, &name) else {
                     return Err(refused(format!("a corrected row has {name:?}: no such column")));
@@ -241,7 +250,7 @@ impl SourceFile {
                     return Err(refused(format!("a corrected row has {name:?} twice")));
                 }
             }
-            Ok(serde_json::Value::Object(told).to_string())
+            serde_json::to_string(&told).map_err(Error::internal)
         };
         let lines: Vec<String> = lines.iter().map(named).collect::<Result<_>>()?;
         json::decode(&lines, &json::decoding(&schema, columns)).map_err(|e| refused(e.to_string()))

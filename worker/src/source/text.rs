@@ -3,8 +3,10 @@
 //! Values stay as they came. Their types are decided later, value by value; here only what types the
 //! values would allow.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Cursor, Read, Write};
+use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
 use alluvium_protocol::manifest::Object;
@@ -26,6 +28,9 @@ use super::json::{self, JsonKind};
 use super::parquet::{PinnedReader, read_error};
 use super::{BATCH_ROWS, Piece, WHOLE_BYTES_MAX};
 use crate::raw::ROW;
+
+/// What of a CSV file is kept at least, to have a record's bytes.
+const WINDOW_BYTES: usize = 1 << 16;
 
 /// The column with a line as it came.
 const LINE: &str = "line";
@@ -260,15 +265,23 @@ fn read_csv(
     declared: &[String],
     place: &str,
 ) -> Result<TextFile> {
+    let window = Rc::new(RefCell::new(Window::default()));
     let mut reader = csv::ReaderBuilder::new()
         .delimiter(csv.delimiter)
         .has_headers(false)
         .flexible(true)
-        .from_reader(input);
+        .from_reader(Watched { input, window: Rc::clone(&window) });
     let mut record = csv::ByteRecord::new();
     let failed = |e: csv::Error| unreadable(place, &e);
-    let mut next = |record: &mut csv::ByteRecord| reader.read_byte_record(record).map_err(failed);
-    let mut has_row = next(&mut record)?;
+    // The bytes that the last record was read from.
+    let mut line = Vec::new();
+    let mut next = |record: &mut csv::ByteRecord, line: &mut Vec<u8>| {
+        let begin = reader.position().byte();
+        let has_row = reader.read_byte_record(record).map_err(failed)?;
+        window.borrow_mut().take(begin, reader.position().byte(), line);
+        Ok::<bool, Error>(has_row)
+    };
+    let mut has_row = next(&mut record, &mut line)?;
     let mut names: Vec<String> = Vec::new();
     if has_row && csv.header {
         for field in &record {
@@ -281,7 +294,10 @@ fn read_csv(
                 &format!("column {} has no name in the header", empty + 1),
             ));
         }
-        has_row = next(&mut record)?;
+        if !is_well_quoted(&line, csv.delimiter) {
+            return Err(unreadable(place, &"a quote in the header is not closed"));
+        }
+        has_row = next(&mut record, &mut line)?;
     } else if has_row {
         names = match declared.len() == record.len() {
             true => declared.to_vec(),
@@ -295,7 +311,10 @@ fn read_csv(
     while has_row {
         let fields: Option<Vec<&str>> =
             record.iter().map(|field| std::str::from_utf8(field).ok()).collect();
-        match fields.filter(|fields| fields.len() == names.len()) {
+        let is_row = |fields: &Vec<&str>| {
+            fields.len() == names.len() && is_well_quoted(&line, csv.delimiter)
+        };
+        match fields.filter(is_row) {
             Some(fields) => {
                 let values: Vec<Option<&str>> =
                     fields.into_iter().map(|value| (value != csv.null).then_some(value)).collect();
@@ -304,10 +323,13 @@ fn read_csv(
                 }
                 rows.add(at, values)?;
             }
-            None => malformed.add(at, [Some(line_of(&record, csv.delimiter).as_str())])?,
+            None => {
+                let came = String::from_utf8_lossy(&line);
+                malformed.add(at, [Some(came.trim_matches(['\r', '\n']))])?;
+            }
         }
         at += 1;
-        has_row = next(&mut record)?;
+        has_row = next(&mut record, &mut line)?;
     }
     Ok(TextFile {
         rows: rows.finish()?,
@@ -317,16 +339,78 @@ fn read_csv(
     })
 }
 
-/// The fields of a record as one text.
-fn line_of(record: &csv::ByteRecord, delimiter: u8) -> String {
-    let fields: Vec<_> = record.iter().map(String::from_utf8_lossy).collect();
-    fields.join(&char::from(delimiter).to_string())
+/// Input that keeps what was read lately.
+struct Watched {
+    input: Box<dyn BufRead + Send>,
+    window: Rc<RefCell<Window>>,
+}
+
+impl Read for Watched {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.input.read(buffer)?;
+        self.window.borrow_mut().bytes.extend_from_slice(&buffer[..read]);
+        Ok(read)
+    }
+}
+
+/// The last bytes of an input.
+#[derive(Default)]
+struct Window {
+    /// Where they begin in the input.
+    begin: u64,
+    bytes: Vec<u8>,
+}
+
+impl Window {
+    /// The bytes from `begin` to `end`; what lies before `end` is not needed again.
+    fn take(&mut self, begin: u64, end: u64, line: &mut Vec<u8>) {
+        let at = |place: u64| {
+            let at = usize::try_from(place.saturating_sub(self.begin)).unwrap_or(usize::MAX);
+            at.min(self.bytes.len())
+        };
+        let (first, last) = (at(begin), at(end));
+        line.clear();
+        line.extend_from_slice(&self.bytes[first..last]);
+        if last >= WINDOW_BYTES {
+            self.bytes.drain(..last);
+            self.begin = end;
+        }
+    }
+}
+
+/// Every quote that opens a field is closed, right before a delimiter or the end: a record that was cut
+/// off, or quotes that mean themselves, would be read as something else.
+fn is_well_quoted(line: &[u8], delimiter: u8) -> bool {
+    if !line.contains(&b'"') {
+        return true;
+    }
+    let mut bytes = line.trim_ascii_start().iter().copied().peekable();
+    let is_end = |byte: u8| byte == delimiter || byte == b'\n' || byte == b'\r';
+    while let Some(first) = bytes.next() {
+        if first == b'"' {
+            loop {
+                match bytes.next() {
+                    None => return false,
+                    Some(b'"') if bytes.peek() == Some(&b'"') => drop(bytes.next()),
+                    Some(b'"') => break,
+                    Some(_) => {}
+                }
+            }
+            if bytes.peek().is_some_and(|byte| !is_end(*byte)) {
+                return false;
+            }
+            bytes.next();
+        } else if !is_end(first) {
+            while bytes.next().is_some_and(|byte| !is_end(byte)) {}
+        }
+    }
+    true
 }
 
 fn read_json(mut input: Box<dyn BufRead + Send>, place: &str) -> Result<TextFile> {
     let mut rows = Collector::new([LINE]);
     let mut malformed = Collector::new([LINE]);
-    let mut kinds: Vec<(String, JsonKind)> = Vec::new();
+    let mut columns = json::Columns::default();
     let mut line = Vec::new();
     let mut at = 0;
     loop {
@@ -339,21 +423,19 @@ fn read_json(mut input: Box<dyn BufRead + Send>, place: &str) -> Result<TextFile
         if bytes.trim_ascii().is_empty() {
             continue;
         }
-        let text = std::str::from_utf8(bytes.trim_ascii());
-        let value = text.ok().and_then(|text| serde_json::from_str(text).ok());
-        match (text, value) {
-            (Ok(text), Some(serde_json::Value::Object(object))) => {
-                json::learn(&mut kinds, &object);
-                rows.add(at, [Some(text)])?;
+        let text = std::str::from_utf8(bytes.trim_ascii()).ok();
+        match text.and_then(|text| columns.learn(text)) {
+            Some(text) => rows.add(at, [Some(text.as_ref())])?,
+            None => {
+                malformed.add(at, [Some(String::from_utf8_lossy(bytes.trim_ascii()).as_ref())])?
             }
-            _ => malformed.add(at, [Some(String::from_utf8_lossy(bytes.trim_ascii()).as_ref())])?,
         }
         at += 1;
     }
     Ok(TextFile {
         rows: rows.finish()?,
         malformed: malformed.finish()?,
-        kinds: kinds.into_iter().map(|(name, kind)| (name, Kinds::Json(kind))).collect(),
+        kinds: columns.into_kinds().into_iter().map(|(n, kind)| (n, Kinds::Json(kind))).collect(),
         is_json: true,
     })
 }
