@@ -234,6 +234,20 @@ def test_a_line_of_json_that_is_an_array_is_malformed(tmp_path: Path):
     assert "AL-0310" in done.err, done.err
 
 
+def test_a_first_epoch_without_a_row_that_can_be_read_is_kept_aside(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more=f"{JSON}\n{REFUSE}\n{EXPECT}")
+    lake.write(10, "part-0.json", "one\ntwo\n")
+    lake.write(20, "part-0.json", '{"id":"a","value":1,"op":"U"}\n')
+    lake.run(code=1)
+    assert [(reason, row) for reason, row, _ in lake.refused()] == [("malformed", 0), ("malformed", 1)]
+    items = shown(lake)
+    for item, key in zip(items, "bc"):
+        item["content"] = {"id": key, "value": 2, "op": "U"}
+    correct(lake, items)
+    lake.run()
+    assert lake.main() == {"a": 1, "b": 2, "c": 2} and lake.refused() == []
+
+
 @pytest.mark.parametrize("sql", ["10 / value > 0", "value >= 0 -- a comment"])
 def test_an_expectation_that_fails_is_named(tmp_path: Path, sql: str):
     more = f'expect = [{{ name = "ratio", sql = "{sql}", action = "warn" }}]'

@@ -101,6 +101,11 @@ impl Incoming {
         self.files.iter().map(|file| file.rows).sum()
     }
 
+    /// Some row can be read. Without one there are perhaps no columns to speak of.
+    pub fn has_content(&self) -> bool {
+        !self.reading.repairs.is_empty() || self.files.iter().any(|file| file.good_rows() > 0)
+    }
+
     /// Reading may find something that blocks the epoch.
     pub fn may_block(&self) -> bool {
         let Reading { selection, columns, on_mismatch, .. } = self.reading.as_ref();

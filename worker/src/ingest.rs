@@ -32,7 +32,7 @@ use crate::checks::{agree, read_back};
 use crate::columns::{self, Columns, NamedSchema, check_columns, names_of};
 use crate::incoming::{Incoming, Reading, first_error};
 use crate::raw_commit::{Prepared, RawCommit, already, partition_paths};
-use crate::refusals::{Judged, judge};
+use crate::refusals::{Judged, judge, read_through};
 use crate::selecting::{Selection, input_of};
 use crate::source::SourceFile;
 use crate::widening::{narrower, widen};
@@ -155,8 +155,11 @@ async fn incoming_of(
         schemas = vec![("select".to_owned(), Arc::clone(selection.output()))];
     }
     // A text file without rows may be one without columns, too.
-    let is_empty =
-        |name: &str| files.iter().any(|f| f.name == name && f.is_text() && f.good_rows() == 0);
+    let is_empty = |name: &str| {
+        files
+            .iter()
+            .any(|f| f.name == name && f.is_text() && (f.rows == 0 || f.schema.fields().is_empty()))
+    };
     let with_rows: Vec<NamedSchema> =
         schemas.iter().filter(|(name, _)| !is_empty(name)).cloned().collect();
     check_columns(pipeline, &manifest.folder, table, &with_rows)?;
@@ -328,10 +331,12 @@ async fn write_files(
         wanted.epoch,
         quoted(raw::EPOCH),
     );
-    // Empty content by request: there are no rows, and perhaps no columns to speak of.
-    let mut written = match incoming.rows() {
-        0 => Written::default(),
-        _ => content_rows(&session, pipeline, table, &own, &aside).await?,
+    let mut written = match incoming.has_content() {
+        true => content_rows(&session, pipeline, table, &own, &aside).await?,
+        false => {
+            read_through(&session, &aside).await?;
+            Written::default()
+        }
     };
     let content_rows = written.rows;
     let previous = partition_paths(table, pipeline, wanted.epoch).await?;

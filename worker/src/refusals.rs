@@ -82,18 +82,22 @@ pub async fn judge(pipeline: &Pipeline, incoming: &Incoming) -> Result<Judged> {
     let content = &pipeline.content;
     let names = Names::new(pipeline, incoming.schema());
     // A folder without rows has perhaps no columns to speak of.
-    let only_last = content.on_duplicate == OnDuplicate::Quarantine && incoming.rows() > 0;
+    let only_last = content.on_duplicate == OnDuplicate::Quarantine && incoming.has_content();
     let mut judged = Judged { names, failed: Vec::new(), refused_when: None, only_last };
     let is_asked = content.delete_when.is_some() || !content.expectations.is_empty();
     let is_asked = is_asked || content.on_duplicate != OnDuplicate::Last;
-    if incoming.rows() == 0 || !(is_asked || incoming.may_block()) {
+    let session = work_session(pipeline.sizes.memory_bytes);
+    let aside = aside::new();
+    incoming.register(&session, "incoming", &aside)?;
+    let has_content = incoming.has_content();
+    if !has_content || !(is_asked || incoming.may_block()) {
+        if !has_content {
+            read_through(&session, &aside).await?;
+        }
         let none = content.expectations.iter().map(|e| (e.name.clone(), 0));
         judged.failed.extend(none);
         return Ok(judged);
     }
-    let session = work_session(pipeline.sizes.memory_bytes);
-    let aside = aside::new();
-    incoming.register(&session, "incoming", &aside)?;
     if let Some(condition) = &content.delete_when {
         check_expression(pipeline, &session, "delete_when", condition).await?;
     }
@@ -104,6 +108,12 @@ pub async fn judge(pipeline: &Pipeline, incoming: &Incoming) -> Result<Judged> {
     let looked = judged.look(pipeline, &session, incoming).await;
     looked.map_err(|error| first_error(&aside, error))?;
     Ok(judged)
+}
+
+/// Reads all of `incoming`, for what it refuses alone.
+pub async fn read_through(session: &SessionContext, aside: &AsideRef) -> Result<()> {
+    let read = rows(session, "SELECT count(*) FROM incoming", "read the folder's rows").await;
+    read.map(drop).map_err(|error| first_error(aside, error))
 }
 
 impl Judged {
