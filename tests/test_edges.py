@@ -6,6 +6,7 @@ Never: rows of usual files (test_formats.py, test_types.py).
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -258,6 +259,86 @@ def test_an_expectation_that_fails_is_named(tmp_path: Path, sql: str):
         return
     done = lake.run(code=1)
     assert "AL-0304" in done.err and '"ratio"' in done.err and "nullif" in done.err, done.err
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.float32()])
+@pytest.mark.parametrize("more", ["", 'mode = "scd2"', "merge = { batch_epochs = 1 }"])
+def test_a_key_that_is_no_number_lives_once(tmp_path: Path, kind: pa.DataType, more: str):
+    """Statistics of files do not know it."""
+    lake = with_key(a_lake(tmp_path, more), "k")
+    for epoch, keys in ((1, [0.5, NAN]), (2, [NAN]), (3, [0.5])):
+        lake.write(epoch, PART, pa.table({"k": pa.array(keys, kind), "v": [epoch] * len(keys)}))
+        lake.run()
+    current = [row for row in lake.rows(by="k") if row.get("is_current", True)]
+    assert sorted((str(row["k"]), row["v"]) for row in current) == [("0.5", 3), ("nan", 2)]
+    done = lake.alluvium("query", "p", "SELECT v FROM main WHERE k = 0.5 ORDER BY v DESC LIMIT 1", "-o", "json")
+    assert done.json() == [{"v": 3}]
+    assert lake.alluvium("lineage", "p", "--key", "0.5").code == 0
+
+
+def test_a_key_of_many_digits_lives_once_and_is_found(tmp_path: Path):
+    lake = with_key(a_lake(tmp_path), "k")
+    keys = [2**64 - 1, 2**64 - 3, 2**63]
+    for epoch in (1, 2):
+        lake.write(epoch, PART, pa.table({"k": pa.array(keys, pa.uint64()), "v": [epoch] * 3}))
+        lake.run()
+    assert sorted((int(row["k"]), row["v"]) for row in lake.rows(by="k")) == [(k, 2) for k in sorted(keys)]
+    for key in keys:
+        assert "in main, from epoch 2" in lake.alluvium("lineage", "p", "--key", str(key)).out
+
+
+def test_a_map_of_plain_times_is_refused_before_there_is_a_table(tmp_path: Path):
+    """The table would ask for a feature that nobody gave it."""
+    lake = a_lake(tmp_path)
+    kind = pa.map_(pa.int32(), pa.timestamp("us"))
+    lake.write(10, PART, pa.table({"id": ["a"], "v": pa.array([[(1, 0)]], kind)}))
+    done = lake.run(code=1)
+    assert "AL-0303" in done.err and "zone" in done.err, done.err
+    assert not (tmp_path / "p/raw").exists()
+
+
+def test_a_condition_guards_the_rows_that_it_is_for(tmp_path: Path):
+    select = 'select = "SELECT id, value FROM incoming WHERE value <> 0 AND 10 / value > 1"'
+    lake = a_lake(tmp_path, f"{select}\n{REFUSE}")
+    lake.deliver(10, [("a", 1, "U"), ("b", 0, "U"), ("c", 100, "U"), ("d", None, "U")])
+    lake.run()
+    assert lake.main() == {"a": 1} and lake.refused() == []
+
+
+def test_bytes_of_a_csv_field_stay_when_another_field_is_corrected(tmp_path: Path):
+    lake = a_lake(tmp_path, CSV, columns='id = "string"\nb = "binary"')
+    lake.write(10, "part-0.csv", "id,b\n,00ff\nc,00ff\n,~x\n")
+    lake.run()
+    items = shown(lake)
+    items[0]["content"]["id"], items[1]["content"]["id"] = "a", "d"
+    correct(lake, items)
+    assert [(row["id"], row["b"]) for row in lake.rows()] == [("a", b"00ff"), ("c", b"00ff"), ("d", b"~x")]
+
+
+def test_decimals_within_values_come_back_to_the_last_digit(tmp_path: Path):
+    lake = a_lake(tmp_path, EXPECT)
+    kind = pa.struct([("a", pa.decimal128(38, 2))])
+    digits = "123456789012345678901234567890.12"
+    columns = {"id": ["k"], "value": [-1], "s": pa.array([{"a": Decimal(digits)}], kind)}
+    lake.write(10, PART, pa.table(columns))
+    lake.run()
+    items = shown(lake)
+    items[0]["content"]["value"] = 1
+    correct(lake, items)
+    assert [str(row["s"]["a"]) for row in lake.rows()] == [digits]
+
+
+def test_a_name_stands_once_within_a_value_too(tmp_path: Path):
+    lake = a_lake(tmp_path, f"{JSON}\n{REFUSE}")
+    lines = ['{"id":"a","value":1,"o":{"a":1,"b":[{"c":1}]}}', '{"id":"b","value":1,"o":{"a":1,"a":2}}']
+    lines.append('{"id":"c","value":1,"o":{"a":1,"b":[{"c":1,"C":2}]}}')
+    lake.write(10, "part-0.json", "\n".join(lines))
+    lake.run()
+    assert lake.main() == {"a": 1}
+    assert [(reason, row) for reason, row, _ in lake.refused()] == [("malformed", 1), ("malformed", 2)]
 
 
 # --- partitions -------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ async fn repairs_of(
             let held = count_of(&repairs);
             repairs.retain(|file, _| is_same(file));
             let dropped = held - count_of(&repairs);
-            if dropped > 0 {
+            if dropped > 0 && !objects.is_empty() {
                 tracing::warn!(
                     "{} {epoch}: {dropped} corrected row(s) no longer apply: their files changed",
                     book.pipeline.id

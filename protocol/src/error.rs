@@ -82,7 +82,7 @@ codes! {
     NewColumn = "AL-0309", Permanent, "A folder has a column that the tables do not have";
     RowMalformed = "AL-0310", Permanent, "A row of a text file cannot be read";
     GateClosed = "AL-0311", Permanent, "An epoch is unlike the ones before it";
-    RepairUnknown = "AL-0312", Permanent, "A repair names a row that is not there";
+    RepairUnknown = "AL-0312", Permanent, "A correction does not fit what was read";
     SelectInvalid = "AL-0313", Permanent, "The pipeline's select cannot be carried out";
     StorageUnavailable = "AL-0401", Transient, "Storage did not answer as it should";
     StorageDenied = "AL-0402", Permanent, "Storage refused access";

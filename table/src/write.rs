@@ -10,7 +10,8 @@ use deltalake::datafile::writer::{DeltaWriter, WriterConfig};
 use deltalake::datafusion::execution::SendableRecordBatchStream;
 use deltalake::kernel::{Action, Add, AddCDCFile};
 use deltalake::parquet::basic::{Compression, ZstdLevel};
-use deltalake::parquet::file::properties::WriterProperties;
+use deltalake::parquet::file::properties::{EnabledStatistics, WriterProperties};
+use deltalake::parquet::schema::types::ColumnPath;
 use deltalake::table::config::TablePropertiesExt;
 use futures::StreamExt;
 use object_store::prefix::PrefixStore;
@@ -19,6 +20,16 @@ use tracing::Instrument;
 use crate::classify::foreign;
 use crate::store::StoreRef;
 use crate::{Table, schema};
+
+/// Smallest and largest values of these tell readers to pass over rows that they seek: NaN is in no
+/// statistics, and the log writes them with the digits of a double.
+fn misleads(kind: &DataType) -> bool {
+    match kind {
+        DataType::Float16 | DataType::Float32 | DataType::Float64 => true,
+        DataType::Decimal128(precision, _) => *precision > 15,
+        _ => false,
+    }
+}
 
 /// Writes rows as data files that are cut at about the target size.
 pub struct FileWriter {
@@ -46,8 +57,12 @@ impl FileWriter {
         target_file_bytes: u64,
     ) -> Result<Self> {
         let level = ZstdLevel::try_new(1).map_err(Error::internal)?;
-        let properties =
-            WriterProperties::builder().set_compression(Compression::ZSTD(level)).build();
+        let mut properties = WriterProperties::builder().set_compression(Compression::ZSTD(level));
+        for field in schema.fields().iter().filter(|field| misleads(field.data_type())) {
+            let column = ColumnPath::new(vec![field.name().clone()]);
+            properties = properties.set_column_statistics_enabled(column, EnabledStatistics::None);
+        }
+        let properties = properties.build();
         let config = WriterConfig::new(
             schema.clone(),
             table.partition_columns(),

@@ -9,7 +9,8 @@ use alluvium_table::arrow::array::{
 };
 use alluvium_table::arrow::compute::cast;
 use alluvium_table::arrow::datatypes::{
-    DataType, Field, FieldRef, Float32Type, Float64Type, Int64Type, Schema, SchemaRef,
+    DataType, Decimal128Type, Field, FieldRef, Float32Type, Float64Type, Int64Type, Schema,
+    SchemaRef,
 };
 use alluvium_table::arrow::error::ArrowError;
 use alluvium_table::arrow::json::writer::{LineDelimited, NullableEncoder};
@@ -200,6 +201,7 @@ impl EncoderFactory for AllNumbers {
         let encoder: Box<dyn Encoder + 'a> = match array.data_type() {
             DataType::Float64 => Box::new(Floats(array.as_primitive::<Float64Type>())),
             DataType::Float32 => Box::new(Floats(array.as_primitive::<Float32Type>())),
+            DataType::Decimal128(..) => Box::new(Decimals(array.as_primitive::<Decimal128Type>())),
             _ => return Ok(None),
         };
         Ok(Some(NullableEncoder::new(encoder, array.nulls().cloned())))
@@ -223,6 +225,15 @@ where
             _ => format!("{value:?}"),
         };
         out.extend_from_slice(text.as_bytes());
+    }
+}
+
+/// Decimals as text: most readers of JSON take a number for a double.
+struct Decimals<'a>(&'a PrimitiveArray<Decimal128Type>);
+
+impl Encoder for Decimals<'_> {
+    fn encode(&mut self, at: usize, out: &mut Vec<u8>) {
+        out.extend_from_slice(format!("\"{}\"", self.0.value_as_string(at)).as_bytes());
     }
 }
 

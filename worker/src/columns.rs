@@ -83,8 +83,31 @@ pub(crate) fn decide(
         NewColumns::Freeze | NewColumns::Fail => new,
     };
     let read = [columns.as_slice(), &left_out].concat();
+    if let Some(column) =
+        read.iter().find(|column| has_map_of_plain_times(column.data_type(), false))
+    {
+        let text = format!(
+            "{folder}: column {:?} has a map with times without a zone, which tables here cannot say",
+            column.name()
+        );
+        return Err(Error::new(Code::ColumnTypeMismatch, text)
+            .with_help("give the times a zone where the files are written, or with `select`"));
+    }
     let void = void_columns(&read, files);
     Ok(Columns { table: columns, widened, left_out, void })
+}
+
+/// The library that makes our tables does not look into maps for what asks for a feature.
+fn has_map_of_plain_times(kind: &DataType, in_map: bool) -> bool {
+    match kind {
+        DataType::Timestamp(_, None) => in_map,
+        DataType::Map(entries, _) => has_map_of_plain_times(entries.data_type(), true),
+        DataType::List(item) => has_map_of_plain_times(item.data_type(), in_map),
+        DataType::Struct(fields) => {
+            fields.iter().any(|field| has_map_of_plain_times(field.data_type(), in_map))
+        }
+        _ => false,
+    }
 }
 
 pub(crate) fn names_of(columns: &[Field]) -> Vec<String> {

@@ -377,7 +377,7 @@ fn partitions_of(pipeline: &Pipeline, data: &[Field]) -> Result<Vec<String>> {
             if data.is_empty() { "no epoch so far has a column" } else { "all are partitions" };
         let text = format!("{}: a table needs a column, and {what}", pipeline.main);
         return Err(Error::new(Code::KeyColumnMissing, text).with_help(
-            "deliver an epoch with rows, then `alluvium retry`; or set `partition_by`",
+            "deliver the epoch again with rows, or `alluvium skip` it; or set `partition_by`",
         ));
     }
     Ok(found)

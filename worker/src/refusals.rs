@@ -325,7 +325,7 @@ async fn culprit(session: &SessionContext, expectations: &[Expectation], error: 
             why.strip_backtrace()
         );
         return Error::new(Code::ExpressionInvalid, text).with_help(
-            "say what holds for every row, with nullif(x, 0), try_cast(x AS BIGINT) or CASE WHEN; then \
+            "say what holds for every row, with nullif(x, 0) or try_cast(x AS BIGINT); then \
              `alluvium retry`",
         );
     }

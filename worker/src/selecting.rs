@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use alluvium_protocol::pipeline::same_name;
 use alluvium_protocol::{Code, Error, Pipeline, Result};
-use alluvium_table::arrow::array::{Array, AsArray, BooleanArray, RecordBatch, RecordBatchOptions};
-use alluvium_table::arrow::compute::{cast, prep_null_mask_filter};
+use alluvium_table::arrow::array::{
+    Array, ArrayRef, AsArray, BooleanArray, RecordBatch, RecordBatchOptions,
+};
+use alluvium_table::arrow::compute::{cast, concat, prep_null_mask_filter};
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use alluvium_table::datafusion::common::tree_node::{Transformed, TreeNode};
 use alluvium_table::datafusion::error::DataFusionError;
@@ -127,9 +129,7 @@ impl Selection {
     /// True for each row that it keeps; `None`: all.
     pub fn kept(&self, batch: &RecordBatch) -> Result<Option<BooleanArray>> {
         let Some(filter) = &self.filter else { return Ok(None) };
-        let failed = |e: DataFusionError| Error::new(Code::SelectInvalid, e.strip_backtrace());
-        let keep = filter.evaluate(batch).map_err(failed)?;
-        let keep = keep.into_array(batch.num_rows()).map_err(failed)?;
+        let keep = evaluated(filter, batch)?;
         let keep = cast(&keep, &DataType::Boolean).map_err(Error::internal)?;
         let keep = keep.as_boolean();
         Ok(Some(match keep.null_count() {
@@ -141,16 +141,31 @@ impl Selection {
 
     /// The columns that it makes of each row.
     pub fn project(&self, batch: &RecordBatch) -> Result<RecordBatch> {
-        let failed = |e: DataFusionError| Error::new(Code::SelectInvalid, e.strip_backtrace());
         let rows = batch.num_rows();
-        let columns = self.columns.iter().map(|column| {
-            column.evaluate(batch).and_then(|value| value.into_array(rows)).map_err(failed)
-        });
+        let columns = self.columns.iter().map(|column| evaluated(column, batch));
         let columns = columns.collect::<Result<Vec<_>>>()?;
         let options = RecordBatchOptions::new().with_row_count(Some(rows));
         RecordBatch::try_new_with_options(Arc::clone(&self.output), columns, &options)
             .map_err(Error::internal)
     }
+}
+
+/// The expression of each row. `v <> 0 AND 10 / v > 1` is computed for a whole batch at once, and fails
+/// where no row does: then row by row.
+fn evaluated(expr: &Arc<dyn PhysicalExpr>, batch: &RecordBatch) -> Result<ArrayRef> {
+    let of = |rows: &RecordBatch| {
+        let value = expr.evaluate(rows).and_then(|value| value.into_array(rows.num_rows()));
+        value.map_err(|e| Error::new(Code::SelectInvalid, e.strip_backtrace()))
+    };
+    of(batch).or_else(|error| {
+        if batch.num_rows() < 2 {
+            return Err(error);
+        }
+        let rows = (0..batch.num_rows()).map(|row| of(&batch.slice(row, 1)));
+        let rows = rows.collect::<Result<Vec<_>>>()?;
+        let rows: Vec<&dyn Array> = rows.iter().map(AsRef::as_ref).collect();
+        concat(&rows).map_err(Error::internal)
+    })
 }
 
 /// The expression, failing where whole numbers are too large instead of beginning again from below.

@@ -131,6 +131,9 @@ impl Columns {
                 name.clone_from(&self.kinds[*at].0);
                 is_renamed = true;
             }
+            if has_twice(value) {
+                return None;
+            }
             let value: Value = serde_json::from_str(value.get()).ok()?;
             found.insert(name.clone(), (lower, JsonKind::of(&value)));
         }
@@ -157,6 +160,21 @@ impl Columns {
     pub(super) fn into_kinds(self) -> Vec<(String, JsonKind)> {
         self.kinds
     }
+}
+
+/// Somewhere within the value an object has a name twice, in any case.
+fn has_twice(value: &RawValue) -> bool {
+    let text = value.get();
+    if text.starts_with('[') && text.contains('{') {
+        let items: Result<Vec<Box<RawValue>>, _> = serde_json::from_str(text);
+        return items.is_ok_and(|items| items.iter().any(|item| has_twice(item)));
+    }
+    if !text.starts_with('{') {
+        return false;
+    }
+    let Ok(Members(members)) = serde_json::from_str(text) else { return false };
+    let mut seen = HashSet::new();
+    members.iter().any(|(name, value)| !seen.insert(name.to_lowercase()) || has_twice(value))
 }
 
 /// An object's names and values in their order, each as often as it is there.

@@ -233,6 +233,11 @@ impl SourceFile {
                  \"content\": null in the file takes the correction back",
             )
         };
+        // A field's bytes are the value in CSV; JSON writes them in hexadecimal digits.
+        let columns = &match &self.body {
+            Body::Text(file) if !file.is_json() => without_binary(columns),
+            _ => Arc::clone(columns),
+        };
         let more =
             columns.fields().iter().filter(|f| find_column(&self.schema, f.name()).is_none());
         let fields = self.schema.fields().iter().chain(more).map(|field| field.as_ref().clone());
@@ -255,6 +260,14 @@ impl SourceFile {
         let lines: Vec<String> = lines.iter().map(named).collect::<Result<_>>()?;
         json::decode(&lines, &json::decoding(&schema, columns)).map_err(|e| refused(e.to_string()))
     }
+}
+
+fn without_binary(columns: &SchemaRef) -> SchemaRef {
+    let plain = |field: &Arc<Field>| match field.data_type() {
+        DataType::Binary => Field::new(field.name(), DataType::Utf8, true),
+        _ => field.as_ref().clone(),
+    };
+    Arc::new(Schema::new(columns.fields().iter().map(plain).collect::<Vec<_>>()))
 }
 
 fn with_constants(piece: Piece, constants: &[(Field, ArrayRef)]) -> Result<Piece> {

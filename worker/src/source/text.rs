@@ -85,6 +85,10 @@ impl TextFile {
         &self.kinds
     }
 
+    pub(super) fn is_json(&self) -> bool {
+        self.is_json
+    }
+
     /// Rows, the malformed ones included.
     pub(super) fn rows(&self) -> u64 {
         (self.rows.rows() + self.malformed.rows()) as u64
