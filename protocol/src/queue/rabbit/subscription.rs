@@ -32,8 +32,12 @@ use crate::{Code, Error, Result};
 const BUSY_AFTER: Duration = Duration::from_millis(200);
 /// How often that is looked at.
 const TICK: Duration = Duration::from_millis(100);
-/// Without a delivery for so long, the broker is asked whether there is one.
+/// Without a delivery on a lane for so long, the broker is asked whether there is one.
 const SILENCE_MAX: Duration = Duration::from_secs(15);
+/// Without one for so long, the lane's consumer is made anew, whatever the broker says: RabbitMQ 3.10
+/// may count a consumer of a queue that was deleted and made again, hand it messages (they are neither
+/// ready nor acknowledged), and its channel lets none of them through.
+const RENEW_AFTER: Duration = Duration::from_secs(30);
 
 /// What the supervisor and the holder share.
 #[derive(Default)]
@@ -41,7 +45,7 @@ struct Buffer {
     arrived: VecDeque<(Lane, AmqpDelivery)>,
     /// The living consumer of each lane; what others still bring, the broker has again.
     current: HashMap<Lane, u64>,
-    heard_at: Option<Instant>,
+    heard_at: HashMap<Lane, Instant>,
     in_hand: HashMap<Lane, usize>,
     busy_since: Option<Instant>,
     is_closed: bool,
@@ -67,7 +71,7 @@ impl Shared {
         if buffer.current.get(&lane) != Some(&number) {
             return;
         }
-        buffer.heard_at = Some(Instant::now());
+        buffer.heard_at.insert(lane, Instant::now());
         buffer.arrived.push_back((lane, delivery));
         drop(buffer);
         self.changed.notify_one();
@@ -245,6 +249,8 @@ struct Arm {
     channel: Channel,
     number: u64,
     pump: tokio::task::AbortHandle,
+    opened_at: Instant,
+    asked_at: Instant,
 }
 
 /// A consumer ended: its lane, its number, and why.
@@ -289,25 +295,42 @@ impl Supervisor {
                 () = self.left.cancelled() => {}
                 () = self.closed.cancelled() => {}
             }
-            if !is_busy
-                && self.is_silent()
-                && let Err(error) = self.probe(&arms).await
-            {
-                tracing::warn!(%error, "consumers fell silent; they are made anew");
-                self.close_all(&mut arms).await;
+            if !is_busy {
+                self.look_after(&mut arms).await;
             }
         }
         self.finish(arms).await;
     }
 
-    /// Nothing came for a while; asked once for each such while.
-    fn is_silent(&self) -> bool {
-        let mut buffer = self.shared.lock();
-        let is_silent = buffer.heard_at.get_or_insert_with(Instant::now).elapsed() > SILENCE_MAX;
-        if is_silent {
-            buffer.heard_at = Some(Instant::now());
+    /// Consumers on which nothing came for a while: the broker is asked, and later not even asked.
+    async fn look_after(&self, arms: &mut HashMap<Lane, Arm>) {
+        for lane in &self.lanes {
+            let Some(arm) = arms.get_mut(lane) else { continue };
+            let silence = self.silence(*lane, arm);
+            if silence > RENEW_AFTER {
+                self.forget(*lane);
+                if let Some(arm) = arms.remove(lane) {
+                    close(arm, None).await;
+                }
+            } else if silence > SILENCE_MAX && arm.asked_at.elapsed() > SILENCE_MAX {
+                arm.asked_at = Instant::now();
+                if let Err(error) = self.probe(*lane, arm).await {
+                    tracing::warn!(%error, "consumers fell silent; they are made anew");
+                    return self.close_all(arms).await;
+                }
+            }
         }
-        is_silent
+    }
+
+    /// For how long nothing came on a lane that nothing waits or is in hand of.
+    fn silence(&self, lane: Lane, arm: &Arm) -> Duration {
+        let buffer = self.shared.lock();
+        let has_in_hand = buffer.in_hand.get(&lane).is_some_and(|count| *count > 0);
+        if has_in_hand || buffer.arrived.iter().any(|(of, _)| *of == lane) {
+            return Duration::ZERO;
+        }
+        let heard_at = buffer.heard_at.get(&lane).copied();
+        heard_at.map_or(arm.opened_at, |at| at.max(arm.opened_at)).elapsed()
     }
 
     fn is_busy(&self) -> bool {
@@ -356,7 +379,9 @@ impl Supervisor {
             };
             let _ = sender.send((lane, number, why));
         });
-        Ok(Arm { channel, number, pump: pump.abort_handle() })
+        let now = Instant::now();
+        let pump = pump.abort_handle();
+        Ok(Arm { channel, number, pump, opened_at: now, asked_at: now })
     }
 
     /// A consumer ended: it is made anew at the next turn.
@@ -400,24 +425,24 @@ impl Supervisor {
         }
     }
 
-    /// The broker answers, and holds nothing that we should have been given.
-    async fn probe(&self, arms: &HashMap<Lane, Arm>) -> Result<()> {
+    /// The broker answers, knows the consumer, and holds nothing that it should have been given.
+    async fn probe(&self, lane: Lane, arm: &Arm) -> Result<()> {
         use lapin::options::QueueDeclareOptions;
-        for (lane, arm) in arms {
-            let queue = self.shared.names.queue(*lane);
-            let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-            let asked =
-                arm.channel.queue_declare(queue.as_str().into(), passive, FieldTable::default());
-            let found = tokio::time::timeout(ASK_TIMEOUT, asked).await;
-            let found = found
-                .map_err(|_| Error::new(Code::QueueFailed, "the broker does not answer"))?
-                .map_err(|e| failed("look at a queue", &e))?;
-            // The results' queue serves one consumer at a time: messages may wait for that one.
-            let is_idle = !self.shared.has_in_hand(*lane) && *lane != Lane::Results;
-            if is_idle && found.message_count() > 0 && self.shared.lock().arrived.is_empty() {
-                let text = format!("{} message(s) wait in {queue}", found.message_count());
-                return Err(Error::new(Code::QueueFailed, text));
-            }
+        let queue = self.shared.names.queue(lane);
+        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+        let asked =
+            arm.channel.queue_declare(queue.as_str().into(), passive, FieldTable::default());
+        let found = tokio::time::timeout(ASK_TIMEOUT, asked).await;
+        let found = found
+            .map_err(|_| Error::new(Code::QueueFailed, "the broker does not answer"))?
+            .map_err(|e| failed("look at a queue", &e))?;
+        if found.consumer_count() == 0 {
+            let text = format!("{queue} has no consumer, not even this one");
+            return Err(Error::new(Code::QueueFailed, text));
+        }
+        if found.message_count() > 0 && !self.silence(lane, arm).is_zero() {
+            let text = format!("{} message(s) wait in {queue}", found.message_count());
+            return Err(Error::new(Code::QueueFailed, text));
         }
         Ok(())
     }

@@ -71,6 +71,22 @@ async fn a_consumer_that_the_broker_ends_is_made_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_that_the_broker_forgot_is_made_anew() {
+    // Nothing comes and nothing is told: RabbitMQ 3.10 now and then, when a queue is deleted and made
+    // again. The peer says that the queue has no consumer.
+    let script = Script {
+        consume: |count| if count == 0 { OnConsume::Nothing } else { OnConsume::Deliver },
+        ..Script::quiet()
+    };
+    let peer = peer::start(script, 10).await;
+    let queue = queue_at(&peer.url);
+    let mut subscription = queue.subscribe(&[Lane::Results], 1);
+    let delivery = soon(subscription.next()).await.unwrap();
+    delivery.ack().await.unwrap();
+    assert_eq!(peer.seen.lock().unwrap().consumed, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_channel_that_the_broker_closes_is_made_anew() {
     let script = Script {
         consume: |count| if count < 2 { OnConsume::CloseChannel } else { OnConsume::Deliver },
