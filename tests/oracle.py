@@ -84,6 +84,10 @@ class World:
         self.set_content(epoch, [])
 
 
+class Unfit(str):
+    """Why a row is refused: in place of a value that its column cannot hold, or of all its columns."""
+
+
 def op_column_deletes(columns: Columns) -> bool:
     """`delete_when = "op = 'D'"` in Python; a NULL op is not a delete."""
     return columns.get("op") == "D"
@@ -122,11 +126,14 @@ def judged(
     demands: Demands,
     delete_when: Callable[[Columns], bool] = op_column_deletes,
 ) -> tuple[list[Row], Refused]:
-    """An epoch's content, and what is refused: a NULL key, then the first condition that is not true,
-    then all but the last row of a key."""
+    """An epoch's content, and what is refused: what does not fit, then a NULL key, then the first
+    condition that is not true, then all but the last row of a key."""
     rows = list(rows)
     refused: Refused = {}
     for row in rows:
+        if unfit := next((v for v in row.columns.values() if isinstance(v, Unfit)), None):
+            refused[row.file, row.row] = str(unfit)
+            continue
         if any(row.columns.get(column) is None for column in key):
             refused[row.file, row.row] = "null_key"
             continue

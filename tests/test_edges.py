@@ -338,7 +338,7 @@ def test_a_name_stands_once_within_a_value_too(tmp_path: Path):
     lake.write(10, "part-0.json", "\n".join(lines))
     lake.run()
     assert lake.main() == {"a": 1}
-    assert [(reason, row) for reason, row, _ in lake.refused()] == [("malformed", 1), ("malformed", 2)]
+    assert [(reason, row) for reason, row, _ in lake.refused()] == [("malformed", 1), ("type:o", 2)]
 
 
 # --- partitions -------------------------------------------------------------------------------
@@ -450,3 +450,47 @@ def test_the_median_of_two_lies_between_them(tmp_path: Path):
         lake.run()
     assert len(lake.main()) == 138
     assert DeltaTable(tmp_path / "p/main").version() >= 3
+
+
+def test_bytes_that_are_keys_of_a_map_come_back(tmp_path: Path):
+    lake = a_lake(tmp_path, EXPECT)
+    kind = pa.map_(pa.binary(), pa.list_(pa.map_(pa.binary(), pa.int64())))
+    value = [(b"\xff\x00", [[(b"\xfe", 1)]])]
+    lake.write(10, PART, pa.table({"id": ["k"], "value": [-1], "m": pa.array([value], kind)}))
+    lake.run()
+    [item] = items = shown(lake)
+    assert item["content"]["m"] == {"ff00": [{"fe": 1}]}
+    item["content"]["value"] = 1
+    correct(lake, items)
+    assert [(row["id"], row["m"]) for row in lake.rows()] == [("k", value)]
+
+
+# --- names within JSON ------------------------------------------------------------------------
+
+
+def test_names_within_json_are_the_same_in_either_case(tmp_path: Path):
+    lake = a_lake(tmp_path, f"{JSON}\n{REFUSE}")
+    lake.write(10, "a.json", '{"id":"a","s":{"Foo":1,"l":[{"X":1}]}}\n{"id":"b","s":{"foo":2,"l":[{"x":2},{"X":3}]}}\n')
+    lake.write(10, "b.json", '{"ID":"c","S":{"FOO":3}}\n{"id":"d","s":{"foo":4,"FOO":5}}\n')
+    lake.write(20, "a.json", '{"id":"e","s":{"fOO":6,"L":[{"x":7}]}}\n')
+    lake.run()
+    found = {row["id"]: (row["s"]["Foo"], [x["X"] for x in row["s"]["l"] or []]) for row in lake.rows()}
+    assert found == {"a": (1, [1]), "b": (2, [2, 3]), "c": (3, []), "e": (6, [7])}
+    assert [(reason, row) for reason, row, _ in lake.refused()] == [("type:s", 1)]
+
+
+def test_keys_of_a_map_differ_by_case(tmp_path: Path):
+    lake = a_lake(tmp_path, JSON, columns='id = "string"\nm = "map<string,struct<x:long>>"')
+    lake.write(10, "a.json", '{"id":"a","m":{"K":{"x":1},"k":{"X":2}}}\n')
+    lake.run()
+    [row] = lake.rows()
+    assert dict(row["m"]) == {"K": {"x": 1}, "k": {"x": 2}}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_large_whole_numbers_beside_fractions_are_numbers(tmp_path: Path, order: tuple):
+    lines = ['{"id":"a","v":1}', '{"id":"b","v":9223372036854775808}', '{"id":"c","v":0.5}']
+    lake = a_lake(tmp_path, JSON)
+    lake.write(10, "a.json", "\n".join(lines[at] for at in order) + "\n")
+    lake.run()
+    assert {row["id"]: row["v"] for row in lake.rows()} == {"a": 1.0, "b": 2.0**63, "c": 0.5}

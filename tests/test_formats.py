@@ -60,6 +60,18 @@ def test_csv_without_names_has_those_declared(tmp_path: Path):
     assert lake.main() == {"7": 1} and lake.types()["value"] == "integer"
 
 
+def test_csv_without_names_begins_with_a_row_that_is_none(tmp_path: Path):
+    columns = 'id = "string"\nday = "int"\nvalue = "int"'
+    more = f'{CSV}\ncsv = {{ header = false }}\non_mismatch = "quarantine"'
+    lake = Lake(tmp_path).pipeline(more=more, columns=columns, deletes=False)
+    lake.write(10, "day=7/a.csv", "a,1,x,y\nb,2\n")
+    lake.write(10, "b.csv", "c\nd,8,4\n")
+    lake.run()
+    found = {row["id"]: (row["day"], row["value"]) for row in lake.rows()}
+    assert found == {"b": (7, 2), "d": (8, 4)}
+    assert [(reason, row) for reason, row, _ in lake.refused()] == [("malformed", 0)] * 2
+
+
 @pytest.mark.parametrize("delimiter", [";", "|", "\t"])
 def test_csv_fields_are_parted_by_what_the_settings_say(tmp_path: Path, delimiter: str):
     lake = Lake(tmp_path).pipeline(more=f"{CSV}\ncsv = {{ delimiter = {json.dumps(delimiter)} }}")

@@ -96,6 +96,17 @@ def test_what_content_lacks_is_null(refused: Lake):
     assert [row[:2] for row in refused.refused()][:2] == [("null_key", 2), ("expect:paid", 3)]
 
 
+def test_what_the_path_says_is_said_of_a_corrected_row_too(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more=f'format = "csv"\n{REFUSE}', deletes=False)
+    lake.write(10, "day=7/part-0.csv", "id,value\na,1\nb,2,too many\nc\n")
+    lake.run()
+    assert [item["reason"] for item in shown(lake)] == ["malformed"] * 2
+    corrected = [(1, {"id": "b", "value": 2}), (2, {"id": "c", "value": 3, "day": None})]
+    repair(lake, *corrected, file="day=7/part-0.csv")
+    found = {row["id"]: (row["value"], row["day"]) for row in lake.rows()}
+    assert found == {"a": (1, "7"), "b": (2, "7"), "c": (3, None)}
+
+
 def test_a_corrected_rows_columns_are_the_tables_in_any_case(tmp_path: Path):
     """The file lacks one, and has another in other letters."""
     lake = Lake(tmp_path).pipeline(more=EXPECT)

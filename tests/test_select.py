@@ -224,3 +224,12 @@ def test_the_result_must_have_what_the_pipeline_needs(tmp_path: Path, sql: str, 
     done = lake.run(code=1)
     assert code in done.err and name in done.err, done.err
     assert lake.states() == {10: "blocked"}
+
+
+def test_a_select_knows_columns_in_either_case(tmp_path: Path):
+    """Files spell a column one way today and another tomorrow."""
+    lake = selecting(tmp_path, "SELECT id, incoming.value + 1 AS value, op FROM incoming WHERE kind = 'x'")
+    lake.write(10, "part-0.parquet", source(ID=["a"], Value=[1], op=["U"], Kind=["x"]))
+    lake.write(20, "part-0.parquet", source(id=["b", "c"], VALUE=[2, 3], OP=["U", "U"], KIND=["x", "y"]))
+    lake.run()
+    assert lake.main() == {"a": 2, "b": 3}

@@ -15,17 +15,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from oracle import Main, judged
+from oracle import REVERT, Main, judged
 from oracle_modes import ModeWorld, expected
 from oracle_reading import SourceRow, table_version
 from worlds_check import check_held, check_world, is_held
 from worlds_files import (
-    PIPELINE, complete_folder, config_text, deletes_of, demands_of, write_files, write_junk,
+    PIPELINE, complete_folder, config_text, deletes_of, demands_of, is_selected, write_files, write_junk,
 )  # fmt: skip
 from worlds_plan import (
     Action, Change, Check, Deliver, Fault, File, Lose, Plan, Rollback, Run, Verb, describe,
 )  # fmt: skip
-from worlds_read import Corrected, corrected_rows, corrections_text, read_folder
+from worlds_read import (
+    Corrected, corrected_rows, corrections_text, judged_columns, read_folder,
+)  # fmt: skip
 from worlds_shape import Shape
 
 TIMEOUT_SECONDS = 120
@@ -156,7 +158,8 @@ class Player:
         name, epoch = action.name, action.epoch
         self.unrepeated.discard((name, epoch))
         args = [name, PIPELINE, str(epoch), "--yes"]
-        corrected = corrected_rows(self._rows(epoch), self.corrected.get(epoch, {}), action.rows)
+        rows = [row for row in self._rows(epoch) if self._is_known(epoch, (row.file, row.row))]
+        corrected = corrected_rows(rows, self.corrected.get(epoch, {}), action.rows)
         if action.rows and not corrected:
             self.unrepeated.discard((name, epoch))
             return
@@ -325,13 +328,24 @@ class Player:
     def _rows(self, epoch: int) -> list[SourceRow]:
         return read_folder(self._folder(epoch), self.shape)
 
+    def _is_known(self, epoch: int, place: tuple[str, int]) -> bool:
+        """In a table, or corrected before: what `select` left out is not."""
+        in_raw = {(row.file, row.row) for row in self.model.content.get(epoch, []) if row.op != REVERT}
+        known = in_raw | self.model.refused.get(epoch, {}).keys()
+        return place in known | self.corrected.get(epoch, {}).keys()
+
     def _folder_content(self, epoch: int) -> tuple:
         shape = self.shape
         corrected = self.corrected.get(epoch, {})
         rows = [
-            SourceRow(row.file, row.row, corrected.get((row.file, row.row), row.columns))
+            SourceRow(
+                row.file,
+                row.row,
+                judged_columns(corrected.get((row.file, row.row), row.columns), shape),
+            )
             for row in self._rows(epoch)
         ]
+        rows = [row for row in rows if is_selected(row.columns, shape)]
         return judged(rows, shape.key, shape.sequence_by, demands_of(shape), deletes_of(shape))
 
     def _expected(self, epochs: set[int]) -> Main:

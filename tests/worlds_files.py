@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from oracle import Demands, never_deletes, op_column_deletes
-from worlds_plan import File, Layout
+from worlds_plan import NO_ROW, File, Layout
 from worlds_shape import CSV, PARQUET, SNAPSHOT, TYPES, UPSERT, Shape
 
 PIPELINE = "p"
 # The same twice: in SQL, and in Python for the oracle. One refuses NULL, one does not.
 EXPECTATIONS = (("positive", "amount > -1"), ("known", "seq IS NULL OR seq <> 3"))
+SELECT = "SELECT * FROM incoming WHERE pguid IS NULL OR pguid NOT IN ('k1', 'K1')"
 MARKER = "_SUCCESS"
 COLUMN_TYPES = {
     "pguid": pa.string(),
@@ -80,6 +81,10 @@ def config_text(shape: Shape) -> str:
         lines.append('on_changed = "replay"')
     if shape.refuse_duplicates:
         lines.append('on_duplicate = "quarantine"')
+    if shape.misfits:
+        lines.append('on_mismatch = "quarantine"')
+    if shape.selects:
+        lines.append(f'select = "{SELECT}"')
     lines += _format_lines(shape)
     if shape.expects:
         for name, sql in EXPECTATIONS:
@@ -119,6 +124,11 @@ def demands_of(shape: Shape) -> Demands:
 def deletes_of(shape: Shape) -> Callable[[dict], bool]:
     """Its `delete_when`, for the oracle."""
     return op_column_deletes if shape.deletes else never_deletes
+
+
+def is_selected(columns: dict, shape: Shape) -> bool:
+    """Its `select`, for the oracle. A line that is no row is never asked."""
+    return not shape.selects or columns.get("pguid") not in ("k1", "K1")
 
 
 def _positive(columns: dict) -> bool | None:
@@ -175,6 +185,8 @@ def _parquet(file: File) -> bytes:
     for name in layout.columns:
         values = [row.get(name) for row in file.rows]
         kind = _narrow(name, values) if layout.narrow else COLUMN_TYPES[name]
+        if name == "seq" and any(isinstance(value, float) for value in values):
+            kind = pa.float64()
         columns[name.upper() if name in layout.upper else name] = pa.array(values, kind)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, row_group_size=file.row_group_rows)
@@ -195,7 +207,8 @@ def _csv(file: File, names: dict[str, str], shape: Shape) -> bytes:
     if text.header:
         writer.writerow(names.values())
     for at, row in enumerate(file.rows):
-        writer.writerow(text.null if row.get(name) is None else _text_of(row[name]) for name in names)
+        values = [text.null if row.get(name) is None else _text_of(row[name]) for name in names]
+        writer.writerow([*values, "one more"] if NO_ROW in row else values)
         out.write(end if loose and at % 3 == 0 else "")
     # A file without bytes is no file.
     return (out.getvalue() or end).encode()
@@ -208,7 +221,8 @@ def _json(file: File, names: dict[str, str], shape: Shape) -> bytes:
         if loose:
             told = {name: value for name, value in told.items() if value is not None}
         lines += ["", ""] if loose and at % 3 == 1 else []
-        lines.append(json.dumps(told, default=_text_of, ensure_ascii=bool(at % 2)))
+        line = json.dumps(told, default=_text_of, ensure_ascii=bool(at % 2))
+        lines.append(line[:-1] if NO_ROW in row else line)
     return ("\n".join(lines) + "\n").encode()
 
 

@@ -31,6 +31,8 @@ ROWS_MAX = 30
 BEGINNING = dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc)
 LOST = {"ledger": "ledger", "state": "whole state folder", "main": "main table"}
 AWKWARD_KEYS = ("k1 ", "K1", "", "ключ", "k'1", 'k"1', "10", "9")
+# In the columns of what cannot be read as a row.
+NO_ROW = "no row"
 # Values of a partition column; the empty text is none, Delta takes it for NULL.
 REGIONS = (None, "north", "a/b", "x=y", "100%", "ä ö", "a b", "it's")
 # Of the rows that may repeat an earlier one, as many do; they are taken from the newest.
@@ -422,6 +424,8 @@ class _Planner:
             new["amount"] = rng.choice((None, -2.5, 7.0))
         if rng.random() < 0.5:
             new["seq"] = rng.choice((None, 1, 3))
+        elif self.shape.misfits and rng.random() < 0.2:
+            new["seq"] = "soon"
         return new
 
     def _some_verb(self, left: int) -> Verb | None:
@@ -501,7 +505,7 @@ class _Planner:
             if fate < 0.4:
                 files.append(self._file(epoch, file.name))
             elif fate < 0.8:
-                rows = [row for row in file.rows if row["pguid"] not in gone]
+                rows = [row for row in file.rows if row.get("pguid") not in gone]
                 rows = [self._touched(row) if rng.random() < 0.3 else row for row in rows]
                 files.append(replace(file, rows=tuple(rows)))
             else:
@@ -532,8 +536,17 @@ class _Planner:
         row["updated_at"] = None if rng.random() < 0.1 else at
         if "region" in self.shape.columns:
             row["region"] = rng.choice(REGIONS)
+        if self.shape.misfits and rng.random() < 0.1:
+            return self._unfit(row)
         self.said.append(row)
         return row
+
+    def _unfit(self, row: Columns) -> Columns:
+        """No whole number where one belongs, or something that is no row."""
+        rng = self.rng
+        if self.shape.format == PARQUET:
+            return {**row, "seq": 0.5}
+        return {**row, NO_ROW: True} if rng.random() < 0.4 else {**row, "seq": rng.choice((0.5, "soon"))}
 
     def _equal_rows_matter(self) -> bool:
         return self.shape.mode == SCD2 or self.shape.skip_unchanged or self.shape.change_feed

@@ -19,6 +19,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
+from oracle import Unfit
 from oracle_reading import Columns, SourceRow, read_source_folder
 from worlds_shape import CSV, FOLDER_COLUMNS, PARQUET, TYPES, Shape
 
@@ -27,6 +28,7 @@ HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 Corrected = dict[tuple[str, int], Columns | None]
 PACKED = r"(\.gz|\.zst)?"
 INCLUDE = {"csv": rf".*\.csv{PACKED}", "json": rf".*\.(json|jsonl|ndjson){PACKED}"}
+MALFORMED = Unfit("malformed")
 READERS = {
     "string": str, "long": int, "int": int, "double": float,
     "timestamp": dt.datetime.fromisoformat,
@@ -36,14 +38,17 @@ READERS = {
 def read_folder(folder: Path, shape: Shape) -> list[SourceRow]:
     """All rows, files in bytewise order of their names, each with its position among the file's rows."""
     if shape.format == PARQUET:
-        rows = read_source_folder(folder)
-        return [_with_folders(SourceRow(row.file, row.row, _known_names(row.columns)), shape) for row in rows]
+        rows = [
+            SourceRow(row.file, row.row, judged_columns(_known_names(row.columns), shape))
+            for row in read_source_folder(folder)
+        ]
+        return [_with_folders(row, shape) for row in rows]
     found = []
     for name in _names(folder, INCLUDE[shape.format]):
         text = _unpacked(name, (folder / name).read_bytes()).decode()
         rows = _csv_rows(text, shape) if shape.format == CSV else _json_rows(text)
         for at, columns in enumerate(rows):
-            typed = {n: _typed(n, value, shape) for n, value in _known_names(columns).items()}
+            typed = judged_columns(_known_names(columns), shape)
             found.append(_with_folders(SourceRow(name, at, typed), shape))
     return found
 
@@ -61,8 +66,8 @@ def corrected_rows(
 
 
 def _sayable(columns: Columns) -> Columns:
-    """JSON has no NaN."""
-    return {name: None if value != value else value for name, value in columns.items()}
+    """JSON has no NaN. What is no row has no columns, but for its path's."""
+    return {name: None if value != value else value for name, value in columns.items() if name}
 
 
 def corrections_text(corrected: Corrected) -> str:
@@ -93,6 +98,9 @@ def _csv_rows(text: str, shape: Shape) -> Iterator[Columns]:
     lines = (line for line in reader if line)
     names = next(lines) if shape.text.header else shape.declared
     for line in lines:
+        if len(line) != len(names):
+            yield {"": MALFORMED}
+            continue
         values = (None if value == shape.text.null else value for value in line)
         yield dict(zip(names, values, strict=True))
 
@@ -100,7 +108,14 @@ def _csv_rows(text: str, shape: Shape) -> Iterator[Columns]:
 def _json_rows(text: str) -> Iterator[Columns]:
     for line in text.split("\n"):
         if line.strip():
-            yield json.loads(line)
+            yield _object(line)
+
+
+def _object(line: str) -> Columns:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {"": MALFORMED}
 
 
 def _known_names(columns: Columns) -> Columns:
@@ -108,11 +123,22 @@ def _known_names(columns: Columns) -> Columns:
     return {name.lower() if name.lower() in TYPES else name: value for name, value in columns.items()}
 
 
+def judged_columns(columns: Columns, shape: Shape) -> Columns:
+    """Values as their columns have them; some do not fit."""
+    return {name: _typed(name, value, shape) for name, value in columns.items()}
+
+
 def _typed(name: str, value: Any, shape: Shape) -> Any:
     """Without a declaration the value is what the format says it is."""
-    if value is None or name not in shape.declared:
+    if value is None or name not in shape.declared or isinstance(value, (Unfit, dt.datetime)):
         return value
-    return READERS[TYPES[name]](value)
+    if TYPES[name] == "double" and isinstance(value, float):
+        return value
+    try:
+        fit = READERS[TYPES[name]](value)
+    except ValueError:
+        return Unfit(f"type:{name}")
+    return Unfit(f"type:{name}") if isinstance(value, float) and fit != value else fit
 
 
 def _with_folders(row: SourceRow, shape: Shape) -> SourceRow:

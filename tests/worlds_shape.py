@@ -67,6 +67,10 @@ class Shape:
     declared: tuple[str, ...] = ()
     # Files lack columns, have them in another order or case, or in narrower types.
     drift: bool = False
+    # Some rows have a value that its column cannot hold, or are no rows; they are refused.
+    misfits: bool = False
+    # `select` leaves rows out.
+    selects: bool = False
 
     @property
     def is_typed_by_rows(self) -> bool:
@@ -98,6 +102,7 @@ def draw_shape(rng: random.Random) -> Shape:
     # A partition column needs a type from the first epoch on.
     is_declared = kind == CSV or rng.random() < 0.3 or (kind == JSON and bool(partition_by))
     compares = mode in (UPSERT, SNAPSHOT)
+    misfits = is_declared and rng.random() < 0.5
     return Shape(
         key=ids if is_keyed else (),
         sequence_by="seq" if rng.random() < 0.5 and is_keyed else None,
@@ -120,6 +125,9 @@ def draw_shape(rng: random.Random) -> Shape:
         declared=_declared(rng, columns, text) if is_declared else (),
         # Without a header the declared columns are the files'.
         drift=is_declared and text.header and rng.random() < 0.7,
+        misfits=misfits,
+        # Where files have types a value may not fit these before `select` sees its row.
+        selects=rng.random() < 0.25 and (kind == CSV or not misfits),
     )
 
 

@@ -175,7 +175,7 @@ settings! {
     "pipeline.*.ready.manifest", Kind::Text, None, "not used", r#""manifest.json""#,
         "A folder is complete when the files that this JSON file lists are there; only they are read.";
     "pipeline.*.delete_when", Kind::Text, None, "no row is a delete", r#""op = 'D'""#,
-        "SQL over the incoming row; true makes it a delete of its key. Names are case-sensitive.";
+        "SQL over the incoming row; true makes it a delete of its key.";
     "pipeline.*.sequence_by", Kind::Text, None, "file name, then position in the file", r#""updated_at""#,
         "Column that orders rows of one key within an epoch; the largest wins, NULL is lowest.";
     "pipeline.*.columns.ignore", Kind::Names, None, "all columns enter main", r#"["op"]"#,

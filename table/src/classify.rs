@@ -15,6 +15,10 @@ use deltalake::parquet::errors::ParquetError;
 
 /// A foreign error in our words. `doing` names what was tried, and on which thing.
 pub fn foreign(doing: impl std::fmt::Display, error: &(dyn StdError + 'static)) -> Error {
+    // One of ours, on its way through a library.
+    if let Some(ours) = causes(error).find_map(|cause| cause.downcast_ref::<Error>()) {
+        return ours.clone();
+    }
     let code = code_of(error);
     let error = Error::new(code, format!("{doing}: {}", one_line(error)));
     match code {

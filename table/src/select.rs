@@ -28,11 +28,20 @@ fn at(place: &impl Spanned) -> String {
     }
 }
 
-/// Refuses what is not of one row at a time. Returns the relation's name, as it is spelt.
+/// What a `select` reads.
+#[derive(Debug, PartialEq)]
+pub struct Reads {
+    /// The relation's name, as it is spelt.
+    pub relation: String,
+    /// The columns that it names, as they are spelt.
+    pub columns: Vec<String>,
+}
+
+/// Refuses what is not of one row at a time.
 ///
 /// # Errors
 /// What is wrong, with line and column.
-pub fn check_select(text: &str) -> Result<String, String> {
+pub fn check_select(text: &str) -> Result<Reads, String> {
     let parsed = Parser::new(&GenericDialect {}).try_with_sql(text);
     let statements = parsed.and_then(|mut parser| parser.parse_statements());
     let statements = statements.map_err(|e| format!("not SQL: {e}"))?;
@@ -56,7 +65,9 @@ pub fn check_select(text: &str) -> Result<String, String> {
     check_clauses(select)?;
     let relation = check_source(select)?;
     let aggregates = SessionContext::new().state();
+    let mut columns = Vec::new();
     let found = visit_expressions(query.as_ref(), |expr: &Expr| {
+        columns.extend(names_in(expr));
         let why = match expr {
             Expr::Function(function) if function.over.is_some() => {
                 "a window looks at more than one row"
@@ -78,7 +89,29 @@ pub fn check_select(text: &str) -> Result<String, String> {
     });
     match found {
         ControlFlow::Break(why) => Err(why),
-        ControlFlow::Continue(()) => Ok(relation),
+        ControlFlow::Continue(()) => Ok(Reads { relation, columns }),
+    }
+}
+
+/// The columns that an expression over a row names, as they are spelt. None, where it is no SQL.
+pub fn columns_named(expression: &str) -> Vec<String> {
+    let parser = Parser::new(&GenericDialect {}).try_with_sql(expression);
+    let parsed = parser.and_then(|mut parser| parser.parse_expr());
+    let mut columns = Vec::new();
+    if let Ok(parsed) = parsed {
+        let _ = visit_expressions(&parsed, |expr: &Expr| {
+            columns.extend(names_in(expr));
+            ControlFlow::<()>::Continue(())
+        });
+    }
+    columns
+}
+
+fn names_in(expr: &Expr) -> Vec<String> {
+    match expr {
+        Expr::Identifier(name) => vec![name.value.clone()],
+        Expr::CompoundIdentifier(names) => names.iter().map(|name| name.value.clone()).collect(),
+        _ => Vec::new(),
     }
 }
 
@@ -159,8 +192,11 @@ mod tests {
             "SELECT a, b AS c, CAST(d AS BIGINT) AS d FROM incoming WHERE a IS NOT NULL",
             "SELECT i.a FROM incoming AS i",
         ] {
-            assert_eq!(check_select(good), Ok("incoming".to_owned()), "{good}");
+            assert_eq!(check_select(good).unwrap().relation, "incoming", "{good}");
         }
+        let reads = check_select("SELECT i.a, \"B\" + 1 AS c FROM incoming AS i WHERE d").unwrap();
+        assert_eq!(reads.columns, ["i", "a", "B", "d"]);
+        assert_eq!(super::columns_named("op = 'D' OR (coalesce(x, 1) > 2)"), ["op", "x"]);
         for (bad, why) in [
             ("SELECT a FROM incoming JOIN other ON true", "join"),
             ("SELECT a FROM incoming, other", "join"),

@@ -4,12 +4,12 @@ use std::sync::{Arc, Mutex};
 
 use alluvium_protocol::{Code, Error, Result};
 use alluvium_table::arrow::array::{
-    Array, ArrayRef, ArrowPrimitiveType, AsArray, Int64Array, PrimitiveArray, RecordBatch,
-    RecordBatchOptions, StringArray,
+    Array, ArrayRef, ArrowPrimitiveType, AsArray, GenericListArray, Int64Array, MapArray,
+    OffsetSizeTrait, PrimitiveArray, RecordBatch, RecordBatchOptions, StringArray, StructArray,
 };
 use alluvium_table::arrow::compute::cast;
 use alluvium_table::arrow::datatypes::{
-    DataType, Decimal128Type, Field, FieldRef, Float32Type, Float64Type, Int64Type, Schema,
+    DataType, Decimal128Type, Field, FieldRef, Fields, Float32Type, Float64Type, Int64Type, Schema,
     SchemaRef,
 };
 use alluvium_table::arrow::error::ArrowError;
@@ -38,8 +38,6 @@ pub struct Aside {
     refused: Spool,
     /// Rows that `select` left out.
     pub filtered: u64,
-    /// DataFusion passes errors on as text: the coded one waits here.
-    pub error: Option<Error>,
 }
 
 /// Shared between the streams of one reading.
@@ -56,7 +54,7 @@ fn schema() -> SchemaRef {
 
 /// A place for what one reading sets aside.
 pub fn new() -> AsideRef {
-    Arc::new(Mutex::new(Aside { refused: Spool::new(schema()), filtered: 0, error: None }))
+    Arc::new(Mutex::new(Aside { refused: Spool::new(schema()), filtered: 0 }))
 }
 
 impl Aside {
@@ -155,36 +153,74 @@ pub fn texts_of(batch: &RecordBatch) -> Result<Vec<String>> {
 
 /// Keys of maps become text: JSON has no others.
 fn with_text_keys(batch: &RecordBatch) -> Result<RecordBatch> {
+    let columns: Vec<ArrayRef> = batch.columns().iter().map(text_keyed).collect::<Result<_>>()?;
     let schema = batch.schema();
-    let fields: Vec<Field> = schema.fields().iter().map(|field| text_keys(field)).collect();
-    let cast = |(column, field): (&ArrayRef, &Field)| match column.data_type() == field.data_type()
-    {
-        true => Ok(Arc::clone(column)),
-        false => cast(column, field.data_type()).map_err(Error::internal),
-    };
-    let columns = batch.columns().iter().zip(&fields).map(cast).collect::<Result<Vec<_>>>()?;
+    let fields = schema.fields().iter().zip(&columns);
+    let fields: Vec<Field> = fields.map(|(field, column)| of_type(field, column)).collect();
     let rows = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
-    let schema = Arc::new(Schema::new(fields));
-    RecordBatch::try_new_with_options(schema, columns, &rows).map_err(Error::internal)
+    RecordBatch::try_new_with_options(Arc::new(Schema::new(fields)), columns, &rows)
+        .map_err(Error::internal)
 }
 
-fn text_keys(field: &Field) -> Field {
-    let inner = |field: &FieldRef| Arc::new(text_keys(field));
-    let kind = match field.data_type() {
-        DataType::Map(entries, sorted) => match entries.data_type() {
-            DataType::Struct(parts) if parts.len() == 2 => {
-                let key = parts[0].as_ref().clone().with_data_type(DataType::Utf8);
-                let parts = DataType::Struct(vec![Arc::new(key), inner(&parts[1])].into());
-                DataType::Map(Arc::new(entries.as_ref().clone().with_data_type(parts)), *sorted)
-            }
-            other => other.clone(),
-        },
-        DataType::List(item) => DataType::List(inner(item)),
-        DataType::LargeList(item) => DataType::LargeList(inner(item)),
-        DataType::Struct(parts) => DataType::Struct(parts.iter().map(inner).collect()),
-        other => other.clone(),
+fn of_type(field: &Field, values: &ArrayRef) -> Field {
+    field.clone().with_data_type(values.data_type().clone())
+}
+
+fn text_keyed(column: &ArrayRef) -> Result<ArrayRef> {
+    let made: ArrayRef = match column.data_type() {
+        DataType::Map(entries, sorted) => {
+            let map = column.as_map();
+            let (keys, values) = (text_of(map.keys())?, text_keyed(map.values())?);
+            let DataType::Struct(parts) = entries.data_type() else {
+                return Err(Error::internal("a map without entries"));
+            };
+            let parts: Fields = vec![of_type(&parts[0], &keys), of_type(&parts[1], &values)].into();
+            let both = StructArray::try_new(parts, vec![keys, values], None);
+            let both = both.map_err(Error::internal)?;
+            let field = entries.as_ref().clone().with_data_type(both.data_type().clone());
+            let (offsets, nulls) = (map.offsets().clone(), map.nulls().cloned());
+            let made = MapArray::try_new(Arc::new(field), offsets, both, nulls, *sorted);
+            Arc::new(made.map_err(Error::internal)?)
+        }
+        DataType::List(_) => Arc::new(text_keyed_items(column.as_list::<i32>())?),
+        DataType::LargeList(_) => Arc::new(text_keyed_items(column.as_list::<i64>())?),
+        DataType::Struct(fields) => {
+            let parts = column.as_struct();
+            let columns = parts.columns().iter().map(text_keyed);
+            let columns: Vec<ArrayRef> = columns.collect::<Result<_>>()?;
+            let fields: Fields =
+                fields.iter().zip(&columns).map(|(field, column)| of_type(field, column)).collect();
+            let nulls = parts.nulls().cloned();
+            let made = StructArray::try_new_with_length(fields, columns, nulls, parts.len());
+            Arc::new(made.map_err(Error::internal)?)
+        }
+        _ => Arc::clone(column),
     };
-    field.clone().with_data_type(kind)
+    Ok(made)
+}
+
+fn text_keyed_items<O: OffsetSizeTrait>(list: &GenericListArray<O>) -> Result<GenericListArray<O>> {
+    let items = text_keyed(list.values())?;
+    let field = match list.data_type() {
+        DataType::List(field) | DataType::LargeList(field) => of_type(field, &items),
+        other => return Err(Error::internal(format!("{other} is no list"))),
+    };
+    let (offsets, nulls) = (list.offsets().clone(), list.nulls().cloned());
+    GenericListArray::try_new(Arc::new(field), offsets, items, nulls).map_err(Error::internal)
+}
+
+/// Bytes in hexadecimal digits, as within values.
+fn text_of(keys: &ArrayRef) -> Result<ArrayRef> {
+    use DataType::{Binary, BinaryView, FixedSizeBinary, LargeBinary, Utf8};
+    if !matches!(keys.data_type(), Binary | BinaryView | FixedSizeBinary(_) | LargeBinary) {
+        return cast(keys, &Utf8).map_err(Error::internal);
+    }
+    let bytes = cast(keys, &Binary).map_err(Error::internal)?;
+    let texts = bytes.as_binary::<i32>().iter();
+    let texts = texts.map(|bytes| {
+        bytes.map(|bytes| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
+    });
+    Ok(Arc::new(texts.collect::<StringArray>()))
 }
 
 /// NaN and the infinities as text: JSON has no number for them, and NULL is another value.

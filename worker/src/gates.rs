@@ -13,9 +13,9 @@ use alluvium_table::classify::foreign;
 use alluvium_table::session::work_session;
 
 use crate::aside;
-use crate::incoming::{Incoming, first_error};
+use crate::incoming::Incoming;
 use crate::raw::EPOCH;
-use crate::refusals::Judged;
+use crate::refusals::{Judged, read_through};
 
 /// Epochs that an epoch is compared with: the nearest ones below it.
 const EARLIER: usize = 10;
@@ -89,12 +89,9 @@ async fn counts(pipeline: &Pipeline, incoming: &Incoming, judged: &Judged) -> Re
     let aside = aside::new();
     incoming.register(&session, "incoming", &aside)?;
     judged.register(&session).await?;
-    let counted = async {
-        let frame = session.sql("SELECT count(*) FROM accepted").await;
-        let frame = frame.map_err(|e| foreign(doing, &e))?;
-        frame.collect().await.map_err(|e| foreign(doing, &e))
-    };
-    let batches = counted.await.map_err(|error| first_error(&aside, error))?;
+    let frame = session.sql("SELECT count(*) FROM accepted").await;
+    let frame = frame.map_err(|e| foreign(doing, &e))?;
+    let batches = frame.collect().await.map_err(|e| foreign(doing, &e))?;
     let batch = batches.first().ok_or_else(|| Error::internal("a count without a row"))?;
     let content = u64::try_from(batch.column(0).as_primitive::<Int64Type>().value(0)).unwrap_or(0);
     let filtered = aside.lock().unwrap_or_else(std::sync::PoisonError::into_inner).filtered;
@@ -106,13 +103,10 @@ async fn reasons(pipeline: &Pipeline, incoming: &Incoming, judged: &Judged) -> R
     let aside = aside::new();
     let all = work_session(pipeline.sizes.memory_bytes);
     incoming.register(&all, "incoming", &aside)?;
-    let doing = "look at the refused rows";
-    let frame = all.sql("SELECT count(*) FROM incoming").await.map_err(|e| foreign(doing, &e))?;
-    let read = frame.collect().await.map_err(|e| foreign(doing, &e));
-    read.map_err(|error| first_error(&aside, error))?;
+    read_through(&all).await?;
     let session = work_session(pipeline.sizes.memory_bytes);
     incoming.register(&session, "incoming", &aside::new())?;
-    judged.set_aside(pipeline, &session, &aside).await?;
+    judged.set_aside(&session, &aside).await?;
     let refused = aside.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
     let mut reasons: BTreeMap<String, (u64, String)> = BTreeMap::new();
     for batch in refused.finish()?.batches()? {

@@ -172,11 +172,6 @@ impl Incoming {
     }
 }
 
-/// The coded error of a reading, or the given one.
-pub fn first_error(aside: &AsideRef, other: Error) -> Error {
-    aside.lock().unwrap_or_else(PoisonError::into_inner).error.take().unwrap_or(other)
-}
-
 #[derive(Clone)]
 struct FileRows {
     folder: String,
@@ -212,7 +207,7 @@ impl PartitionStream for FileRows {
         };
         let batches = pieces.map(move |piece| {
             let made = piece.and_then(|piece| this.take(piece));
-            made.map_err(|error| this.note(error))
+            made.map_err(|error| DataFusionError::External(Box::new(error)))
         });
         Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.schema), batches))
     }
@@ -316,7 +311,9 @@ impl FileRows {
             );
             return Err(Error::new(Code::ColumnTypeMismatch, text).with_help(MISFIT_HELP));
         }
-        let reason = format!("type:{column}");
+        let columns = &self.reading.columns;
+        let spelt = find_column(columns, column).map(|at| columns.field(at).name().as_str());
+        let reason = format!("type:{}", spelt.unwrap_or(column));
         self.lock().push(&self.file.name, &[place], &reason, vec![line.to_owned()])
     }
 
@@ -521,12 +518,6 @@ impl FileRows {
             });
         }
         Ok(refused)
-    }
-
-    fn note(&self, error: Error) -> DataFusionError {
-        let text = error.to_string();
-        self.lock().error.get_or_insert(error);
-        DataFusionError::Execution(text)
     }
 }
 

@@ -30,7 +30,7 @@ use object_store::ObjectStoreExt;
 use crate::aside::{self, AsideRef};
 use crate::checks::{agree, read_back};
 use crate::columns::{self, Columns, NamedSchema, check_columns, names_of};
-use crate::incoming::{Incoming, Reading, first_error};
+use crate::incoming::{Incoming, Reading};
 use crate::raw_commit::{Prepared, RawCommit, already, partition_paths};
 use crate::refusals::{Judged, judge, read_through};
 use crate::selecting::{Selection, input_of};
@@ -316,10 +316,8 @@ async fn write_files(
     let pipeline = &task.pipeline;
     let session = work_session(pipeline.sizes.memory_bytes);
     let aside = aside::new();
-    let unheeded = aside::new();
-    incoming.register_with_came(&session, "incoming", &unheeded)?;
-    let kept = judged.set_aside(pipeline, &session, &aside).await;
-    kept.map_err(|error| first_error(&unheeded, error))?;
+    incoming.register_with_came(&session, "incoming", &aside::new())?;
+    judged.set_aside(&session, &aside).await?;
     // Read once with the aside: rows without a key go there.
     read_with(&session, incoming, judged, &aside).await?;
     let now = workshop.clock.now().timestamp_micros();
@@ -332,9 +330,12 @@ async fn write_files(
         quoted(raw::EPOCH),
     );
     let mut written = match incoming.has_content() {
-        true => content_rows(&session, pipeline, table, &own, &aside).await?,
+        true => {
+            let delete_when = judged.delete_when();
+            content_rows(&session, pipeline, table, delete_when, &own).await?
+        }
         false => {
-            read_through(&session, &aside).await?;
+            read_through(&session).await?;
             Written::default()
         }
     };
@@ -342,10 +343,9 @@ async fn write_files(
     let previous = partition_paths(table, pipeline, wanted.epoch).await?;
     if !previous.is_empty() && !pipeline.content.key.is_empty() {
         // Read again only for the keys; what it refuses was kept by the first reading.
-        let unheeded = aside::new();
-        read_with(&session, incoming, judged, &unheeded).await?;
+        read_with(&session, incoming, judged, &aside::new()).await?;
         table.register(&session, "previous", Some(&previous), false).await?;
-        let reverts = revert_rows(&session, pipeline, table, &own, &unheeded).await?;
+        let reverts = revert_rows(&session, pipeline, table, &own).await?;
         written.adds.extend(reverts.adds);
         written.rows += reverts.rows;
     }
@@ -369,13 +369,13 @@ async fn content_rows(
     session: &SessionContext,
     pipeline: &Pipeline,
     table: &Table,
+    delete_when: Option<&str>,
     own: &str,
-    aside: &AsideRef,
 ) -> Result<Written> {
     let content = &pipeline.content;
-    let op = match &content.delete_when {
+    let op = match delete_when {
         Some(condition) => {
-            format!("CASE WHEN (\n{condition}\n) THEN '{}' ELSE '{}' END", raw::DELETE, raw::UPSERT)
+            format!("CASE WHEN {condition} THEN '{}' ELSE '{}' END", raw::DELETE, raw::UPSERT)
         }
         None => format!("'{}'", raw::UPSERT),
     };
@@ -393,7 +393,7 @@ async fn content_rows(
     );
     let doing = "sort the folder's rows";
     let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-    write_rows(frame, doing, pipeline, table, aside).await
+    write_rows(frame, doing, pipeline, table).await
 }
 
 /// A revert row for each key of the previous content that the new one lacks.
@@ -402,7 +402,6 @@ async fn revert_rows(
     pipeline: &Pipeline,
     table: &Table,
     own: &str,
-    aside: &AsideRef,
 ) -> Result<Written> {
     let names = table_names(table, &pipeline.content.key);
     let key = quoted_list(names.iter().map(String::as_str));
@@ -419,7 +418,7 @@ async fn revert_rows(
     );
     let doing = "find the keys that vanished";
     let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-    write_rows(frame, doing, pipeline, table, aside).await
+    write_rows(frame, doing, pipeline, table).await
 }
 
 async fn write_rows(
@@ -427,11 +426,10 @@ async fn write_rows(
     doing: &str,
     pipeline: &Pipeline,
     table: &Table,
-    aside: &AsideRef,
 ) -> Result<Written> {
     let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
     let writer = FileWriter::new(table, pipeline.sizes.target_file_bytes)?;
-    writer.write_all(stream).await.map_err(|error| first_error(aside, error))
+    writer.write_all(stream).await
 }
 
 /// A column's name as the table spells it.

@@ -26,6 +26,7 @@ pub mod raw;
 mod raw_commit;
 pub mod refusals;
 pub mod restore;
+pub mod rowwise;
 pub mod selecting;
 pub mod slots;
 mod slowly;

@@ -8,20 +8,18 @@ use std::sync::PoisonError;
 use alluvium_protocol::pipeline::{Action, Expectation, OnDuplicate};
 use alluvium_protocol::{Code, Error, Pipeline, Result};
 use alluvium_table::arrow::array::{AsArray, RecordBatch};
-use alluvium_table::arrow::datatypes::{DataType, Int64Type, Schema};
+use alluvium_table::arrow::datatypes::{Int64Type, Schema};
 use alluvium_table::classify::foreign;
-use alluvium_table::datafusion::common::tree_node::TreeNode;
-use alluvium_table::datafusion::error::Result as DataFusionResult;
 use alluvium_table::datafusion::execution::context::SessionContext;
-use alluvium_table::datafusion::logical_expr::{Expr, LogicalPlan, Volatility};
 use alluvium_table::query;
 use alluvium_table::schema::find_column;
 use alluvium_table::session::{quoted, quoted_list, work_session};
 use futures::StreamExt;
 
 use crate::aside::{self, AsideRef, CAME, REASON};
-use crate::incoming::{Incoming, first_error};
+use crate::incoming::Incoming;
 use crate::raw::{FILE, ROW};
+use crate::rowwise::Condition;
 
 /// Why a row is in quarantine: its key occurs again later in the epoch.
 pub const DUPLICATE_KEY: &str = "duplicate_key";
@@ -31,10 +29,14 @@ const KEYS_SHOWN: usize = 3;
 /// What the rows were found to be.
 pub struct Judged {
     names: Names,
+    /// Rows that are deletes.
+    delete_when: Option<Condition>,
+    /// Those that the expectations state, in their order.
+    conditions: Vec<Condition>,
     /// Rows for which each expectation did not hold.
     pub failed: Vec<(String, u64)>,
-    /// SQL that is true of rows which are refused; `None`: none is.
-    refused_when: Option<String>,
+    /// Expectations that refuse rows, in their order.
+    refusing: Vec<(Expectation, Condition)>,
     /// Earlier rows of a key are refused.
     only_last: bool,
 }
@@ -83,37 +85,45 @@ pub async fn judge(pipeline: &Pipeline, incoming: &Incoming) -> Result<Judged> {
     let names = Names::new(pipeline, incoming.schema());
     // A folder without rows has perhaps no columns to speak of.
     let only_last = content.on_duplicate == OnDuplicate::Quarantine && incoming.has_content();
-    let mut judged = Judged { names, failed: Vec::new(), refused_when: None, only_last };
+    let mut judged = Judged {
+        names,
+        delete_when: None,
+        conditions: Vec::new(),
+        failed: Vec::new(),
+        refusing: Vec::new(),
+        only_last,
+    };
     let is_asked = content.delete_when.is_some() || !content.expectations.is_empty();
     let is_asked = is_asked || content.on_duplicate != OnDuplicate::Last;
     let session = work_session(pipeline.sizes.memory_bytes);
-    let aside = aside::new();
-    incoming.register(&session, "incoming", &aside)?;
+    incoming.register(&session, "incoming", &aside::new())?;
     let has_content = incoming.has_content();
     if !has_content || !(is_asked || incoming.may_block()) {
         if !has_content {
-            read_through(&session, &aside).await?;
+            read_through(&session).await?;
         }
         let none = content.expectations.iter().map(|e| (e.name.clone(), 0));
         judged.failed.extend(none);
         return Ok(judged);
     }
+    let compile = async |what: &str, sql: &str| {
+        Condition::compile(pipeline, incoming.schema(), what, sql).await
+    };
     if let Some(condition) = &content.delete_when {
-        check_expression(pipeline, &session, "delete_when", condition).await?;
+        judged.delete_when = Some(compile("delete_when", condition).await?);
     }
     for expectation in &content.expectations {
         let what = format!("expect {:?}", expectation.name);
-        check_expression(pipeline, &session, &what, &expectation.sql).await?;
+        judged.conditions.push(compile(&what, &expectation.sql).await?);
     }
-    let looked = judged.look(pipeline, &session, incoming).await;
-    looked.map_err(|error| first_error(&aside, error))?;
+    judged.make_known(&session);
+    judged.look(pipeline, &session, incoming).await?;
     Ok(judged)
 }
 
 /// Reads all of `incoming`, for what it refuses alone.
-pub async fn read_through(session: &SessionContext, aside: &AsideRef) -> Result<()> {
-    let read = rows(session, "SELECT count(*) FROM incoming", "read the folder's rows").await;
-    read.map(drop).map_err(|error| first_error(aside, error))
+pub async fn read_through(session: &SessionContext) -> Result<()> {
+    rows(session, "SELECT count(*) FROM incoming", "read the folder's rows").await.map(drop)
 }
 
 impl Judged {
@@ -126,23 +136,26 @@ impl Judged {
     ) -> Result<()> {
         let expectations = &pipeline.content.expectations;
         if !expectations.is_empty() {
-            self.failed = count_failed(session, expectations).await?;
+            self.failed = self.count_failed(session, expectations).await?;
         } else if incoming.may_block() {
             // Reading alone tells whether every value fits.
-            rows(session, "SELECT count(*) FROM incoming", "read the folder's rows").await?;
+            read_through(session).await?;
         }
-        for (expectation, (_, failed)) in expectations.iter().zip(&self.failed) {
-            if *failed > 0 && expectation.action == Action::Fail {
-                return Err(failed_error(pipeline, session, incoming, expectation, *failed).await?);
+        for ((expectation, (_, failed)), condition) in
+            expectations.iter().zip(&self.failed).zip(&self.conditions)
+        {
+            if *failed == 0 {
+                continue;
+            }
+            match expectation.action {
+                Action::Fail => {
+                    let first = first_failing(session, condition).await?;
+                    return Err(failed_error(pipeline, incoming, expectation, *failed, &first));
+                }
+                Action::Quarantine => self.refusing.push((expectation.clone(), condition.clone())),
+                Action::Warn => {}
             }
         }
-        let refusing: Vec<String> = expectations
-            .iter()
-            .zip(&self.failed)
-            .filter(|(e, (_, failed))| e.action == Action::Quarantine && *failed > 0)
-            .map(|(e, _)| fails(e))
-            .collect();
-        self.refused_when = (!refusing.is_empty()).then(|| refusing.join(" OR "));
         match pipeline.content.on_duplicate {
             OnDuplicate::Fail => self.refuse_duplicates(pipeline, session, incoming).await,
             OnDuplicate::Last | OnDuplicate::Quarantine => Ok(()),
@@ -150,18 +163,16 @@ impl Judged {
     }
 
     /// Refused rows go to `aside`. `incoming` reads the folder, and keeps nothing by itself.
-    pub async fn set_aside(
-        &self,
-        pipeline: &Pipeline,
-        session: &SessionContext,
-        aside: &AsideRef,
-    ) -> Result<()> {
+    pub async fn set_aside(&self, session: &SessionContext, aside: &AsideRef) -> Result<()> {
         let place = quoted_list([FILE, ROW]);
-        if let Some(refused) = &self.refused_when {
-            let refusing = pipeline.content.expectations.iter();
-            let refusing = refusing.filter(|e| e.action == Action::Quarantine);
-            let reasons: Vec<String> = refusing
-                .map(|e| format!("WHEN {} THEN {}", fails(e), text(&reason_of(e))))
+        self.make_known(session);
+        if let Some(refused) = self.refused_when() {
+            let reasons: Vec<String> = self
+                .refusing
+                .iter()
+                .map(|(e, condition)| {
+                    format!("WHEN {} THEN {}", fails(condition), text(&reason_of(e)))
+                })
                 .collect();
             let sql = format!(
                 "SELECT *, CASE {} END AS {} FROM incoming WHERE {refused} ORDER BY {place}",
@@ -189,6 +200,7 @@ impl Judged {
     /// Registers the rows of `incoming` that are content, as `accepted`.
     pub async fn register(&self, session: &SessionContext) -> Result<()> {
         let doing = "leave refused rows out";
+        self.make_known(session);
         let relation = match self.only_last {
             true => {
                 format!(
@@ -206,9 +218,26 @@ impl Judged {
         Ok(())
     }
 
+    /// SQL that is true of a row which is a delete; `None`: none is.
+    pub fn delete_when(&self) -> Option<&str> {
+        self.delete_when.as_ref().map(Condition::sql)
+    }
+
+    fn make_known(&self, session: &SessionContext) {
+        for condition in self.conditions.iter().chain(&self.delete_when) {
+            condition.register(session);
+        }
+    }
+
+    /// SQL that is true of rows which are refused; `None`: none is.
+    fn refused_when(&self) -> Option<String> {
+        let refusing: Vec<String> = self.refusing.iter().map(|(_, c)| fails(c)).collect();
+        (!refusing.is_empty()).then(|| refusing.join(" OR "))
+    }
+
     /// The rows that no expectation refuses.
     fn expected(&self) -> String {
-        match &self.refused_when {
+        match self.refused_when() {
             Some(refused) => format!("(SELECT * FROM incoming WHERE NOT ({refused}))"),
             None => "incoming".to_owned(),
         }
@@ -223,6 +252,25 @@ impl Judged {
             order = self.names.order,
             from = self.expected(),
         )
+    }
+
+    /// Rows for which each does not hold.
+    async fn count_failed(
+        &self,
+        session: &SessionContext,
+        expectations: &[Expectation],
+    ) -> Result<Vec<(String, u64)>> {
+        let counts =
+            self.conditions.iter().map(|e| format!("count(*) FILTER (WHERE {})", fails(e)));
+        let counts: Vec<String> = counts.collect();
+        let sql = format!("SELECT {} FROM incoming", counts.join(", "));
+        let doing = "count rows that are not as expected";
+        let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
+        let batches = frame.collect().await.map_err(|e| foreign(doing, &e))?;
+        let batch = batches.first().ok_or_else(|| Error::internal("a count without a row"))?;
+        let count = |at: usize| batch.column(at).as_primitive::<Int64Type>().value(0);
+        let named = expectations.iter().enumerate();
+        Ok(named.map(|(at, e)| (e.name.clone(), u64::try_from(count(at)).unwrap_or(0))).collect())
     }
 
     async fn refuse_duplicates(
@@ -264,9 +312,8 @@ impl Judged {
 }
 
 /// SQL that is true, and never NULL, of rows for which an expectation does not hold.
-fn fails(expectation: &Expectation) -> String {
-    // On lines of its own: it may end in a comment.
-    format!("((\n{}\n) IS NOT TRUE)", expectation.sql)
+fn fails(expected: &Condition) -> String {
+    format!("({} IS NOT TRUE)", expected.sql())
 }
 
 fn text(value: &str) -> String {
@@ -291,132 +338,35 @@ async fn rows(session: &SessionContext, sql: &str, doing: &str) -> Result<Vec<se
     query::to_json(&frame.collect().await.map_err(|e| foreign(doing, &e))?)
 }
 
-async fn count_failed(
-    session: &SessionContext,
-    expectations: &[Expectation],
-) -> Result<Vec<(String, u64)>> {
-    let counts: Vec<String> = expectations
-        .iter()
-        .map(|expectation| format!("count(*) FILTER (WHERE {})", fails(expectation)))
-        .collect();
-    let sql = format!("SELECT {} FROM incoming", counts.join(", "));
-    let doing = "count rows that are not as expected";
-    let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-    let batches = match frame.collect().await {
-        Ok(batches) => batches,
-        Err(error) => return Err(culprit(session, expectations, foreign(doing, &error)).await),
-    };
-    let batch = batches.first().ok_or_else(|| Error::internal("a count without a row"))?;
-    let count = |at: usize| batch.column(at).as_primitive::<Int64Type>().value(0);
-    let named = expectations.iter().enumerate();
-    Ok(named.map(|(at, e)| (e.name.clone(), u64::try_from(count(at)).unwrap_or(0))).collect())
-}
-
-/// The error, with the name of the expectation that cannot be asked of every row, if it is one.
-async fn culprit(session: &SessionContext, expectations: &[Expectation], error: Error) -> Error {
-    for expectation in expectations {
-        let sql = format!("SELECT count(*) FILTER (WHERE {}) FROM incoming", fails(expectation));
-        let Ok(frame) = session.sql(&sql).await else { continue };
-        let Err(why) = frame.collect().await else { continue };
-        let text = format!(
-            "expectation {:?} ({}) fails for some row: {}",
-            expectation.name,
-            expectation.sql,
-            why.strip_backtrace()
-        );
-        return Error::new(Code::ExpressionInvalid, text).with_help(
-            "say what holds for every row, with nullif(x, 0) or try_cast(x AS BIGINT); then \
-             `alluvium retry`",
-        );
-    }
-    error
-}
-
-async fn failed_error(
-    pipeline: &Pipeline,
-    session: &SessionContext,
-    incoming: &Incoming,
-    expectation: &Expectation,
-    failed: u64,
-) -> Result<Error> {
+/// Where the first row is for which it does not hold: `; the first is row 3 of a.csv`.
+async fn first_failing(session: &SessionContext, expected: &Condition) -> Result<String> {
     let place = quoted_list([FILE, ROW]);
-    let sql = format!(
-        "SELECT {place} FROM incoming WHERE {} ORDER BY {place} LIMIT 1",
-        fails(expectation)
-    );
+    let fails = fails(expected);
+    let sql = format!("SELECT {place} FROM incoming WHERE {fails} ORDER BY {place} LIMIT 1");
     let rows = rows(session, &sql, "find the first row that is not as expected").await?;
     let first = rows.first().map(|row| {
         format!("; the first is row {} of {}", row[ROW], row[FILE].as_str().unwrap_or_default())
     });
+    Ok(first.unwrap_or_default())
+}
+
+fn failed_error(
+    pipeline: &Pipeline,
+    incoming: &Incoming,
+    expectation: &Expectation,
+    failed: u64,
+    first: &str,
+) -> Error {
     let text = format!(
-        "expectation {:?} ({}) does not hold for {failed} of {} rows of {}{}",
+        "expectation {:?} ({}) does not hold for {failed} of {} rows of {}{first}",
         expectation.name,
         expectation.sql,
         incoming.rows(),
         incoming.folder(),
-        first.unwrap_or_default()
     );
     let help = format!(
         "deliver the folder again, or change the action of [[pipeline.{}.expect]]; then `alluvium retry`",
         pipeline.id
     );
-    Ok(Error::new(Code::ExpectationFailed, text).with_help(help))
-}
-
-/// An expression is true, false or NULL of one row, and the same each time it is asked.
-async fn check_expression(
-    pipeline: &Pipeline,
-    session: &SessionContext,
-    what: &str,
-    expression: &str,
-) -> Result<()> {
-    let invalid = |why: String| {
-        let help = format!("correct it in [pipeline.{}], then `alluvium retry`", pipeline.id);
-        Error::new(Code::ExpressionInvalid, format!("{what} = {expression:?}: {why}"))
-            .with_help(help)
-    };
-    let sql = format!("SELECT (\n{expression}\n) FROM incoming");
-    let frame = session.sql(&sql).await.map_err(|e| invalid(e.strip_backtrace()))?;
-    let kind = frame.schema().field(0).data_type();
-    if !matches!(kind, DataType::Boolean | DataType::Null) {
-        return Err(invalid(format!("it gives a value of type {kind}, not true or false")));
-    }
-    let plan = frame.logical_plan();
-    if plan.expressions().iter().any(|e| changes_with_time(e).unwrap_or(true)) {
-        return Err(invalid("it gives another answer each time".to_owned()));
-    }
-    if !is_row_wise(plan) {
-        return Err(invalid("it looks at more than one row".to_owned()));
-    }
-    Ok(())
-}
-
-/// Calls a function such as `random()` or `now()`.
-pub(crate) fn changes_with_time(expression: &Expr) -> DataFusionResult<bool> {
-    expression.exists(|part| {
-        let function = match part {
-            Expr::ScalarFunction(function) => function.func.signature().volatility,
-            _ => Volatility::Immutable,
-        };
-        Ok(function != Volatility::Immutable)
-    })
-}
-
-/// No aggregate, window or subquery: each row is judged alone.
-fn is_row_wise(plan: &LogicalPlan) -> bool {
-    let is_simple = plan.exists(|node| {
-        Ok(!matches!(
-            node,
-            LogicalPlan::Projection(_) | LogicalPlan::TableScan(_) | LogicalPlan::SubqueryAlias(_)
-        ))
-    });
-    let has_subquery = |expression: &Expr| {
-        expression.exists(|part| {
-            let is_one =
-                matches!(part, Expr::ScalarSubquery(_) | Expr::InSubquery(_) | Expr::Exists(_));
-            Ok(is_one)
-        })
-    };
-    let is_nested = plan.expressions().iter().any(|e| has_subquery(e).unwrap_or(true));
-    !is_simple.unwrap_or(true) && !is_nested
+    Error::new(Code::ExpectationFailed, text).with_help(help)
 }

@@ -5,23 +5,17 @@ use std::sync::Arc;
 
 use alluvium_protocol::pipeline::same_name;
 use alluvium_protocol::{Code, Error, Pipeline, Result};
-use alluvium_table::arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, RecordBatch, RecordBatchOptions,
-};
-use alluvium_table::arrow::compute::{cast, concat, prep_null_mask_filter};
+use alluvium_table::arrow::array::{Array, AsArray, BooleanArray, RecordBatch, RecordBatchOptions};
+use alluvium_table::arrow::compute::{cast, prep_null_mask_filter};
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
-use alluvium_table::datafusion::common::tree_node::{Transformed, TreeNode};
 use alluvium_table::datafusion::error::DataFusionError;
-use alluvium_table::datafusion::logical_expr::simplify::SimplifyContext;
 use alluvium_table::datafusion::logical_expr::{Expr, LogicalPlan};
-use alluvium_table::datafusion::optimizer::simplify_expressions::ExprSimplifier;
-use alluvium_table::datafusion::physical_expr::expressions::BinaryExpr;
 use alluvium_table::datafusion::physical_plan::PhysicalExpr;
 use alluvium_table::schema::delta_type;
 use alluvium_table::select::{check_select, place_of};
 use alluvium_table::session::{quoted, work_session};
 
-use crate::refusals::changes_with_time;
+use crate::rowwise::{changes_with_time, compiled, evaluated, spelt_as};
 
 /// A compiled `select`.
 pub struct Selection {
@@ -44,12 +38,13 @@ impl Selection {
             );
             Error::new(Code::SelectInvalid, format!("select: {why}")).with_help(help)
         };
-        let relation = check_select(select).map_err(invalid)?;
+        let reads = check_select(select).map_err(invalid)?;
+        let input = &spelt_as(&reads.columns, input);
         let session = work_session(pipeline.sizes.memory_bytes);
         session.state_ref().write().config_mut().options_mut().sql_parser.collect_spans = true;
         let none = session.read_batch(RecordBatch::new_empty(Arc::clone(input)));
         let none = none.map_err(Error::internal)?.into_view();
-        session.register_table(quoted(&relation), none).map_err(Error::internal)?;
+        session.register_table(quoted(&reads.relation), none).map_err(Error::internal)?;
         let told = |e: DataFusionError| {
             let place = place_of(&e).map_or_else(String::new, |place| format!(" at {place}"));
             invalid(format!("{}{place}", e.strip_backtrace()))
@@ -65,16 +60,11 @@ impl Selection {
         };
         let schema = projection.input.schema();
         let state = session.state();
-        // Some functions exist only as what they are rewritten to.
-        let context = SimplifyContext::builder().with_schema(Arc::clone(schema)).build();
-        let simplifier = ExprSimplifier::new(context);
         let compiled = |expr: &Expr| {
             if changes_with_time(expr).unwrap_or(true) {
                 return Err(invalid(format!("{expr} gives another answer each time")));
             }
-            let expr = simplifier.coerce(expr.clone(), schema).map_err(told)?;
-            let expr = simplifier.simplify(expr).map_err(told)?;
-            checked(state.create_physical_expr(expr, schema).map_err(told)?).map_err(told)
+            compiled(&state, expr, schema).map_err(told)
         };
         let filter = condition.as_ref().map(&compiled).transpose()?;
         let (mut columns, mut fields) = (Vec::new(), Vec::new());
@@ -129,7 +119,7 @@ impl Selection {
     /// True for each row that it keeps; `None`: all.
     pub fn kept(&self, batch: &RecordBatch) -> Result<Option<BooleanArray>> {
         let Some(filter) = &self.filter else { return Ok(None) };
-        let keep = evaluated(filter, batch)?;
+        let keep = evaluated(filter, batch).map_err(failed)?;
         let keep = cast(&keep, &DataType::Boolean).map_err(Error::internal)?;
         let keep = keep.as_boolean();
         Ok(Some(match keep.null_count() {
@@ -142,7 +132,7 @@ impl Selection {
     /// The columns that it makes of each row.
     pub fn project(&self, batch: &RecordBatch) -> Result<RecordBatch> {
         let rows = batch.num_rows();
-        let columns = self.columns.iter().map(|column| evaluated(column, batch));
+        let columns = self.columns.iter().map(|column| evaluated(column, batch).map_err(failed));
         let columns = columns.collect::<Result<Vec<_>>>()?;
         let options = RecordBatchOptions::new().with_row_count(Some(rows));
         RecordBatch::try_new_with_options(Arc::clone(&self.output), columns, &options)
@@ -150,38 +140,8 @@ impl Selection {
     }
 }
 
-/// The expression of each row. `v <> 0 AND 10 / v > 1` is computed for a whole batch at once, and fails
-/// where no row does: then row by row.
-fn evaluated(expr: &Arc<dyn PhysicalExpr>, batch: &RecordBatch) -> Result<ArrayRef> {
-    let of = |rows: &RecordBatch| {
-        let value = expr.evaluate(rows).and_then(|value| value.into_array(rows.num_rows()));
-        value.map_err(|e| Error::new(Code::SelectInvalid, e.strip_backtrace()))
-    };
-    of(batch).or_else(|error| {
-        if batch.num_rows() < 2 {
-            return Err(error);
-        }
-        let rows = (0..batch.num_rows()).map(|row| of(&batch.slice(row, 1)));
-        let rows = rows.collect::<Result<Vec<_>>>()?;
-        let rows: Vec<&dyn Array> = rows.iter().map(AsRef::as_ref).collect();
-        concat(&rows).map_err(Error::internal)
-    })
-}
-
-/// The expression, failing where whole numbers are too large instead of beginning again from below.
-fn checked(expr: Arc<dyn PhysicalExpr>) -> Result<Arc<dyn PhysicalExpr>, DataFusionError> {
-    let checked = expr.transform_up(|part| {
-        Ok(match part.downcast_ref::<BinaryExpr>() {
-            Some(binary) => {
-                let (left, right) = (Arc::clone(binary.left()), Arc::clone(binary.right()));
-                let checked =
-                    BinaryExpr::new(left, *binary.op(), right).with_fail_on_overflow(true);
-                Transformed::yes(Arc::new(checked))
-            }
-            None => Transformed::no(part),
-        })
-    })?;
-    Ok(checked.data)
+fn failed(why: String) -> Error {
+    Error::new(Code::SelectInvalid, why)
 }
 
 /// What `select` is over: the columns of all files, each with the first type that holds them all.

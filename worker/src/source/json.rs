@@ -22,9 +22,12 @@ pub(super) enum JsonKind {
     Null,
     Boolean,
     Long,
+    /// Whole numbers, some beyond those of a column.
+    Whole,
     Double,
     Text,
     List(Box<JsonKind>),
+    /// Names as they were spelt, also where they differ in case only: they may be keys of a map.
     Struct(Vec<(String, JsonKind)>),
 }
 
@@ -34,8 +37,7 @@ impl JsonKind {
             Value::Null => Self::Null,
             Value::Bool(_) => Self::Boolean,
             Value::Number(number) if number.is_i64() => Self::Long,
-            // Beyond the whole numbers that a column can hold exactly.
-            Value::Number(number) if number.is_u64() => Self::Text,
+            Value::Number(number) if number.is_u64() => Self::Whole,
             Value::Number(_) => Self::Double,
             Value::String(_) => Self::Text,
             Value::Array(items) => {
@@ -56,7 +58,10 @@ impl JsonKind {
             (a, b) if a == b => a,
             (Self::Null, b) => b,
             (a, Self::Null) => a,
-            (Self::Long, Self::Double) | (Self::Double, Self::Long) => Self::Double,
+            (Self::Long, Self::Whole) | (Self::Whole, Self::Long) => Self::Whole,
+            (Self::Long | Self::Whole, Self::Double) | (Self::Double, Self::Long | Self::Whole) => {
+                Self::Double
+            }
             (Self::List(a), Self::List(b)) => Self::List(Box::new(a.merged(*b))),
             (Self::Struct(mut a), Self::Struct(b)) => {
                 for (name, kind) in b {
@@ -75,16 +80,35 @@ impl JsonKind {
             Self::Boolean => DataType::Boolean,
             Self::Long => DataType::Int64,
             Self::Double => DataType::Float64,
-            Self::Text => DataType::Utf8,
+            Self::Whole | Self::Text => DataType::Utf8,
             Self::List(item) => {
                 DataType::List(Arc::new(Field::new("element", item.kind_or_text(), true)))
             }
             Self::Struct(fields) if fields.is_empty() => DataType::Null,
             Self::Struct(fields) => {
+                let fields = one_spelling(fields);
                 let fields =
                     fields.iter().map(|(name, kind)| Field::new(name, kind.kind_or_text(), true));
                 DataType::Struct(fields.collect::<Vec<_>>().into())
             }
+        }
+    }
+
+    /// Some name within it is spelt otherwise in the type that it is decoded as.
+    pub(super) fn is_respelt(&self, decoded: &DataType) -> bool {
+        match (self, decoded) {
+            (Self::List(item), DataType::List(field)) => item.is_respelt(field.data_type()),
+            (Self::Struct(found), DataType::Struct(fields)) => found.iter().any(|(name, kind)| {
+                let field = fields.iter().find(|field| same_name(field.name(), name));
+                field
+                    .is_some_and(|field| field.name() != name || kind.is_respelt(field.data_type()))
+            }),
+            (Self::Struct(found), DataType::Map(entries, _)) => {
+                let DataType::Struct(parts) = entries.data_type() else { return false };
+                let value = parts.last().map(|value| value.data_type());
+                value.is_some_and(|value| found.iter().any(|(_, kind)| kind.is_respelt(value)))
+            }
+            _ => false,
         }
     }
 
@@ -95,6 +119,69 @@ impl JsonKind {
             kind => kind,
         }
     }
+}
+
+/// The fields with each name once, as it was spelt first.
+fn one_spelling(fields: &[(String, JsonKind)]) -> Vec<(String, JsonKind)> {
+    let mut one: Vec<(String, JsonKind)> = Vec::with_capacity(fields.len());
+    let mut at: HashMap<String, usize> = HashMap::new();
+    for (name, kind) in fields {
+        match at.get(&name.to_lowercase()) {
+            Some(at) => {
+                let known = &mut one[*at].1;
+                *known = std::mem::take(known).merged(kind.clone());
+            }
+            None => {
+                at.insert(name.to_lowercase(), one.len());
+                one.push((name.clone(), kind.clone()));
+            }
+        }
+    }
+    one
+}
+
+/// The object with the names of its columns, and of the structures within, as these spell them.
+/// `None`: a name is there twice.
+pub(super) fn respelt(line: &str, columns: &SchemaRef) -> Option<String> {
+    let value: Box<RawValue> = serde_json::from_str(line).ok()?;
+    let columns = DataType::Struct(columns.fields().clone());
+    respelt_value(value, &columns).map(|value| value.get().to_owned())
+}
+
+fn respelt_value(value: Box<RawValue>, kind: &DataType) -> Option<Box<RawValue>> {
+    let text = value.get();
+    let made = match kind {
+        DataType::Struct(fields) if text.starts_with('{') => {
+            let Members(members) = serde_json::from_str(text).ok()?;
+            let mut made = BTreeMap::new();
+            for (name, value) in members {
+                let field = fields.iter().find(|field| same_name(field.name(), &name));
+                let (name, value) = match field {
+                    Some(field) => (field.name().clone(), respelt_value(value, field.data_type())?),
+                    None => (name, value),
+                };
+                if made.insert(name, value).is_some() {
+                    return None;
+                }
+            }
+            serde_json::value::to_raw_value(&made)
+        }
+        DataType::List(field) if text.starts_with('[') => {
+            let items: Vec<Box<RawValue>> = serde_json::from_str(text).ok()?;
+            let items = items.into_iter().map(|item| respelt_value(item, field.data_type()));
+            serde_json::value::to_raw_value(&items.collect::<Option<Vec<_>>>()?)
+        }
+        DataType::Map(entries, _) if text.starts_with('{') => {
+            let DataType::Struct(parts) = entries.data_type() else { return Some(value) };
+            let kind = parts.last()?.data_type();
+            let Members(members) = serde_json::from_str(text).ok()?;
+            let members =
+                members.into_iter().map(|(name, value)| Some((name, respelt_value(value, kind)?)));
+            serde_json::value::to_raw_value(&members.collect::<Option<BTreeMap<_, _>>>()?)
+        }
+        _ => return Some(value),
+    };
+    made.ok()
 }
 
 /// Adds what an object says to what is known of its columns.
@@ -162,7 +249,7 @@ impl Columns {
     }
 }
 
-/// Somewhere within the value an object has a name twice, in any case.
+/// Somewhere within the value an object has a name twice.
 fn has_twice(value: &RawValue) -> bool {
     let text = value.get();
     if text.starts_with('[') && text.contains('{') {
@@ -174,7 +261,7 @@ fn has_twice(value: &RawValue) -> bool {
     }
     let Ok(Members(members)) = serde_json::from_str(text) else { return false };
     let mut seen = HashSet::new();
-    members.iter().any(|(name, value)| !seen.insert(name.to_lowercase()) || has_twice(value))
+    members.iter().any(|(name, value)| !seen.insert(name) || has_twice(value))
 }
 
 /// An object's names and values in their order, each as often as it is there.
@@ -226,7 +313,11 @@ fn as_text(found: &DataType, wanted: Option<&DataType>) -> DataType {
         (_, Some(DataType::Map(entries, sorted))) | (DataType::Map(entries, sorted), None) => {
             let DataType::Struct(parts) = entries.data_type() else { return DataType::Utf8 };
             let [key, value] = parts.as_ref() else { return DataType::Utf8 };
-            let key = Arc::new(Field::new(key.name(), DataType::Utf8, false));
+            let kind = match key.data_type() {
+                DataType::Binary => DataType::Binary,
+                _ => DataType::Utf8,
+            };
+            let key = Arc::new(Field::new(key.name(), kind, false));
             let value = item(value, as_text(value.data_type(), Some(value.data_type())));
             let parts = DataType::Struct(vec![key, value].into());
             DataType::Map(Arc::new(Field::new(entries.name(), parts, false)), *sorted)
@@ -261,7 +352,10 @@ fn as_text(found: &DataType, wanted: Option<&DataType>) -> DataType {
 /// The first column that makes the line impossible to decode.
 pub(super) fn culprit(line: &str, schema: &SchemaRef) -> Option<String> {
     let alone = |field: &FieldRef| Arc::new(Schema::new(vec![Arc::clone(field)]));
-    let fails = |field: &&FieldRef| decode(&[line], &alone(field)).is_err();
+    let fails = |field: &&FieldRef| {
+        let columns = alone(field);
+        respelt(line, &columns).is_none_or(|line| decode(&[line], &columns).is_err())
+    };
     schema.fields().iter().find(fails).map(|field| field.name().clone())
 }
 

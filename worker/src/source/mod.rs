@@ -5,6 +5,7 @@
 //! ```
 //! Every request demands the pinned entity tag: a file that changed since is an error, not data.
 
+mod csv;
 mod delta;
 mod folders;
 mod json;
@@ -17,7 +18,10 @@ use std::sync::Arc;
 use alluvium_protocol::manifest::{Manifest, Object};
 use alluvium_protocol::pipeline::{Format, OnBad, same_name};
 use alluvium_protocol::{Code, Error, Pipeline, Result, part_of_task};
-use alluvium_table::arrow::array::{ArrayRef, Int64Array, RecordBatch, StringArray};
+use alluvium_table::arrow::array::{
+    Array, ArrayRef, AsArray, Int64Array, RecordBatch, StringArray,
+};
+use alluvium_table::arrow::compute::cast;
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use alluvium_table::schema::find_column;
 use alluvium_table::spool::Spooled;
@@ -255,11 +259,32 @@ impl SourceFile {
                     return Err(refused(format!("a corrected row has {name:?} twice")));
                 }
             }
+            // What the path says is said of this row, too.
+            for (field, value) in &self.constants {
+                if let (false, Some(text)) =
+                    (told.contains_key(field.name()), text_of_constant(value))
+                {
+                    let text = serde_json::value::to_raw_value(&text).map_err(Error::internal)?;
+                    told.insert(field.name().clone(), text);
+                }
+            }
             serde_json::to_string(&told).map_err(Error::internal)
         };
-        let lines: Vec<String> = lines.iter().map(named).collect::<Result<_>>()?;
-        json::decode(&lines, &json::decoding(&schema, columns)).map_err(|e| refused(e.to_string()))
+        let decoding = json::decoding(&schema, columns);
+        let respelt = |line: String| {
+            json::respelt(&line, &decoding)
+                .ok_or_else(|| refused("a corrected row has a name twice".to_owned()))
+        };
+        let lines = lines.iter().map(|line| respelt(named(line)?));
+        let lines: Vec<String> = lines.collect::<Result<_>>()?;
+        json::decode(&lines, &decoding).map_err(|e| refused(e.to_string()))
     }
+}
+
+fn text_of_constant(value: &ArrayRef) -> Option<String> {
+    let texts = cast(value, &DataType::Utf8).ok()?;
+    let texts = texts.as_string::<i32>();
+    texts.is_valid(0).then(|| texts.value(0).to_owned())
 }
 
 fn without_binary(columns: &SchemaRef) -> SchemaRef {

@@ -7,16 +7,16 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Cursor, Read, Write};
 use std::rc::Rc;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use alluvium_protocol::manifest::Object;
-use alluvium_protocol::pipeline::{Csv, Declared, Format};
+use alluvium_protocol::pipeline::{Csv, Declared, Format, same_name};
 use alluvium_protocol::{Code, Error, Result};
 use alluvium_table::arrow::array::{
     Array, ArrayRef, AsArray, BooleanArray, Int64Builder, RecordBatch, StringBuilder,
 };
 use alluvium_table::arrow::compute::filter_record_batch;
-use alluvium_table::arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef, TimeUnit};
+use alluvium_table::arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
 use alluvium_table::classify::foreign;
 use alluvium_table::spool::{Spool, Spooled};
 use alluvium_table::store::StoreRef;
@@ -24,13 +24,12 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 
+use super::csv::{Seen, Watched, Window, is_well_quoted};
+use super::folders;
 use super::json::{self, JsonKind};
 use super::parquet::{PinnedReader, read_error};
 use super::{BATCH_ROWS, Piece, WHOLE_BYTES_MAX};
 use crate::raw::ROW;
-
-/// What of a CSV file is kept at least, to have a record's bytes.
-const WINDOW_BYTES: usize = 1 << 16;
 
 /// The column with a line as it came.
 const LINE: &str = "line";
@@ -63,7 +62,7 @@ impl TextFile {
         let place = format!("{folder}/{}", object.name);
         let name = object.name.clone();
         let format = format.clone();
-        let declared: Vec<String> = declared.iter().map(|column| column.name.clone()).collect();
+        let declared = Headings::new(declared, &object.name);
         let reading = tokio::task::spawn_blocking(move || {
             let input = decompressed(fetched.reader()?, &name);
             let input = input.map_err(|e| unreadable(&place, &e))?;
@@ -104,13 +103,38 @@ impl TextFile {
             Ok(batches) => batches,
             Err(error) => return futures::stream::once(async move { Err(error) }).boxed(),
         };
-        let decoding = self.is_json.then(|| json::decoding(&self.schema(), columns));
+        let decoding = self.is_json.then(|| self.decoding(columns));
         let pieces = batches.map(move |batch| piece_of(&batch?, decoding.as_ref()));
         futures::stream::iter(pieces).boxed()
     }
+
+    fn decoding(&self, columns: &SchemaRef) -> Decoding {
+        let schema = json::decoding(&self.schema(), columns);
+        let is_respelt = self.kinds.iter().zip(schema.fields()).any(|((_, kind), field)| {
+            matches!(kind, Kinds::Json(kind) if kind.is_respelt(field.data_type()))
+        });
+        Decoding { schema, is_respelt }
+    }
 }
 
-fn piece_of(batch: &RecordBatch, decoding: Option<&SchemaRef>) -> Result<Piece> {
+/// How lines of JSON become columns.
+struct Decoding {
+    schema: SchemaRef,
+    /// Names within values are spelt in more than one way.
+    is_respelt: bool,
+}
+
+impl Decoding {
+    fn decode(&self, lines: &[&str]) -> Option<RecordBatch> {
+        if !self.is_respelt {
+            return json::decode(lines, &self.schema).ok();
+        }
+        let lines = lines.iter().map(|line| json::respelt(line, &self.schema));
+        json::decode(&lines.collect::<Option<Vec<_>>>()?, &self.schema).ok()
+    }
+}
+
+fn piece_of(batch: &RecordBatch, decoding: Option<&Decoding>) -> Result<Piece> {
     let last = batch.num_columns() - 1;
     let places = batch.column(last).as_primitive::<Int64Type>().clone();
     let Some(decoding) = decoding else {
@@ -126,7 +150,7 @@ fn piece_of(batch: &RecordBatch, decoding: Option<&SchemaRef>) -> Result<Piece> 
     };
     let lines = batch.column(0).as_string::<i32>().clone();
     let texts: Vec<&str> = (0..lines.len()).map(|at| lines.value(at)).collect();
-    if let Ok(rows) = json::decode(&texts, decoding) {
+    if let Some(rows) = decoding.decode(&texts) {
         return Ok(Piece {
             rows,
             places,
@@ -137,17 +161,18 @@ fn piece_of(batch: &RecordBatch, decoding: Option<&SchemaRef>) -> Result<Piece> 
     }
     // Some line has an object where others have a number, say: which ones?
     let fits: BooleanArray =
-        texts.iter().map(|line| Some(json::decode(&[*line], decoding).is_ok())).collect();
+        texts.iter().map(|line| Some(decoding.decode(&[*line]).is_some())).collect();
     let misfits = (0..texts.len()).filter(|at| !fits.value(*at));
     let misfits = misfits.map(|at| {
-        let column = json::culprit(texts[at], decoding).unwrap_or_default();
+        let column = json::culprit(texts[at], &decoding.schema).unwrap_or_default();
         (places.value(at), texts[at].to_owned(), column)
     });
     let misfits = misfits.collect();
     let good = filter_record_batch(batch, &fits).map_err(Error::internal)?;
     let lines = good.column(0).as_string::<i32>().clone();
     let texts: Vec<&str> = (0..lines.len()).map(|at| lines.value(at)).collect();
-    let rows = json::decode(&texts, decoding).map_err(Error::internal)?;
+    let rows = decoding.decode(&texts);
+    let rows = rows.ok_or_else(|| Error::internal("lines that fit alone do not fit together"))?;
     let places = good.column(last).as_primitive::<Int64Type>().clone();
     Ok(Piece { rows, places, lines: Some(lines), misfits, are_corrections: false })
 }
@@ -263,23 +288,56 @@ impl Collector {
     }
 }
 
+/// What the columns of a CSV file without a header are called.
+#[derive(Default)]
+struct Headings {
+    declared: Vec<String>,
+    /// Those that the file's path does not give.
+    own: Vec<String>,
+}
+
+impl Headings {
+    fn new(declared: &[Declared], file: &str) -> Self {
+        let declared: Vec<String> = declared.iter().map(|column| column.name.clone()).collect();
+        let path = folders::columns_of(file);
+        let is_own = |name: &&String| !path.iter().any(|(field, _)| same_name(field.name(), name));
+        let own = declared.iter().filter(is_own).cloned().collect();
+        Self { declared, own }
+    }
+
+    /// The declared names, whatever number of fields the first record has: it may be one that is cut
+    /// off. Where none are declared, or single ones by their place, `c1`, `c2` and so on.
+    fn names(&self, fields: usize) -> Vec<String> {
+        let is_place = |name: &String| {
+            name.strip_prefix('c').is_some_and(|n| n.bytes().all(|byte| byte.is_ascii_digit()))
+        };
+        if self.declared.len() == fields {
+            self.declared.clone()
+        } else if self.own.iter().all(is_place) {
+            (1..=fields).map(|n| format!("c{n}")).collect()
+        } else {
+            self.own.clone()
+        }
+    }
+}
+
 fn read_csv(
     input: Box<dyn BufRead + Send>,
     csv: &Csv,
-    declared: &[String],
+    declared: &Headings,
     place: &str,
 ) -> Result<TextFile> {
     let window = Rc::new(RefCell::new(Window::default()));
-    let mut reader = csv::ReaderBuilder::new()
+    let mut reader = ::csv::ReaderBuilder::new()
         .delimiter(csv.delimiter)
         .has_headers(false)
         .flexible(true)
         .from_reader(Watched { input, window: Rc::clone(&window) });
-    let mut record = csv::ByteRecord::new();
-    let failed = |e: csv::Error| unreadable(place, &e);
+    let mut record = ::csv::ByteRecord::new();
+    let failed = |e: ::csv::Error| unreadable(place, &e);
     // The bytes that the last record was read from.
     let mut line = Vec::new();
-    let mut next = |record: &mut csv::ByteRecord, line: &mut Vec<u8>| {
+    let mut next = |record: &mut ::csv::ByteRecord, line: &mut Vec<u8>| {
         let begin = reader.position().byte();
         let has_row = reader.read_byte_record(record).map_err(failed)?;
         window.borrow_mut().take(begin, reader.position().byte(), line);
@@ -303,10 +361,7 @@ fn read_csv(
         }
         has_row = next(&mut record, &mut line)?;
     } else if has_row {
-        names = match declared.len() == record.len() {
-            true => declared.to_vec(),
-            false => (1..=record.len()).map(|n| format!("c{n}")).collect(),
-        };
+        names = declared.names(record.len());
     }
     let mut kinds: Vec<Seen> = names.iter().map(|_| Seen::default()).collect();
     let mut rows = Collector::new(names.iter().map(String::as_str));
@@ -341,74 +396,6 @@ fn read_csv(
         kinds: names.into_iter().zip(kinds.into_iter().map(Kinds::Csv)).collect(),
         is_json: false,
     })
-}
-
-/// Input that keeps what was read lately.
-struct Watched {
-    input: Box<dyn BufRead + Send>,
-    window: Rc<RefCell<Window>>,
-}
-
-impl Read for Watched {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let read = self.input.read(buffer)?;
-        self.window.borrow_mut().bytes.extend_from_slice(&buffer[..read]);
-        Ok(read)
-    }
-}
-
-/// The last bytes of an input.
-#[derive(Default)]
-struct Window {
-    /// Where they begin in the input.
-    begin: u64,
-    bytes: Vec<u8>,
-}
-
-impl Window {
-    /// The bytes from `begin` to `end`; what lies before `end` is not needed again.
-    fn take(&mut self, begin: u64, end: u64, line: &mut Vec<u8>) {
-        let at = |place: u64| {
-            let at = usize::try_from(place.saturating_sub(self.begin)).unwrap_or(usize::MAX);
-            at.min(self.bytes.len())
-        };
-        let (first, last) = (at(begin), at(end));
-        line.clear();
-        line.extend_from_slice(&self.bytes[first..last]);
-        if last >= WINDOW_BYTES {
-            self.bytes.drain(..last);
-            self.begin = end;
-        }
-    }
-}
-
-/// Every quote that opens a field is closed, right before a delimiter or the end: a record that was cut
-/// off, or quotes that mean themselves, would be read as something else.
-fn is_well_quoted(line: &[u8], delimiter: u8) -> bool {
-    if !line.contains(&b'"') {
-        return true;
-    }
-    let mut bytes = line.trim_ascii_start().iter().copied().peekable();
-    let is_end = |byte: u8| byte == delimiter || byte == b'\n' || byte == b'\r';
-    while let Some(first) = bytes.next() {
-        if first == b'"' {
-            loop {
-                match bytes.next() {
-                    None => return false,
-                    Some(b'"') if bytes.peek() == Some(&b'"') => drop(bytes.next()),
-                    Some(b'"') => break,
-                    Some(_) => {}
-                }
-            }
-            if bytes.peek().is_some_and(|byte| !is_end(*byte)) {
-                return false;
-            }
-            bytes.next();
-        } else if !is_end(first) {
-            while bytes.next().is_some_and(|byte| !is_end(byte)) {}
-        }
-    }
-    true
 }
 
 fn read_json(mut input: Box<dyn BufRead + Send>, place: &str) -> Result<TextFile> {
@@ -469,111 +456,23 @@ impl Kinds {
     }
 }
 
-/// Texts of a column: which types could hold all of them without a loss.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(super) struct Seen {
-    /// Some value was there.
-    any: bool,
-    not_long: bool,
-    not_double: bool,
-    not_boolean: bool,
-    not_date: bool,
-    not_timestamp: bool,
-    not_timestamp_ntz: bool,
-}
-
-impl Seen {
-    fn add(&mut self, text: &str) {
-        self.any = true;
-        // Numbers as people write them: `007` and `+1` are names of something.
-        self.not_long |=
-            text.parse::<i64>().map(|number| number.to_string()).as_deref() != Ok(text);
-        let digits = text.bytes().take_while(|b| !matches!(b, b'e' | b'E'));
-        let is_exact = digits.filter(u8::is_ascii_digit).count() <= 15;
-        self.not_double |= !(is_exact && is_double(text));
-        self.not_boolean |= !matches!(text, "true" | "false" | "TRUE" | "FALSE" | "True" | "False");
-        self.not_date |= text.len() != 10 || text.parse::<chrono::NaiveDate>().is_err();
-        self.not_timestamp |= chrono::DateTime::parse_from_rfc3339(text).is_err();
-        let is_naive = |format| chrono::NaiveDateTime::parse_from_str(text, format).is_ok();
-        self.not_timestamp_ntz |=
-            !(is_naive("%Y-%m-%dT%H:%M:%S%.f") || is_naive("%Y-%m-%d %H:%M:%S%.f"));
-    }
-
-    fn merge(&mut self, other: &Self) {
-        self.any |= other.any;
-        self.not_long |= other.not_long;
-        self.not_double |= other.not_double;
-        self.not_boolean |= other.not_boolean;
-        self.not_date |= other.not_date;
-        self.not_timestamp |= other.not_timestamp;
-        self.not_timestamp_ntz |= other.not_timestamp_ntz;
-    }
-
-    fn kind(&self) -> DataType {
-        match self {
-            Self { any: false, .. } => DataType::Null,
-            Self { not_long: false, .. } => DataType::Int64,
-            Self { not_double: false, .. } => DataType::Float64,
-            Self { not_boolean: false, .. } => DataType::Boolean,
-            Self { not_date: false, .. } => DataType::Date32,
-            Self { not_timestamp: false, .. } => {
-                DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()))
-            }
-            Self { not_timestamp_ntz: false, .. } => {
-                DataType::Timestamp(TimeUnit::Microsecond, None)
-            }
-            _ => DataType::Utf8,
-        }
-    }
-}
-
-fn is_double(text: &str) -> bool {
-    static DOUBLE: OnceLock<Option<regex::Regex>> = OnceLock::new();
-    let pattern = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$";
-    let regex = DOUBLE.get_or_init(|| regex::Regex::new(pattern).ok());
-    regex.as_ref().is_some_and(|regex| regex.is_match(text))
-}
-
 #[cfg(test)]
 mod tests {
     use alluvium_table::arrow::array::{Int64Array, StringArray};
 
     use super::*;
 
-    fn kind(values: &[&str]) -> DataType {
-        let mut seen = Seen::default();
-        values.iter().for_each(|value| seen.add(value));
-        seen.kind()
-    }
-
-    #[test]
-    fn types_are_only_those_that_lose_nothing() {
-        use DataType as T;
-        assert_eq!(kind(&[]), T::Null);
-        assert_eq!(kind(&["0", "-12"]), T::Int64);
-        assert_eq!(kind(&["007", "12"]), T::Utf8);
-        assert_eq!(kind(&["+1"]), T::Utf8);
-        assert_eq!(kind(&["12", "1.5", "1e3"]), T::Float64);
-        assert_eq!(kind(&["9223372036854775807"]), T::Int64);
-        assert_eq!(kind(&["9223372036854775808"]), T::Utf8);
-        assert_eq!(kind(&["0.1234567890123456789"]), T::Utf8);
-        assert_eq!(kind(&["true", "False"]), T::Boolean);
-        assert_eq!(kind(&["2024-02-29"]), T::Date32);
-        assert_eq!(kind(&["2023-02-29"]), T::Utf8);
-        assert_eq!(
-            kind(&["2024-01-02T03:04:05Z"]),
-            T::Timestamp(TimeUnit::Microsecond, Some("UTC".into()))
-        );
-        assert_eq!(kind(&["2024-01-02 03:04:05.25"]), T::Timestamp(TimeUnit::Microsecond, None));
-        assert_eq!(kind(&["2024-01-02", "x"]), T::Utf8);
-    }
-
     #[test]
     fn csv_keeps_what_it_cannot_read() {
         let text = "id,name\n1,\"a\nb\"\n2\n\n3,c,d\n4,\n";
         let csv = Csv { delimiter: b',', header: true, null: String::new() };
-        let file =
-            read_csv(Box::new(Cursor::new(text.as_bytes().to_vec())), &csv, &[], "f").unwrap();
+        let file = read_csv(
+            Box::new(Cursor::new(text.as_bytes().to_vec())),
+            &csv,
+            &Headings::default(),
+            "f",
+        )
+        .unwrap();
         assert_eq!((file.rows.rows(), file.malformed.rows(), file.rows()), (2, 2, 4));
         let batch = file.rows.batches().unwrap().next().unwrap().unwrap();
         let names = batch.column(1).as_string::<i32>();

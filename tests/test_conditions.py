@@ -1,0 +1,128 @@
+"""SQL of the configuration over single rows: it guards, it never begins again from below, and it names its row.
+
+Never: what expectations and `select` are for (test_expectations.py, test_select.py).
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from lake import Lake
+
+REFUSE = 'on_mismatch = "quarantine"'
+PART = "part-0.parquet"
+MOST = 2**63 - 1
+
+
+def expecting(tmp_path: Path, sql: str, action: str = "quarantine") -> Lake:
+    return Lake(tmp_path).pipeline(
+        more=f'expect = [{{ name = "good", sql = "{sql}", action = "{action}" }}]', deletes=False
+    )
+
+
+def selecting(tmp_path: Path, sql: str, more: str = "") -> Lake:
+    return Lake(tmp_path).pipeline(more=f"select = '''{sql}'''\n{more}", deletes=False)
+
+
+ROWS = [("a", 1, "U"), ("b", 0, "U"), ("c", 100, "U"), ("d", None, "U")]
+
+
+@pytest.mark.parametrize(
+    ("sql", "main"),
+    [
+        ("value <> 0 AND 10 / value > 1", {"a": 1}),
+        ("value = 0 OR 10 / value > 1", {"a": 1, "b": 0}),
+        ("CASE WHEN value = 0 THEN true ELSE 10 / value > 1 END", {"a": 1, "b": 0}),
+        ("coalesce(CAST(nullif(value, 0) AS DOUBLE), 1.0) < 50 -- a comment", {"a": 1, "b": 0, "d": None}),
+        ("value IS NULL OR NOT (value <> 0 AND 10 / value > 1)", {"b": 0, "c": 100, "d": None}),
+    ],
+)
+def test_what_stands_before_guards_what_comes_after(tmp_path: Path, sql: str, main: dict):
+    lake = expecting(tmp_path, sql)
+    lake.deliver(10, ROWS)
+    lake.run()
+    assert lake.main() == main
+    assert {row["id"] for _, _, row in lake.refused()} == {"a", "b", "c", "d"} - set(main)
+
+
+def test_a_guard_holds_for_deletes_too(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline()
+    lake.pipelines["p"] = lake.pipelines["p"].replace("op = 'D'", "value <> 0 AND 10 / value > 1")
+    lake.configure()
+    lake.deliver(10, ROWS)
+    lake.run()
+    assert lake.main() == {"b": 0, "c": 100, "d": None}
+
+
+@pytest.mark.parametrize(
+    ("sql", "why"),
+    [
+        ("10 / value > 1", "ivide by zero"),
+        ("value + 1 > 0", "verflow"),
+        ("value * 2 >= 0", "verflow"),
+        ("-value - 2 < 0", "verflow"),
+        ("value > 9223372036854775807 + 1", "verflow"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_named(tmp_path: Path, sql: str, why: str):
+    lake = expecting(tmp_path, sql, "warn")
+    lake.deliver(10, [("a", 1, "U")], complete=False)
+    lake.deliver(10, [("b", 2, "U"), ("c", MOST, "U"), ("z", 0, "U")], file="part-1.parquet")
+    if "9223372036854775807" in sql:  # of no row: the first is named
+        place = "row 0 of part-0.parquet"
+    else:
+        place = "row 2 of part-1.parquet" if "/" in sql else "row 1 of part-1.parquet"
+    done = lake.run(code=1)
+    assert "AL-0304" in done.err and 'expect "good"' in done.err, done.err
+    assert why in done.err and place in done.err, done.err
+    assert not (tmp_path / "p/main").exists()
+
+
+def test_the_smallest_number_has_no_opposite(tmp_path: Path):
+    lake = expecting(tmp_path, "-value > 0", "warn")
+    lake.deliver(10, [("a", 5, "U"), ("b", -(2**63), "U")])
+    done = lake.run(code=1)
+    assert "AL-0304" in done.err and "row 1 of part-0.parquet" in done.err, done.err
+
+
+@pytest.mark.parametrize(
+    ("column", "bad"),
+    [("-value", "b"), ("value - 1", "b"), ("abs(value)", "b"), ("value * 4611686018427387904", "ab")],
+)
+def test_select_refuses_the_rows_whose_numbers_grow_too_large(tmp_path: Path, column: str, bad: str):
+    lake = selecting(tmp_path, f"SELECT id, {column} AS value FROM incoming", REFUSE)
+    lake.deliver(10, [("a", -5, "U"), ("b", -(2**63), "U")])
+    lake.run()
+    assert "".join(row["id"] for reason, _, row in lake.refused() if reason == "select") == bad
+
+
+def test_a_select_that_fails_for_every_row_blocks(tmp_path: Path):
+    lake = selecting(tmp_path, "SELECT id, value + (9223372036854775807 + 1) AS value FROM incoming", REFUSE)
+    lake.deliver(10, [("a", -5, "U")])
+    assert "AL-0313" in lake.run(code=1).err
+
+
+def test_a_sum_of_decimals_keeps_within_its_digits(tmp_path: Path):
+    lake = selecting(tmp_path, "SELECT id, d + d AS value FROM incoming", REFUSE)
+    most = Decimal("9" * 38)
+    digits = pa.array([Decimal(1), most], pa.decimal128(38, 0))
+    lake.write(10, PART, pa.table({"id": ["a", "b"], "d": digits}))
+    lake.run()
+    assert lake.main() == {"a": Decimal(2)}
+    assert [(reason, row) for reason, row, _ in lake.refused()] == [("select", 1)]
+
+
+def test_conditions_know_columns_in_either_case(tmp_path: Path):
+    """The tables spell a column as the first file did."""
+    more = 'expect = [{ name = "good", sql = "VALUE > 0 AND incoming.VALUE < 9", action = "quarantine" }]'
+    lake = Lake(tmp_path).pipeline(more=more)
+    rows = {"ID": ["a", "b", "c", "d"], "vaLUE": [1, 2, 10, 3], "Op": ["U", "D", "U", "U"]}
+    lake.write(10, PART, pa.table(rows))
+    lake.write(20, PART, pa.table({"id": ["a"], "value": [1], "OP": ["D"]}))
+    lake.run()
+    assert [row["ID"] for row in lake.rows()] == ["d"]
+    assert [(reason, row) for reason, row, _ in lake.refused()] == [("expect:good", 2)]
