@@ -223,7 +223,7 @@ def test_a_manifest_that_is_not_fulfilled_reads_the_same_everywhere(tmp_path: Pa
 
 
 def test_a_blocked_first_epoch_leaves_no_columns(lake: Lake):
-    schema = pa.schema([("id", pa.string()), ("value", pa.int64()), ("OP", pa.string())])
+    schema = pa.schema([("id", pa.string()), ("value", pa.int64()), ("verb", pa.string())])
     lake.deliver(10, [("a", 1, "U")], schema=schema)
     lake.deliver(20, [("a", 2, "U"), ("b", 2, "D")])
     assert "AL-0304" in lake.run(code=1).err

@@ -124,5 +124,5 @@ def test_conditions_know_columns_in_either_case(tmp_path: Path):
     lake.write(10, PART, pa.table(rows))
     lake.write(20, PART, pa.table({"id": ["a"], "value": [1], "OP": ["D"]}))
     lake.run()
-    assert [row["ID"] for row in lake.rows()] == ["d"]
+    assert [row["ID"] for row in lake.rows(by="ID")] == ["d"]
     assert [(reason, row) for reason, row, _ in lake.refused()] == [("expect:good", 2)]
