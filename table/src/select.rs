@@ -1,15 +1,17 @@
 //! `select` of a pipeline, as far as it can be judged without a folder: one row in, at most one out.
 
+use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
 
 use deltalake::datafusion::error::DataFusionError;
 use deltalake::datafusion::prelude::SessionContext;
 use deltalake::datafusion::sql::sqlparser::ast::{
-    Distinct, Expr, GroupByExpr, Query, Select, SetExpr, Spanned, Statement, TableFactor,
-    visit_expressions,
+    Distinct, Expr, GroupByExpr, Query, Select, SelectItem, SetExpr, Spanned, Statement,
+    TableFactor, visit_expressions,
 };
 use deltalake::datafusion::sql::sqlparser::dialect::GenericDialect;
 use deltalake::datafusion::sql::sqlparser::parser::Parser;
+use deltalake::datafusion::sql::sqlparser::tokenizer::{Span, Token, Tokenizer, Word};
 
 /// The relation that `select` reads.
 const INCOMING: &str = "incoming";
@@ -33,8 +35,8 @@ fn at(place: &impl Spanned) -> String {
 pub struct Reads {
     /// The relation's name, as it is spelt.
     pub relation: String,
-    /// The columns that it names, as they are spelt.
-    pub columns: Vec<String>,
+    /// The columns that `* REPLACE` is to make anew.
+    pub replaced: Vec<String>,
 }
 
 /// Refuses what is not of one row at a time.
@@ -65,9 +67,7 @@ pub fn check_select(text: &str) -> Result<Reads, String> {
     check_clauses(select)?;
     let relation = check_source(select)?;
     let aggregates = SessionContext::new().state();
-    let mut columns = Vec::new();
     let found = visit_expressions(query.as_ref(), |expr: &Expr| {
-        columns.extend(names_in(expr));
         let why = match expr {
             Expr::Function(function) if function.over.is_some() => {
                 "a window looks at more than one row"
@@ -89,30 +89,54 @@ pub fn check_select(text: &str) -> Result<Reads, String> {
     });
     match found {
         ControlFlow::Break(why) => Err(why),
-        ControlFlow::Continue(()) => Ok(Reads { relation, columns }),
+        ControlFlow::Continue(()) => Ok(Reads { relation, replaced: replaced_by(select) }),
     }
 }
 
-/// The columns that an expression over a row names, as they are spelt. None, where it is no SQL.
-pub fn columns_named(expression: &str) -> Vec<String> {
-    let parser = Parser::new(&GenericDialect {}).try_with_sql(expression);
-    let parsed = parser.and_then(|mut parser| parser.parse_expr());
-    let mut columns = Vec::new();
-    if let Ok(parsed) = parsed {
-        let _ = visit_expressions(&parsed, |expr: &Expr| {
-            columns.extend(names_in(expr));
-            ControlFlow::<()>::Continue(())
-        });
+/// The SQL with each of these names in one spelling, and the names as they are spelt there: case is no
+/// difference. Places in the text stay where they are.
+///
+/// # Errors
+/// It is no SQL.
+pub fn one_spelling(sql: &str, names: &[&str]) -> Result<(String, Vec<String>), String> {
+    let tokens = Tokenizer::new(&GenericDialect {}, sql).tokenize_with_location();
+    let tokens = tokens.map_err(|e| format!("not SQL: {e}"))?;
+    let mut words: HashMap<String, Vec<(Word, Span)>> = HashMap::new();
+    for token in tokens {
+        if let Token::Word(word) = token.token {
+            words.entry(word.value.to_lowercase()).or_default().push((word, token.span));
+        }
     }
-    columns
-}
-
-fn names_in(expr: &Expr) -> Vec<String> {
-    match expr {
-        Expr::Identifier(name) => vec![name.value.clone()],
-        Expr::CompoundIdentifier(names) => names.iter().map(|name| name.value.clone()).collect(),
-        _ => Vec::new(),
+    let mut changed: BTreeMap<(u64, u64), (Span, String)> = BTreeMap::new();
+    let mut spelt = Vec::with_capacity(names.len());
+    for name in names {
+        let found = words.get(&name.to_lowercase()).map(Vec::as_slice).unwrap_or_default();
+        let is_there = found.is_empty() || found.iter().any(|(word, _)| word.value == *name);
+        let chosen = if is_there { (*name).to_owned() } else { found[0].0.value.clone() };
+        for (word, span) in found.iter().filter(|(word, _)| word.value != chosen) {
+            let text = match word.quote_style {
+                Some(quote) => {
+                    let doubled = chosen.replace(quote, &format!("{quote}{quote}"));
+                    format!("{quote}{doubled}{quote}")
+                }
+                None => chosen.clone(),
+            };
+            changed.insert((span.start.line, span.start.column), (*span, text));
+        }
+        spelt.push(chosen);
     }
+    let mut lines: Vec<Vec<char>> = sql.split('\n').map(|line| line.chars().collect()).collect();
+    // From the end, so that what lies before stays in its place.
+    for (span, text) in changed.into_values().rev() {
+        let line = usize::try_from(span.start.line).unwrap_or(1).saturating_sub(1);
+        let at = |column: u64| usize::try_from(column).unwrap_or(1).saturating_sub(1);
+        if let Some(line) = lines.get_mut(line) {
+            let (begin, end) = (at(span.start.column), at(span.end.column).min(line.len()));
+            line.splice(begin.min(end)..end, text.chars());
+        }
+    }
+    let lines: Vec<String> = lines.into_iter().map(|line| line.into_iter().collect()).collect();
+    Ok((lines.join("\n"), spelt))
 }
 
 fn check_query(query: &Query) -> Result<(), String> {
@@ -156,6 +180,16 @@ fn check_clauses(select: &Select) -> Result<(), String> {
     }
 }
 
+fn replaced_by(select: &Select) -> Vec<String> {
+    let options = select.projection.iter().filter_map(|item| match item {
+        SelectItem::Wildcard(options) | SelectItem::QualifiedWildcard(_, options) => {
+            options.opt_replace.as_ref()
+        }
+        _ => None,
+    });
+    options.flat_map(|r| &r.items).map(|item| item.column_name.value.clone()).collect()
+}
+
 fn check_source(select: &Select) -> Result<String, String> {
     let [from] = select.from.as_slice() else {
         return Err(match select.from.get(1) {
@@ -183,7 +217,19 @@ fn check_source(select: &Select) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::check_select;
+    use super::{check_select, one_spelling};
+
+    #[test]
+    fn a_name_has_one_spelling() {
+        let sql = "SELECT Id, id + 1,\n 'id' AS ID -- id\n, \"é\", \"É x\" FROM t WHERE upper(B)";
+        let (found, names) = one_spelling(sql, &["ID", "é", "b", "c"]).unwrap();
+        let wanted =
+            "SELECT ID, ID + 1,\n 'id' AS ID -- id\n, \"é\", \"É x\" FROM t WHERE upper(B)";
+        assert_eq!(
+            (found.as_str(), names),
+            (wanted, ["ID", "é", "B", "c"].map(str::to_owned).to_vec())
+        );
+    }
 
     #[test]
     fn one_row_at_a_time() {
@@ -194,9 +240,8 @@ mod tests {
         ] {
             assert_eq!(check_select(good).unwrap().relation, "incoming", "{good}");
         }
-        let reads = check_select("SELECT i.a, \"B\" + 1 AS c FROM incoming AS i WHERE d").unwrap();
-        assert_eq!(reads.columns, ["i", "a", "B", "d"]);
-        assert_eq!(super::columns_named("op = 'D' OR (coalesce(x, 1) > 2)"), ["op", "x"]);
+        let reads = check_select("SELECT * REPLACE (1 AS a) FROM incoming").unwrap();
+        assert_eq!(reads.replaced, ["a"]);
         for (bad, why) in [
             ("SELECT a FROM incoming JOIN other ON true", "join"),
             ("SELECT a FROM incoming, other", "join"),

@@ -11,6 +11,10 @@ use crate::slowly::VALIDITY;
 /// So begin the names of helpers in our queries; no file may have such a column either.
 const HELPERS: &str = "_alluvium_";
 
+/// Levels of nested values: a table's log with more cannot be read again
+/// (serde_json stops at 128 levels of JSON, and a structure in a structure takes three).
+pub(crate) const DEPTH_MAX: usize = 30;
+
 /// The columns of a file, or of what `select` makes of all files.
 pub(crate) type NamedSchema = (String, SchemaRef);
 
@@ -93,6 +97,15 @@ pub(crate) fn decide(
         return Err(Error::new(Code::ColumnTypeMismatch, text)
             .with_help("give the times a zone where the files are written, or with `select`"));
     }
+    if let Some(column) = read.iter().find(|column| depth(column.data_type()) > DEPTH_MAX) {
+        let text = format!(
+            "{folder}: column {:?} is nested deeper than {DEPTH_MAX} levels, which a table's log cannot say",
+            column.name()
+        );
+        return Err(Error::new(Code::ColumnTypeMismatch, text).with_help(
+            "write the inner values as text where the files are written, or with `select`",
+        ));
+    }
     let void = void_columns(&read, files);
     Ok(Columns { table: columns, widened, left_out, void })
 }
@@ -107,6 +120,17 @@ fn has_map_of_plain_times(kind: &DataType, in_map: bool) -> bool {
             fields.iter().any(|field| has_map_of_plain_times(field.data_type(), in_map))
         }
         _ => false,
+    }
+}
+
+fn depth(kind: &DataType) -> usize {
+    match kind {
+        DataType::List(item) => 1 + depth(item.data_type()),
+        DataType::Map(entries, _) => depth(entries.data_type()),
+        DataType::Struct(fields) => {
+            1 + fields.iter().map(|field| depth(field.data_type())).max().unwrap_or(0)
+        }
+        _ => 0,
     }
 }
 

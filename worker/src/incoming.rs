@@ -271,14 +271,7 @@ impl FileRows {
             }
         }
         let Some(repairs) = self.repairs() else { return Ok(None) };
-        let lines: Vec<String> = repairs.values().cloned().collect();
-        Ok(Some(Piece {
-            rows: self.file.piece_of_json(&lines, read_as)?,
-            places: Int64Array::from_iter_values(repairs.keys().copied()),
-            lines: Some(StringArray::from(lines)),
-            misfits: Vec::new(),
-            are_corrections: true,
-        }))
+        self.file.corrections(repairs, read_as).map(Some)
     }
 
     fn place(&self, row: i64) -> String {
@@ -299,28 +292,36 @@ impl FileRows {
     }
 
     /// A line with a value of the wrong shape, an object where a number belongs.
-    fn set_aside_misfit(&self, place: i64, line: &str, column: &str) -> Result<()> {
-        if self.is_repaired(place) {
+    fn set_aside_misfit(
+        &self,
+        (place, line, column): &(i64, String, String),
+        is_correction: bool,
+    ) -> Result<()> {
+        if self.is_repaired(*place) && !is_correction {
             return Ok(());
         }
         if self.reading.on_mismatch == OnBad::Fail {
             let text = format!(
                 "{}, column {column:?}: the value does not fit its type: {}",
-                self.place(place),
+                self.place(*place),
                 shown_line(line)
             );
-            return Err(Error::new(Code::ColumnTypeMismatch, text).with_help(MISFIT_HELP));
+            let (text, help) = match is_correction {
+                true => (format!("corrected row: {text}"), CORRECTION_HELP),
+                false => (text, MISFIT_HELP),
+            };
+            return Err(Error::new(Code::ColumnTypeMismatch, text).with_help(help));
         }
         let columns = &self.reading.columns;
         let spelt = find_column(columns, column).map(|at| columns.field(at).name().as_str());
         let reason = format!("type:{}", spelt.unwrap_or(column));
-        self.lock().push(&self.file.name, &[place], &reason, vec![line.to_owned()])
+        self.lock().push(&self.file.name, &[*place], &reason, vec![line.clone()])
     }
 
     /// A piece as rows of the table `incoming`.
     fn take(&self, piece: Piece) -> Result<RecordBatch> {
-        for (place, line, column) in &piece.misfits {
-            self.set_aside_misfit(*place, line, column)?;
+        for misfit in &piece.misfits {
+            self.set_aside_misfit(misfit, piece.are_corrections)?;
         }
         let mut rows = self.unrepaired(piece)?;
         if let Some(selection) = &self.reading.selection {

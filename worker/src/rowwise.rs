@@ -6,13 +6,15 @@
 
 use std::collections::BTreeSet;
 use std::hash::{Hash, Hasher};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use alluvium_protocol::pipeline::same_name;
 use alluvium_protocol::{Code, Error, Pipeline, Result};
 use alluvium_table::arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
 use alluvium_table::arrow::compute::{cast, concat};
-use alluvium_table::arrow::datatypes::{DataType, Decimal128Type, Field, Schema, SchemaRef};
+use alluvium_table::arrow::datatypes::{
+    DataType, Decimal128Type, Field, FieldRef, Schema, SchemaRef, TimeUnit,
+};
 use alluvium_table::datafusion::common::tree_node::{Transformed, TreeNode};
 use alluvium_table::datafusion::common::{DFSchemaRef, ScalarValue};
 use alluvium_table::datafusion::error::{DataFusionError, Result as DataFusionResult};
@@ -27,8 +29,8 @@ use alluvium_table::datafusion::physical_expr::expressions::{BinaryExpr, Literal
 use alluvium_table::datafusion::physical_expr::utils::{collect_columns, reassign_expr_columns};
 use alluvium_table::datafusion::physical_plan::PhysicalExpr;
 use alluvium_table::schema::find_column;
-use alluvium_table::select::columns_named;
-use alluvium_table::session::{quoted_list, work_session};
+use alluvium_table::select::one_spelling;
+use alluvium_table::session::{quoted, quoted_list, work_session};
 
 use crate::raw::{FILE, ROW};
 use crate::typing::shown;
@@ -40,7 +42,8 @@ pub(crate) fn compiled(
     schema: &DFSchemaRef,
 ) -> DataFusionResult<Arc<dyn PhysicalExpr>> {
     let context = SimplifyContext::builder().with_schema(Arc::clone(schema)).build();
-    let expr = ExprSimplifier::new(context.clone()).coerce(expr.clone(), schema)?;
+    let expr = expr.clone().transform_up(|part| Ok(in_microseconds(part)))?.data;
+    let expr = ExprSimplifier::new(context.clone()).coerce(expr, schema)?;
     // Some functions exist only as what they are rewritten to. Nothing else is simplified:
     // constants would be computed without noticing that they grow too large.
     let rewritten = expr.transform_up(|part| match part {
@@ -57,6 +60,34 @@ pub(crate) fn compiled(
         other => Ok(Transformed::no(other)),
     })?;
     checked(state.create_physical_expr(rewritten.data, schema)?, schema.as_arrow())
+}
+
+/// `TIMESTAMP` in SQL is what it is in the tables: a planner's nanoseconds end in 2262.
+fn in_microseconds(part: Expr) -> Transformed<Expr> {
+    let micros = |field: &FieldRef| match field.data_type() {
+        DataType::Timestamp(TimeUnit::Nanosecond, zone) => {
+            let kind = DataType::Timestamp(TimeUnit::Microsecond, zone.clone());
+            Some(Arc::new(field.as_ref().clone().with_data_type(kind)))
+        }
+        _ => None,
+    };
+    match part {
+        Expr::Cast(mut cast) => match micros(&cast.field) {
+            Some(field) => {
+                cast.field = field;
+                Transformed::yes(Expr::Cast(cast))
+            }
+            None => Transformed::no(Expr::Cast(cast)),
+        },
+        Expr::TryCast(mut cast) => match micros(&cast.field) {
+            Some(field) => {
+                cast.field = field;
+                Transformed::yes(Expr::TryCast(cast))
+            }
+            None => Transformed::no(Expr::TryCast(cast)),
+        },
+        other => Transformed::no(other),
+    }
 }
 
 /// The expression, failing where whole numbers are too large instead of beginning again from below.
@@ -94,7 +125,10 @@ pub(crate) fn evaluated(
     batch: &RecordBatch,
 ) -> Result<ArrayRef, String> {
     let of = |rows: &RecordBatch| {
-        let value = expr.evaluate(rows).and_then(|value| value.into_array(rows.num_rows()));
+        let value = || expr.evaluate(rows).and_then(|value| value.into_array(rows.num_rows()));
+        // A text of gigabytes ends arrow's builders like this.
+        let value = catch_unwind(AssertUnwindSafe(value));
+        let value = value.map_err(|_| "its value is too large".to_owned())?;
         let value = value.map_err(|e| e.strip_backtrace())?;
         if let DataType::Decimal128(precision, _) = value.data_type() {
             let digits = value.as_primitive::<Decimal128Type>();
@@ -124,15 +158,14 @@ pub(crate) fn changes_with_time(expression: &Expr) -> DataFusionResult<bool> {
     })
 }
 
-/// The schema with its columns spelt as SQL names them: case is no difference.
-pub(crate) fn spelt_as(named: &[String], schema: &Schema) -> SchemaRef {
-    let fields = schema.fields().iter().map(|field| {
-        let is_it = |name: &&String| same_name(name, field.name());
-        let is_fixed = named.contains(field.name()) || [FILE, ROW].contains(&field.name().as_str());
-        let name = if is_fixed { None } else { named.iter().find(is_it) };
-        field.as_ref().clone().with_name(name.unwrap_or(field.name()))
-    });
-    Arc::new(Schema::new(fields.collect::<Vec<_>>()))
+/// SQL and the columns that it is over, spelt alike: case is no difference.
+pub(crate) fn spelt_alike(sql: &str, schema: &Schema) -> Result<(String, SchemaRef), String> {
+    let mut names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
+    names.push("incoming");
+    let (sql, names) = one_spelling(sql, &names)?;
+    let fields = schema.fields().iter().zip(&names);
+    let fields = fields.map(|(field, name)| field.as_ref().clone().with_name(name));
+    Ok((sql, Arc::new(Schema::new(fields.collect::<Vec<_>>()))))
 }
 
 /// A condition that the configuration states, over the rows of the relation `incoming`.
@@ -159,11 +192,13 @@ impl Condition {
         };
         let told = |e: DataFusionError| invalid(e.strip_backtrace());
         let session = work_session(pipeline.sizes.memory_bytes);
-        let input = spelt_as(&columns_named(text), schema);
+        let (sql, input) = spelt_alike(text, schema).map_err(invalid)?;
         let none = session.read_batch(RecordBatch::new_empty(input)).map_err(told)?.into_view();
-        session.register_table("incoming", none).map_err(told)?;
+        let (_, relation) = one_spelling(text, &["incoming"]).map_err(invalid)?;
+        let relation = relation.concat();
+        session.register_table(quoted(&relation), none).map_err(told)?;
         // On lines of its own: it may end in a comment.
-        let frame = session.sql(&format!("SELECT (\n{text}\n) FROM incoming")).await;
+        let frame = session.sql(&format!("SELECT (\n{sql}\n) FROM {}", quoted(&relation))).await;
         let frame = frame.map_err(told)?;
         let kind = frame.schema().field(0).data_type();
         if !matches!(kind, DataType::Boolean | DataType::Null) {

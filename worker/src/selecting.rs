@@ -15,7 +15,7 @@ use alluvium_table::schema::delta_type;
 use alluvium_table::select::{check_select, place_of};
 use alluvium_table::session::{quoted, work_session};
 
-use crate::rowwise::{changes_with_time, compiled, evaluated, spelt_as};
+use crate::rowwise::{changes_with_time, compiled, evaluated, spelt_alike};
 
 /// A compiled `select`.
 pub struct Selection {
@@ -38,8 +38,11 @@ impl Selection {
             );
             Error::new(Code::SelectInvalid, format!("select: {why}")).with_help(help)
         };
+        let (select, input) = &spelt_alike(select, input).map_err(invalid)?;
         let reads = check_select(select).map_err(invalid)?;
-        let input = &spelt_as(&reads.columns, input);
+        if let Some(name) = reads.replaced.iter().find(|name| input.index_of(name).is_err()) {
+            return Err(invalid(format!("REPLACE: there is no column {name:?}")));
+        }
         let session = work_session(pipeline.sizes.memory_bytes);
         session.state_ref().write().config_mut().options_mut().sql_parser.collect_spans = true;
         let none = session.read_batch(RecordBatch::new_empty(Arc::clone(input)));

@@ -1,20 +1,22 @@
 //! Values into the types of their columns, one by one: what does not fit is found, never changed.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use alluvium_protocol::pipeline::same_name;
 use alluvium_protocol::{Error, Result};
 use alluvium_table::arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, ListArray, MapArray, RecordBatch, RecordBatchOptions,
-    StructArray, new_null_array,
+    Array, ArrayRef, AsArray, BooleanArray, Int32Array, ListArray, MapArray, RecordBatch,
+    RecordBatchOptions, StructArray, new_null_array,
 };
-use alluvium_table::arrow::buffer::OffsetBuffer;
+use alluvium_table::arrow::buffer::{NullBuffer, OffsetBuffer};
 use alluvium_table::arrow::compute::kernels::cmp::{distinct, not_distinct};
 use alluvium_table::arrow::compute::kernels::zip::zip;
 use alluvium_table::arrow::compute::{
-    CastOptions, and, cast_with_options, is_not_null, is_null, or,
+    CastOptions, and, cast_with_options, is_not_null, is_null, or, take,
 };
 use alluvium_table::arrow::datatypes::{DataType, Fields, Float64Type, SchemaRef, TimeUnit};
+use alluvium_table::arrow::row::{RowConverter, SortField};
 use alluvium_table::arrow::util::display::{ArrayFormatter, FormatOptions};
 use alluvium_table::schema::{delta_type, find_column, widens_to};
 
@@ -167,12 +169,27 @@ fn fitted_nested(column: &ArrayRef, to: &DataType) -> Result<Option<Fitted>> {
                 return Ok(None);
             };
             let (columns, misfit) = fitted_parts(values.entries(), fields)?;
-            if columns.first().is_some_and(|keys| keys.null_count() > 0) {
-                return Ok(None);
-            }
-            let entries = StructArray::try_new(fields.clone(), columns, None).map_err(internal)?;
             let misfit = any_of(values.offsets(), &misfit);
-            let (offsets, nulls) = (values.offsets().clone(), values.nulls().cloned());
+            let twice = has_key_twice(&columns[0], values.offsets())?;
+            let misfit = or(&misfit, &twice).map_err(internal)?;
+            // A key that does not fit would be NULL, which no map holds.
+            let keep = values.nulls().map_or_else(
+                || (0..values.len()).map(|row| !misfit.value(row)).collect::<Vec<_>>(),
+                |nulls| {
+                    (0..values.len()).map(|row| nulls.is_valid(row) && !misfit.value(row)).collect()
+                },
+            );
+            let ranges = values.offsets().windows(2).zip(&keep).filter(|(_, keep)| **keep);
+            let kept = ranges.flat_map(|(pair, _)| pair[0]..pair[1]);
+            let kept: Int32Array = kept.map(Some).collect();
+            let columns = columns.iter().map(|column| take(column, &kept, None).map_err(internal));
+            let columns = columns.collect::<Result<Vec<_>>>()?;
+            let lengths = values.offsets().windows(2).zip(&keep);
+            let lengths =
+                lengths.map(|(pair, keep)| if *keep { (pair[1] - pair[0]) as usize } else { 0 });
+            let offsets = OffsetBuffer::from_lengths(lengths);
+            let entries = StructArray::try_new(fields.clone(), columns, None).map_err(internal)?;
+            let nulls = Some(NullBuffer::from(keep)).filter(|nulls| nulls.null_count() > 0);
             let made = MapArray::try_new(Arc::clone(field), offsets, entries, nulls, *sorted);
             Ok(Some((Arc::new(made.map_err(internal)?), Some(misfit))))
         }
@@ -214,6 +231,18 @@ fn fitted_parts(values: &StructArray, fields: &Fields) -> Result<(Vec<ArrayRef>,
 fn any_of(offsets: &OffsetBuffer<i32>, items: &BooleanArray) -> BooleanArray {
     let ranges = offsets.windows(2).map(|pair| pair[0] as usize..pair[1] as usize);
     ranges.map(|mut range| Some(range.any(|at| items.value(at)))).collect()
+}
+
+/// True for each map with a key that is there twice: `1` and `01` are one number.
+fn has_key_twice(keys: &ArrayRef, offsets: &OffsetBuffer<i32>) -> Result<BooleanArray> {
+    let fields = vec![SortField::new(keys.data_type().clone())];
+    let converter = RowConverter::new(fields).map_err(Error::internal)?;
+    let rows = converter.convert_columns(&[Arc::clone(keys)]).map_err(Error::internal)?;
+    let twice = offsets.windows(2).map(|pair| {
+        let mut seen = HashSet::new();
+        Some((pair[0]..pair[1]).any(|at| !seen.insert(rows.row(at as usize))))
+    });
+    Ok(twice.collect())
 }
 
 fn cast(column: &ArrayRef, to: &DataType) -> Result<ArrayRef> {

@@ -5,14 +5,21 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use alluvium_protocol::pipeline::same_name;
-use alluvium_table::arrow::array::RecordBatch;
-use alluvium_table::arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
+use alluvium_protocol::{Error, Result};
+use alluvium_table::arrow::array::{
+    AsArray, BooleanArray, Int64Array, RecordBatch, RecordBatchOptions, StringArray,
+};
+use alluvium_table::arrow::compute::filter;
+use alluvium_table::arrow::datatypes::{DataType, Field, FieldRef, Int64Type, Schema, SchemaRef};
 use alluvium_table::arrow::error::ArrowError;
 use alluvium_table::arrow::json::ReaderBuilder;
 use alluvium_table::schema::find_column;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
+
+use super::{Piece, hex};
+use crate::columns::DEPTH_MAX;
 
 /// What the values of a place in the objects allow.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -29,6 +36,15 @@ pub(super) enum JsonKind {
     List(Box<JsonKind>),
     /// Names as they were spelt, also where they differ in case only: they may be keys of a map.
     Struct(Vec<(String, JsonKind)>),
+    /// All kinds of things, lists or objects among them.
+    Mixed(Parts),
+}
+
+/// What the lists and the objects of a place hold.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Parts {
+    item: Option<Box<JsonKind>>,
+    fields: Option<Vec<(String, JsonKind)>>,
 }
 
 impl JsonKind {
@@ -63,14 +79,45 @@ impl JsonKind {
                 Self::Double
             }
             (Self::List(a), Self::List(b)) => Self::List(Box::new(a.merged(*b))),
-            (Self::Struct(mut a), Self::Struct(b)) => {
-                for (name, kind) in b {
-                    add(&mut a, &name, kind);
-                }
-                Self::Struct(a)
-            }
-            _ => Self::Text,
+            (Self::Struct(a), Self::Struct(b)) => Self::Struct(fields_of_both(a, b)),
+            (a, b) => match (a.into_parts(), b.into_parts()) {
+                (None, None) => Self::Text,
+                (Some(parts), None) | (None, Some(parts)) => Self::Mixed(parts),
+                (Some(a), Some(b)) => Self::Mixed(a.merged(b)),
+            },
         }
+    }
+
+    fn into_parts(self) -> Option<Parts> {
+        match self {
+            Self::List(item) => Some(Parts { item: Some(item), fields: None }),
+            Self::Struct(fields) => Some(Parts { item: None, fields: Some(fields) }),
+            Self::Mixed(parts) => Some(parts),
+            _ => None,
+        }
+    }
+
+    fn item(&self) -> Option<&JsonKind> {
+        match self {
+            Self::List(item) => Some(item),
+            Self::Mixed(parts) => parts.item.as_deref(),
+            _ => None,
+        }
+    }
+
+    fn fields(&self) -> Option<&[(String, JsonKind)]> {
+        match self {
+            Self::Struct(fields) => Some(fields),
+            Self::Mixed(parts) => parts.fields.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// Levels of lists and objects.
+    fn depth(&self) -> usize {
+        let fields = self.fields().unwrap_or_default().iter().map(|(_, kind)| kind);
+        let deepest = fields.chain(self.item()).map(Self::depth).max();
+        deepest.map_or(usize::from(self.fields().is_some() || self.item().is_some()), |d| d + 1)
     }
 
     /// As a type of a column.
@@ -80,7 +127,7 @@ impl JsonKind {
             Self::Boolean => DataType::Boolean,
             Self::Long => DataType::Int64,
             Self::Double => DataType::Float64,
-            Self::Whole | Self::Text => DataType::Utf8,
+            Self::Whole | Self::Text | Self::Mixed(_) => DataType::Utf8,
             Self::List(item) => {
                 DataType::List(Arc::new(Field::new("element", item.kind_or_text(), true)))
             }
@@ -94,16 +141,64 @@ impl JsonKind {
         }
     }
 
+    /// How values are decoded that are wanted so: single ones as text, also within nested ones. What
+    /// they are is judged afterwards; a decoder would cut `1.5` to fit an integer. Parts that nobody
+    /// wants are decoded, too, or they would be lost without a word.
+    fn decoded_as(&self, wanted: Option<&DataType>) -> DataType {
+        let wanted_part = |name: &str| match wanted {
+            Some(DataType::Struct(fields)) => {
+                fields.iter().find(|f| same_name(f.name(), name)).map(|field| field.data_type())
+            }
+            _ => None,
+        };
+        match (wanted, self.fields(), self.item()) {
+            (Some(DataType::Map(entries, sorted)), fields, _) => {
+                let DataType::Struct(parts) = entries.data_type() else { return DataType::Utf8 };
+                let [key, value] = parts.as_ref() else { return DataType::Utf8 };
+                let key_kind = text_type(key.data_type());
+                let found = fields.unwrap_or_default().iter().map(|(_, kind)| kind.clone());
+                let found = found.fold(Self::Null, Self::merged);
+                let kind = found.decoded_as(Some(value.data_type()));
+                let key = Arc::new(Field::new(key.name(), key_kind, false));
+                let value = Arc::new(Field::new(value.name(), kind, true));
+                let parts = DataType::Struct(vec![key, value].into());
+                DataType::Map(Arc::new(Field::new(entries.name(), parts, false)), *sorted)
+            }
+            (Some(DataType::Struct(_)), Some(fields), _) if !fields.is_empty() => {
+                let fields = one_spelling(fields).into_iter().map(|(name, kind)| {
+                    let decoded = kind.decoded_as(wanted_part(&name));
+                    Field::new(name, decoded, true)
+                });
+                DataType::Struct(fields.collect::<Vec<_>>().into())
+            }
+            (Some(DataType::List(wanted)), _, Some(item)) => {
+                let decoded = item.decoded_as(Some(wanted.data_type()));
+                DataType::List(Arc::new(Field::new("element", decoded, true)))
+            }
+            // Only null so far, or single values: what is wanted tells lines that are no such thing.
+            (Some(wanted @ (DataType::Struct(_) | DataType::List(_))), ..)
+                if matches!(self, Self::Null | Self::Mixed(_)) || !self.kind().is_nested() =>
+            {
+                text_type(wanted)
+            }
+            (Some(DataType::Binary), ..) => DataType::Binary,
+            _ => text_type(&self.kind()),
+        }
+    }
+
     /// Some name within it is spelt otherwise in the type that it is decoded as.
-    pub(super) fn is_respelt(&self, decoded: &DataType) -> bool {
-        match (self, decoded) {
-            (Self::List(item), DataType::List(field)) => item.is_respelt(field.data_type()),
-            (Self::Struct(found), DataType::Struct(fields)) => found.iter().any(|(name, kind)| {
+    fn is_respelt(&self, decoded: &DataType) -> bool {
+        let found = self.fields().unwrap_or_default();
+        match decoded {
+            DataType::List(field) => {
+                self.item().is_some_and(|item| item.is_respelt(field.data_type()))
+            }
+            DataType::Struct(fields) => found.iter().any(|(name, kind)| {
                 let field = fields.iter().find(|field| same_name(field.name(), name));
                 field
                     .is_some_and(|field| field.name() != name || kind.is_respelt(field.data_type()))
             }),
-            (Self::Struct(found), DataType::Map(entries, _)) => {
+            DataType::Map(entries, _) => {
                 let DataType::Struct(parts) = entries.data_type() else { return false };
                 let value = parts.last().map(|value| value.data_type());
                 value.is_some_and(|value| found.iter().any(|(_, kind)| kind.is_respelt(value)))
@@ -118,6 +213,45 @@ impl JsonKind {
             DataType::Null => DataType::Utf8,
             kind => kind,
         }
+    }
+}
+
+impl Parts {
+    fn merged(self, other: Self) -> Self {
+        let item = match (self.item, other.item) {
+            (Some(a), Some(b)) => Some(Box::new(a.merged(*b))),
+            (a, b) => a.or(b),
+        };
+        let fields = match (self.fields, other.fields) {
+            (Some(a), Some(b)) => Some(fields_of_both(a, b)),
+            (a, b) => a.or(b),
+        };
+        Self { item, fields }
+    }
+}
+
+fn fields_of_both(
+    mut a: Vec<(String, JsonKind)>,
+    b: Vec<(String, JsonKind)>,
+) -> Vec<(String, JsonKind)> {
+    for (name, kind) in b {
+        add(&mut a, &name, kind);
+    }
+    a
+}
+
+/// The type with text where single values stand. Bytes are read from hexadecimal digits: JSON has no
+/// other way.
+fn text_type(kind: &DataType) -> DataType {
+    let of = |field: &FieldRef| {
+        Arc::new(field.as_ref().clone().with_data_type(text_type(field.data_type())))
+    };
+    match kind {
+        DataType::Struct(fields) => DataType::Struct(fields.iter().map(of).collect()),
+        DataType::List(item) => DataType::List(of(item)),
+        DataType::Map(entries, sorted) => DataType::Map(of(entries), *sorted),
+        DataType::Binary => DataType::Binary,
+        _ => DataType::Utf8,
     }
 }
 
@@ -142,7 +276,7 @@ fn one_spelling(fields: &[(String, JsonKind)]) -> Vec<(String, JsonKind)> {
 
 /// The object with the names of its columns, and of the structures within, as these spell them.
 /// `None`: a name is there twice.
-pub(super) fn respelt(line: &str, columns: &SchemaRef) -> Option<String> {
+fn respelt(line: &str, columns: &SchemaRef) -> Option<String> {
     let value: Box<RawValue> = serde_json::from_str(line).ok()?;
     let columns = DataType::Struct(columns.fields().clone());
     respelt_value(value, &columns).map(|value| value.get().to_owned())
@@ -201,7 +335,7 @@ pub(super) struct Columns {
 
 impl Columns {
     /// Adds an object's. Returns it with the names as they were seen first; `None`: this text is no
-    /// object, or has a name twice.
+    /// object, has a name twice, or is nested deeper than a table's log can say.
     pub(super) fn learn<'a>(&mut self, text: &'a str) -> Option<Cow<'a, str>> {
         let Members(mut members) = serde_json::from_str(text).ok()?;
         let mut is_renamed = false;
@@ -222,7 +356,11 @@ impl Columns {
                 return None;
             }
             let value: Value = serde_json::from_str(value.get()).ok()?;
-            found.insert(name.clone(), (lower, JsonKind::of(&value)));
+            let kind = JsonKind::of(&value);
+            if kind.depth() > DEPTH_MAX {
+                return None;
+            }
+            found.insert(name.clone(), (lower, kind));
         }
         for (name, (lower, kind)) in found {
             match self.at.get(&lower) {
@@ -296,61 +434,77 @@ fn add(kinds: &mut Vec<(String, JsonKind)>, name: &str, kind: JsonKind) {
     }
 }
 
-/// How objects are decoded that have these columns: single values as text, also within nested ones.
-/// What they are is judged afterwards, value by value; a decoder would cut `1.5` to fit an integer.
-pub(super) fn decoding(found: &Schema, columns: &SchemaRef) -> SchemaRef {
-    let fields = found.fields().iter().map(|field| {
-        let wanted = find_column(columns, field.name()).map(|at| columns.field(at).data_type());
-        Field::new(field.name(), as_text(field.data_type(), wanted), true)
-    });
-    Arc::new(Schema::new(fields.collect::<Vec<_>>()))
+/// How objects become columns.
+pub(super) struct Decoding {
+    schema: SchemaRef,
+    /// Names within values are spelt in more than one way.
+    is_respelt: bool,
 }
 
-/// The nested type that was found, or else is wanted, with text where single values stand.
-fn as_text(found: &DataType, wanted: Option<&DataType>) -> DataType {
-    let item = |field: &Field, kind| Arc::new(Field::new(field.name(), kind, true));
-    match (found, wanted) {
-        (_, Some(DataType::Map(entries, sorted))) | (DataType::Map(entries, sorted), None) => {
-            let DataType::Struct(parts) = entries.data_type() else { return DataType::Utf8 };
-            let [key, value] = parts.as_ref() else { return DataType::Utf8 };
-            let kind = match key.data_type() {
-                DataType::Binary => DataType::Binary,
-                _ => DataType::Utf8,
-            };
-            let key = Arc::new(Field::new(key.name(), kind, false));
-            let value = item(value, as_text(value.data_type(), Some(value.data_type())));
-            let parts = DataType::Struct(vec![key, value].into());
-            DataType::Map(Arc::new(Field::new(entries.name(), parts, false)), *sorted)
+impl Decoding {
+    /// For objects with these columns, whose types are to be those of `columns`.
+    pub(super) fn new<'a>(
+        kinds: impl Iterator<Item = (&'a str, &'a JsonKind)>,
+        columns: &SchemaRef,
+    ) -> Self {
+        let mut is_respelt = false;
+        let fields = kinds.map(|(name, kind)| {
+            let wanted = find_column(columns, name).map(|at| columns.field(at).data_type());
+            let decoded = kind.decoded_as(wanted);
+            is_respelt |= kind.is_respelt(&decoded);
+            Field::new(name, decoded, true)
+        });
+        let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
+        Self { schema, is_respelt }
+    }
+
+    fn decode(&self, lines: &[&str]) -> Option<RecordBatch> {
+        if !self.is_respelt {
+            return decode(lines, &self.schema).ok();
         }
-        (DataType::Struct(fields), wanted) => {
-            let fields = fields.iter().map(|field| {
-                let wanted = match wanted {
-                    Some(DataType::Struct(wanted)) => {
-                        wanted.iter().find(|w| same_name(w.name(), field.name()))
-                    }
-                    _ => None,
-                };
-                item(field, as_text(field.data_type(), wanted.map(|field| field.data_type())))
-            });
-            DataType::Struct(fields.collect::<Vec<_>>().into())
+        let lines = lines.iter().map(|line| respelt(line, &self.schema));
+        decode(&lines.collect::<Option<Vec<_>>>()?, &self.schema).ok()
+    }
+
+    /// The rows of `texts`, which came as `lines`. Some line may have an object where others have a
+    /// number: such are told.
+    pub(super) fn piece(
+        &self,
+        texts: &[&str],
+        lines: StringArray,
+        places: Int64Array,
+    ) -> Result<Piece> {
+        if let Some(rows) = self.decode(texts) {
+            let misfits = Vec::new();
+            return Ok(Piece { rows, places, lines: Some(lines), misfits, are_corrections: false });
         }
-        (DataType::List(element), wanted) => {
-            let wanted = match wanted {
-                Some(DataType::List(wanted)) => Some(wanted.data_type()),
-                _ => None,
-            };
-            DataType::List(item(element, as_text(element.data_type(), wanted)))
-        }
-        // Only null so far, or all kinds of things: what is wanted tells lines that are no such thing.
-        (_, Some(wanted @ (DataType::Struct(_) | DataType::List(_)))) => as_text(wanted, None),
-        // As hexadecimal digits: JSON has no other way.
-        (DataType::Binary, None) | (_, Some(DataType::Binary)) => DataType::Binary,
-        _ => DataType::Utf8,
+        let fits: BooleanArray =
+            texts.iter().map(|line| Some(self.decode(&[*line]).is_some())).collect();
+        let misfits = (0..texts.len()).filter(|at| !fits.value(*at));
+        let misfits = misfits.map(|at| {
+            let column = culprit(texts[at], &self.schema).unwrap_or_default();
+            (places.value(at), lines.value(at).to_owned(), column)
+        });
+        let misfits = misfits.collect();
+        let good: Vec<&str> =
+            texts.iter().zip(&fits).filter(|(_, f)| *f == Some(true)).map(|(t, _)| *t).collect();
+        let rows = self.decode(&good);
+        let rows =
+            rows.ok_or_else(|| Error::internal("lines that fit alone do not fit together"))?;
+        let lines = filter(&lines, &fits).map_err(Error::internal)?;
+        let places = filter(&places, &fits).map_err(Error::internal)?;
+        Ok(Piece {
+            rows,
+            places: places.as_primitive::<Int64Type>().clone(),
+            lines: Some(lines.as_string::<i32>().clone()),
+            misfits,
+            are_corrections: false,
+        })
     }
 }
 
 /// The first column that makes the line impossible to decode.
-pub(super) fn culprit(line: &str, schema: &SchemaRef) -> Option<String> {
+fn culprit(line: &str, schema: &SchemaRef) -> Option<String> {
     let alone = |field: &FieldRef| Arc::new(Schema::new(vec![Arc::clone(field)]));
     let fails = |field: &&FieldRef| {
         let columns = alone(field);
@@ -360,16 +514,24 @@ pub(super) fn culprit(line: &str, schema: &SchemaRef) -> Option<String> {
 }
 
 /// The lines, each an object, as columns.
-pub(super) fn decode<T: AsRef<str>>(
-    lines: &[T],
-    schema: &SchemaRef,
-) -> Result<RecordBatch, ArrowError> {
-    let builder = ReaderBuilder::new(Arc::clone(schema)).with_coerce_primitive(true);
+fn decode<T: AsRef<str>>(lines: &[T], schema: &SchemaRef) -> Result<RecordBatch, ArrowError> {
+    let digits: Vec<Field> =
+        schema.fields().iter().map(|field| hex::as_digits(field.as_ref())).collect();
+    let digits = Arc::new(Schema::new(digits));
+    let builder = ReaderBuilder::new(Arc::clone(&digits)).with_coerce_primitive(true);
     let mut decoder = builder.with_batch_size(lines.len().max(1)).build_decoder()?;
     for line in lines {
         decoder.decode(line.as_ref().as_bytes())?;
         decoder.decode(b"\n")?;
     }
     let batch = decoder.flush()?;
-    Ok(batch.unwrap_or_else(|| RecordBatch::new_empty(Arc::clone(schema))))
+    let batch = batch.unwrap_or_else(|| RecordBatch::new_empty(Arc::clone(&digits)));
+    if digits == *schema {
+        return Ok(batch);
+    }
+    let columns = batch.columns().iter().zip(schema.fields());
+    let columns = columns.map(|(column, field)| hex::as_bytes(column, field.data_type()));
+    let rows = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+    let columns = columns.collect::<Result<Vec<_>, _>>()?;
+    RecordBatch::try_new_with_options(Arc::clone(schema), columns, &rows)
 }

@@ -8,6 +8,7 @@
 mod csv;
 mod delta;
 mod folders;
+mod hex;
 mod json;
 mod parquet;
 mod text;
@@ -228,15 +229,10 @@ impl SourceFile {
         }
     }
 
-    /// Rows of this file, given as JSON text. Their columns are the file's, or else those of
-    /// `columns`; one that neither has is an error: dropped in silence, it would be a NULL.
-    pub fn piece_of_json(&self, lines: &[String], columns: &SchemaRef) -> Result<RecordBatch> {
-        let refused = |why: String| {
-            Error::new(Code::RepairUnknown, format!("{}: {why}", self.name)).with_help(
-                "correct it again: `alluvium quarantine replay PIPELINE EPOCH --rows FILE`; \
-                 \"content\": null in the file takes the correction back",
-            )
-        };
+    /// Rows that somebody put in the places of this file's, as JSON text. Their columns are the file's,
+    /// or else those of `columns`; one that neither has is an error: dropped in silence, it would be a
+    /// NULL.
+    pub fn corrections(&self, rows: &BTreeMap<i64, String>, columns: &SchemaRef) -> Result<Piece> {
         // A field's bytes are the value in CSV; JSON writes them in hexadecimal digits.
         let columns = &match &self.body {
             Body::Text(file) if !file.is_json() => without_binary(columns),
@@ -246,38 +242,57 @@ impl SourceFile {
             columns.fields().iter().filter(|f| find_column(&self.schema, f.name()).is_none());
         let fields = self.schema.fields().iter().chain(more).map(|field| field.as_ref().clone());
         let schema = Schema::new(fields.collect::<Vec<_>>());
-        let named = |line: &String| {
-            // Values stay text: a parsed number may lose digits.
-            let object: BTreeMap<String, Box<RawValue>> =
-                serde_json::from_str(line).map_err(|e| refused(e.to_string()))?;
-            let mut told = BTreeMap::new();
-            for (name, value) in object {
-                let Some(at) = find_column(&schema, &name) else {
-                    return Err(refused(format!("a corrected row has {name:?}: no such column")));
-                };
-                if told.insert(schema.field(at).name().clone(), value).is_some() {
-                    return Err(refused(format!("a corrected row has {name:?} twice")));
-                }
+        let mut seen = json::Columns::default();
+        let mut texts = Vec::with_capacity(rows.len());
+        for (row, line) in rows {
+            let refused = |why: String| {
+                let text = format!("{}: the corrected row {row} {why}", self.name);
+                Error::new(Code::RepairUnknown, text).with_help(
+                    "correct it again: `alluvium quarantine replay PIPELINE EPOCH --rows FILE`; \
+                     \"content\": null in the file takes the correction back",
+                )
+            };
+            let named = self.named(line, &schema).map_err(refused)?;
+            let told = seen.learn(&named);
+            let told = told.ok_or_else(|| refused("has a name twice".to_owned()))?;
+            texts.push(told.into_owned());
+        }
+        let kinds: BTreeMap<String, json::JsonKind> = seen.into_kinds().into_iter().collect();
+        let nothing = json::JsonKind::default();
+        let kinds = schema.fields().iter().map(|field| {
+            let kind = kinds.get(field.name()).unwrap_or(&nothing);
+            (field.name().as_str(), kind)
+        });
+        let decoding = json::Decoding::new(kinds, columns);
+        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+        let lines = StringArray::from_iter_values(rows.values());
+        let places = Int64Array::from_iter_values(rows.keys().copied());
+        let piece = decoding.piece(&texts, lines, places)?;
+        Ok(Piece { are_corrections: true, ..piece })
+    }
+
+    /// A corrected row with its columns as the schema spells them, and with what the path says.
+    fn named(&self, line: &str, schema: &Schema) -> Result<String, String> {
+        // Values stay text: a parsed number may lose digits.
+        let object: BTreeMap<String, Box<RawValue>> =
+            serde_json::from_str(line).map_err(|e| format!("is no object: {e}"))?;
+        let mut told = BTreeMap::new();
+        for (name, value) in object {
+            let Some(at) = find_column(schema, &name) else {
+                return Err(format!("has {name:?}: no such column"));
+            };
+            if told.insert(schema.field(at).name().clone(), value).is_some() {
+                return Err(format!("has {name:?} twice"));
             }
-            // What the path says is said of this row, too.
-            for (field, value) in &self.constants {
-                if let (false, Some(text)) =
-                    (told.contains_key(field.name()), text_of_constant(value))
-                {
-                    let text = serde_json::value::to_raw_value(&text).map_err(Error::internal)?;
-                    told.insert(field.name().clone(), text);
-                }
+        }
+        for (field, value) in &self.constants {
+            if let (false, Some(text)) = (told.contains_key(field.name()), text_of_constant(value))
+            {
+                let text = serde_json::value::to_raw_value(&text).map_err(|e| e.to_string())?;
+                told.insert(field.name().clone(), text);
             }
-            serde_json::to_string(&told).map_err(Error::internal)
-        };
-        let decoding = json::decoding(&schema, columns);
-        let respelt = |line: String| {
-            json::respelt(&line, &decoding)
-                .ok_or_else(|| refused("a corrected row has a name twice".to_owned()))
-        };
-        let lines = lines.iter().map(|line| respelt(named(line)?));
-        let lines: Vec<String> = lines.collect::<Result<_>>()?;
-        json::decode(&lines, &decoding).map_err(|e| refused(e.to_string()))
+        }
+        serde_json::to_string(&told).map_err(|e| e.to_string())
     }
 }
 

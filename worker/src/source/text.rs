@@ -13,9 +13,8 @@ use alluvium_protocol::manifest::Object;
 use alluvium_protocol::pipeline::{Csv, Declared, Format, same_name};
 use alluvium_protocol::{Code, Error, Result};
 use alluvium_table::arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, Int64Builder, RecordBatch, StringBuilder,
+    Array, ArrayRef, AsArray, Int64Builder, RecordBatch, StringBuilder,
 };
-use alluvium_table::arrow::compute::filter_record_batch;
 use alluvium_table::arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
 use alluvium_table::classify::foreign;
 use alluvium_table::spool::{Spool, Spooled};
@@ -108,33 +107,16 @@ impl TextFile {
         futures::stream::iter(pieces).boxed()
     }
 
-    fn decoding(&self, columns: &SchemaRef) -> Decoding {
-        let schema = json::decoding(&self.schema(), columns);
-        let is_respelt = self.kinds.iter().zip(schema.fields()).any(|((_, kind), field)| {
-            matches!(kind, Kinds::Json(kind) if kind.is_respelt(field.data_type()))
+    fn decoding(&self, columns: &SchemaRef) -> json::Decoding {
+        let kinds = self.kinds.iter().filter_map(|(name, kind)| match kind {
+            Kinds::Json(kind) => Some((name.as_str(), kind)),
+            Kinds::Csv(_) => None,
         });
-        Decoding { schema, is_respelt }
+        json::Decoding::new(kinds, columns)
     }
 }
 
-/// How lines of JSON become columns.
-struct Decoding {
-    schema: SchemaRef,
-    /// Names within values are spelt in more than one way.
-    is_respelt: bool,
-}
-
-impl Decoding {
-    fn decode(&self, lines: &[&str]) -> Option<RecordBatch> {
-        if !self.is_respelt {
-            return json::decode(lines, &self.schema).ok();
-        }
-        let lines = lines.iter().map(|line| json::respelt(line, &self.schema));
-        json::decode(&lines.collect::<Option<Vec<_>>>()?, &self.schema).ok()
-    }
-}
-
-fn piece_of(batch: &RecordBatch, decoding: Option<&Decoding>) -> Result<Piece> {
+fn piece_of(batch: &RecordBatch, decoding: Option<&json::Decoding>) -> Result<Piece> {
     let last = batch.num_columns() - 1;
     let places = batch.column(last).as_primitive::<Int64Type>().clone();
     let Some(decoding) = decoding else {
@@ -150,31 +132,7 @@ fn piece_of(batch: &RecordBatch, decoding: Option<&Decoding>) -> Result<Piece> {
     };
     let lines = batch.column(0).as_string::<i32>().clone();
     let texts: Vec<&str> = (0..lines.len()).map(|at| lines.value(at)).collect();
-    if let Some(rows) = decoding.decode(&texts) {
-        return Ok(Piece {
-            rows,
-            places,
-            lines: Some(lines),
-            misfits: Vec::new(),
-            are_corrections: false,
-        });
-    }
-    // Some line has an object where others have a number, say: which ones?
-    let fits: BooleanArray =
-        texts.iter().map(|line| Some(decoding.decode(&[*line]).is_some())).collect();
-    let misfits = (0..texts.len()).filter(|at| !fits.value(*at));
-    let misfits = misfits.map(|at| {
-        let column = json::culprit(texts[at], &decoding.schema).unwrap_or_default();
-        (places.value(at), texts[at].to_owned(), column)
-    });
-    let misfits = misfits.collect();
-    let good = filter_record_batch(batch, &fits).map_err(Error::internal)?;
-    let lines = good.column(0).as_string::<i32>().clone();
-    let texts: Vec<&str> = (0..lines.len()).map(|at| lines.value(at)).collect();
-    let rows = decoding.decode(&texts);
-    let rows = rows.ok_or_else(|| Error::internal("lines that fit alone do not fit together"))?;
-    let places = good.column(last).as_primitive::<Int64Type>().clone();
-    Ok(Piece { rows, places, lines: Some(lines), misfits, are_corrections: false })
+    decoding.piece(&texts, lines.clone(), places)
 }
 
 /// What a file's bytes are in.
