@@ -73,7 +73,7 @@ pub(super) fn as_bytes(column: &ArrayRef, kind: &DataType) -> Result<ArrayRef, A
 fn bytes_of(text: &str) -> Result<Vec<u8>, ArrowError> {
     let not = || ArrowError::JsonError(format!("{text:?} is not pairs of hexadecimal digits"));
     let digits = text.as_bytes();
-    if digits.len() % 2 != 0 {
+    if !digits.len().is_multiple_of(2) {
         return Err(not());
     }
     let value = |digit: u8| char::from(digit).to_digit(16).ok_or_else(not);
