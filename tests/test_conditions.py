@@ -177,6 +177,12 @@ FAR = ["0001-01-01", "9999-12-31"]
         "t < TIMESTAMP '9999-12-31 23:00:00'",
         "t >= CAST('0001-01-01' AS TIMESTAMP)",
         "try_cast('9999-12-31' AS TIMESTAMP) IS NOT NULL",
+        "t <= '9999-12-31'",
+        "t BETWEEN '0001-01-01' AND '9999-12-31'",
+        "t < DATE '9999-12-31' OR t IN ('9999-12-31')",
+        "t = CAST(CAST(t AS DATE) AS TIMESTAMP) AND t = CAST(t AS DATE)",
+        "extract(year FROM t) > 0 AND extract(year FROM t) < 10000",
+        "to_timestamp('2020-01-01') < TIMESTAMP '2021-01-01' AND coalesce(t, TIMESTAMP '2020-01-01') IS NOT NULL",
     ],
 )
 def test_times_reach_as_far_as_in_the_tables(tmp_path: Path, sql: str):

@@ -226,6 +226,18 @@ def test_the_result_must_have_what_the_pipeline_needs(tmp_path: Path, sql: str, 
     assert lake.states() == {10: "blocked"}
 
 
+@pytest.mark.parametrize("text", ["\n", "not an object\n"])
+def test_a_folder_without_a_row_has_nothing_to_select(tmp_path: Path, text: str):
+    more = f'format = "json"\n{REFUSE}'
+    lake = selecting(tmp_path, "SELECT id, value + 1 AS value, op FROM incoming", more)
+    lake.write(10, "part-0.json", '{"id":"a","value":1,"op":"U"}\n')
+    lake.write(20, "day=2/part-0.json", text)
+    lake.run()
+    assert lake.main() == {"a": 2} and lake.states() == {10: "processed", 20: "processed"}
+    assert set(lake.types("raw")) == {"id", "value", "op"}
+    assert [reason for reason, _, _ in lake.refused()] == (["malformed"] if "not" in text else [])
+
+
 def test_a_select_knows_columns_in_either_case(tmp_path: Path):
     """Files spell a column one way today and another tomorrow."""
     lake = selecting(tmp_path, "SELECT id, incoming.value + 1 AS value, op FROM incoming WHERE kind = 'x'")

@@ -28,7 +28,7 @@ from worlds_plan import (
 from worlds_read import (
     Corrected, corrected_rows, corrections_text, judged_columns, read_folder,
 )  # fmt: skip
-from worlds_shape import Shape
+from worlds_shape import JSON, Shape
 
 TIMEOUT_SECONDS = 120
 STDERR_LINES = 40
@@ -158,7 +158,7 @@ class Player:
         name, epoch = action.name, action.epoch
         self.unrepeated.discard((name, epoch))
         args = [name, PIPELINE, str(epoch), "--yes"]
-        rows = [row for row in self._rows(epoch) if self._is_known(epoch, (row.file, row.row))]
+        rows = [row for row in self._rows(epoch) if self._is_correctable(epoch, row)]
         corrected = corrected_rows(rows, self.corrected.get(epoch, {}), action.rows)
         if action.rows and not corrected:
             self.unrepeated.discard((name, epoch))
@@ -328,8 +328,13 @@ class Player:
     def _rows(self, epoch: int) -> list[SourceRow]:
         return read_folder(self._folder(epoch), self.shape)
 
-    def _is_known(self, epoch: int, place: tuple[str, int]) -> bool:
-        """In a table, or corrected before: what `select` left out is not."""
+    def _is_correctable(self, epoch: int, row: SourceRow) -> bool:
+        """In a table, or corrected before: what `select` left out is not. Below `select` a row has the
+        columns of its file alone."""
+        shape, place = self.shape, (row.file, row.row)
+        if shape.selects and (shape.drift or shape.format == JSON):
+            if not row.columns.keys() >= set(shape.columns):
+                return False
         in_raw = {(row.file, row.row) for row in self.model.content.get(epoch, []) if row.op != REVERT}
         known = in_raw | self.model.refused.get(epoch, {}).keys()
         return place in known | self.corrected.get(epoch, {}).keys()

@@ -143,7 +143,7 @@ async fn incoming_of(
     let mut schemas: Vec<NamedSchema> =
         files.iter().map(|file| (file.name.clone(), Arc::clone(&file.schema))).collect();
     let selection = match &content.select {
-        Some(select) if !files.is_empty() => {
+        Some(select) if files.iter().any(SourceFile::has_columns) => {
             let all: Vec<SchemaRef> =
                 schemas.iter().map(|(_, schema)| Arc::clone(schema)).collect();
             let input = input_of(&all, matches!(content.format, Format::Csv(_)));
@@ -151,8 +151,10 @@ async fn incoming_of(
         }
         _ => None,
     };
-    if let Some(selection) = &selection {
-        schemas = vec![("select".to_owned(), Arc::clone(selection.output()))];
+    if content.select.is_some() {
+        // Without a row in the folder nothing is known of what there is to be selected.
+        let selected = selection.as_ref().map(|s| ("select".to_owned(), Arc::clone(s.output())));
+        schemas = selected.into_iter().collect();
     }
     // A text file without rows may be one without columns, too.
     let is_empty = |name: &str| {

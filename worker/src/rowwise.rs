@@ -44,6 +44,8 @@ pub(crate) fn compiled(
     let context = SimplifyContext::builder().with_schema(Arc::clone(schema)).build();
     let expr = expr.clone().transform_up(|part| Ok(in_microseconds(part)))?.data;
     let expr = ExprSimplifier::new(context.clone()).coerce(expr, schema)?;
+    // What is compared was made alike, in nanoseconds; what cannot be otherwise is made so again below.
+    let expr = expr.transform_up(|part| Ok(in_microseconds(part)))?.data;
     // Some functions exist only as what they are rewritten to. Nothing else is simplified:
     // constants would be computed without noticing that they grow too large.
     let rewritten = expr.transform_up(|part| match part {

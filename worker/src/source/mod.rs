@@ -189,6 +189,11 @@ impl SourceFile {
         self.constants.iter().any(|(field, _)| same_name(field.name(), column))
     }
 
+    /// The file has columns itself: an empty text file has none.
+    pub fn has_columns(&self) -> bool {
+        self.schema.fields().len() > self.constants.len()
+    }
+
     /// What the file itself says of a column counts.
     fn add_constants(&mut self, constants: Vec<(Field, ArrayRef)>) {
         let is_new = |field: &Field| find_column(&self.schema, field.name()).is_none();
