@@ -156,6 +156,16 @@ def test_one_select_may_spell_a_column_in_two_ways(tmp_path: Path, sql: str):
     assert {name.lower(): value for name, value in row.items()} == {"id": "a", "v": 1, "w": 2}
 
 
+def test_names_within_a_value_are_its_own(tmp_path: Path):
+    """`s.Foo` is no other spelling of the column `foo`."""
+    kind = pa.struct([("Foo", pa.int64())])
+    table = pa.table({"id": ["a", "b"], "foo": [1, 5], "s": pa.array([{"Foo": 7}, {"Foo": 8}], kind)})
+    lake = expecting(tmp_path, "s.Foo > 6 AND foo < 3 AND incoming.FOO < 3")
+    lake.write(10, PART, table)
+    lake.run()
+    assert [row["id"] for row in lake.rows()] == ["a"]
+
+
 def test_replace_makes_a_column_anew_or_says_that_there_is_none(tmp_path: Path):
     lake = selecting(tmp_path, "SELECT * REPLACE (7 AS val) FROM incoming")
     lake.write(10, PART, pa.table({"Id": ["a"], "Val": [1]}))

@@ -1,6 +1,6 @@
 //! `select` of a pipeline, as far as it can be judged without a folder: one row in, at most one out.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::ControlFlow;
 
 use deltalake::datafusion::error::DataFusionError;
@@ -11,7 +11,9 @@ use deltalake::datafusion::sql::sqlparser::ast::{
 };
 use deltalake::datafusion::sql::sqlparser::dialect::GenericDialect;
 use deltalake::datafusion::sql::sqlparser::parser::Parser;
-use deltalake::datafusion::sql::sqlparser::tokenizer::{Span, Token, Tokenizer, Word};
+use deltalake::datafusion::sql::sqlparser::tokenizer::{
+    Span, Token, TokenWithSpan, Tokenizer, Word,
+};
 
 /// The relation that `select` reads.
 const INCOMING: &str = "incoming";
@@ -93,23 +95,28 @@ pub fn check_select(text: &str) -> Result<Reads, String> {
     }
 }
 
-/// The SQL with each of these names in one spelling, and the names as they are spelt there: case is no
-/// difference. Places in the text stay where they are.
+/// SQL in which a name is always spelt alike: case is no difference.
+#[derive(Debug, PartialEq)]
+pub struct Spelling {
+    /// The SQL; places in the text are where they were.
+    pub sql: String,
+    /// The relation's name, as it is spelt there.
+    pub relation: String,
+    /// The columns' names, as they are spelt there.
+    pub columns: Vec<String>,
+}
+
+/// The SQL, over the relation `incoming` with these columns, in one spelling of each.
 ///
 /// # Errors
 /// It is no SQL.
-pub fn one_spelling(sql: &str, names: &[&str]) -> Result<(String, Vec<String>), String> {
+pub fn one_spelling(sql: &str, columns: &[&str]) -> Result<Spelling, String> {
     let tokens = Tokenizer::new(&GenericDialect {}, sql).tokenize_with_location();
     let tokens = tokens.map_err(|e| format!("not SQL: {e}"))?;
-    let mut words: HashMap<String, Vec<(Word, Span)>> = HashMap::new();
-    for token in tokens {
-        if let Token::Word(word) = token.token {
-            words.entry(word.value.to_lowercase()).or_default().push((word, token.span));
-        }
-    }
+    let words = words_of(tokens, columns);
     let mut changed: BTreeMap<(u64, u64), (Span, String)> = BTreeMap::new();
-    let mut spelt = Vec::with_capacity(names.len());
-    for name in names {
+    let mut spelt = Vec::with_capacity(columns.len() + 1);
+    for name in columns.iter().chain(&[INCOMING]) {
         let found = words.get(&name.to_lowercase()).map(Vec::as_slice).unwrap_or_default();
         let is_there = found.is_empty() || found.iter().any(|(word, _)| word.value == *name);
         let chosen = if is_there { (*name).to_owned() } else { found[0].0.value.clone() };
@@ -136,7 +143,29 @@ pub fn one_spelling(sql: &str, names: &[&str]) -> Result<(String, Vec<String>), 
         }
     }
     let lines: Vec<String> = lines.into_iter().map(|line| line.into_iter().collect()).collect();
-    Ok((lines.join("\n"), spelt))
+    let relation = spelt.pop().unwrap_or_default();
+    Ok(Spelling { sql: lines.join("\n"), relation, columns: spelt })
+}
+
+/// Words by their text in lower case, but for names within a value: in `s.Foo` that is of the value `s`.
+fn words_of(tokens: Vec<TokenWithSpan>, columns: &[&str]) -> HashMap<String, Vec<(Word, Span)>> {
+    let columns: HashSet<String> = columns.iter().map(|name| name.to_lowercase()).collect();
+    let mut words: HashMap<String, Vec<(Word, Span)>> = HashMap::new();
+    let (mut is_after_period, mut is_in_value) = (false, false);
+    for token in tokens {
+        match token.token {
+            Token::Word(_) if is_after_period && is_in_value => is_after_period = false,
+            Token::Word(word) => {
+                let lower = word.value.to_lowercase();
+                (is_after_period, is_in_value) = (false, columns.contains(&lower));
+                words.entry(lower).or_default().push((word, token.span));
+            }
+            Token::Period => is_after_period = true,
+            Token::Whitespace(_) => {}
+            _ => (is_after_period, is_in_value) = (false, false),
+        }
+    }
+    words
 }
 
 fn check_query(query: &Query) -> Result<(), String> {
@@ -222,13 +251,15 @@ mod tests {
     #[test]
     fn a_name_has_one_spelling() {
         let sql = "SELECT Id, id + 1,\n 'id' AS ID -- id\n, \"é\", \"É x\" FROM t WHERE upper(B)";
-        let (found, names) = one_spelling(sql, &["ID", "é", "b", "c"]).unwrap();
+        let found = one_spelling(sql, &["ID", "é", "b", "c"]).unwrap();
         let wanted =
             "SELECT ID, ID + 1,\n 'id' AS ID -- id\n, \"é\", \"É x\" FROM t WHERE upper(B)";
-        assert_eq!(
-            (found.as_str(), names),
-            (wanted, ["ID", "é", "B", "c"].map(str::to_owned).to_vec())
-        );
+        assert_eq!((found.sql.as_str(), found.relation.as_str()), (wanted, "incoming"));
+        assert_eq!(found.columns, ["ID", "é", "B", "c"]);
+        let sql = "SELECT Incoming.FOO, foo, s.Foo, incoming.S . Foo.foo FROM incoming";
+        let found = one_spelling(sql, &["foo", "s"]).unwrap();
+        let wanted = "SELECT incoming.foo, foo, s.Foo, incoming.s . Foo.foo FROM incoming";
+        assert_eq!(found.sql, wanted);
     }
 
     #[test]

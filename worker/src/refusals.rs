@@ -35,8 +35,8 @@ pub struct Judged {
     conditions: Vec<Condition>,
     /// Rows for which each expectation did not hold.
     pub failed: Vec<(String, u64)>,
-    /// Expectations that refuse rows, in their order.
-    refusing: Vec<(Expectation, Condition)>,
+    /// Those of them that refuse rows, with the reason that quarantine names.
+    refusing: Vec<(String, Condition)>,
     /// Earlier rows of a key are refused.
     only_last: bool,
 }
@@ -152,7 +152,9 @@ impl Judged {
                     let first = first_failing(session, condition).await?;
                     return Err(failed_error(pipeline, incoming, expectation, *failed, &first));
                 }
-                Action::Quarantine => self.refusing.push((expectation.clone(), condition.clone())),
+                Action::Quarantine => {
+                    self.refusing.push((reason_of(expectation), condition.clone()));
+                }
                 Action::Warn => {}
             }
         }
@@ -170,8 +172,8 @@ impl Judged {
             let reasons: Vec<String> = self
                 .refusing
                 .iter()
-                .map(|(e, condition)| {
-                    format!("WHEN {} THEN {}", fails(condition), text(&reason_of(e)))
+                .map(|(reason, condition)| {
+                    format!("WHEN {} THEN {}", fails(condition), text(reason))
                 })
                 .collect();
             let sql = format!(

@@ -29,7 +29,7 @@ use alluvium_table::datafusion::physical_expr::expressions::{BinaryExpr, Literal
 use alluvium_table::datafusion::physical_expr::utils::{collect_columns, reassign_expr_columns};
 use alluvium_table::datafusion::physical_plan::PhysicalExpr;
 use alluvium_table::schema::find_column;
-use alluvium_table::select::one_spelling;
+use alluvium_table::select::{Spelling, one_spelling};
 use alluvium_table::session::{quoted, quoted_list, work_session};
 
 use crate::raw::{FILE, ROW};
@@ -97,20 +97,20 @@ fn checked(
     expr: Arc<dyn PhysicalExpr>,
     schema: &Schema,
 ) -> DataFusionResult<Arc<dyn PhysicalExpr>> {
-    let minus = |left, operator, right| {
+    let binary = |left, operator, right| {
         let made = BinaryExpr::new(left, operator, right).with_fail_on_overflow(true);
         Transformed::yes(Arc::new(made) as Arc<dyn PhysicalExpr>)
     };
     let checked = expr.transform_up(|part| {
-        if let Some(binary) = part.downcast_ref::<BinaryExpr>() {
-            let (left, right) = (Arc::clone(binary.left()), Arc::clone(binary.right()));
-            return Ok(minus(left, *binary.op(), right));
+        if let Some(whole) = part.downcast_ref::<BinaryExpr>() {
+            let (left, right) = (Arc::clone(whole.left()), Arc::clone(whole.right()));
+            return Ok(binary(left, *whole.op(), right));
         }
         if let Some(negative) = part.downcast_ref::<NegativeExpr>() {
             let kind = negative.arg().data_type(schema)?;
             if kind.is_integer() {
                 let zero = Arc::new(Literal::new(ScalarValue::new_zero(&kind)?));
-                return Ok(minus(zero, Operator::Minus, Arc::clone(negative.arg())));
+                return Ok(binary(zero, Operator::Minus, Arc::clone(negative.arg())));
             }
         }
         Ok(Transformed::no(part))
@@ -160,14 +160,14 @@ pub(crate) fn changes_with_time(expression: &Expr) -> DataFusionResult<bool> {
     })
 }
 
-/// SQL and the columns that it is over, spelt alike: case is no difference.
-pub(crate) fn spelt_alike(sql: &str, schema: &Schema) -> Result<(String, SchemaRef), String> {
-    let mut names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
-    names.push("incoming");
-    let (sql, names) = one_spelling(sql, &names)?;
-    let fields = schema.fields().iter().zip(&names);
-    let fields = fields.map(|(field, name)| field.as_ref().clone().with_name(name));
-    Ok((sql, Arc::new(Schema::new(fields.collect::<Vec<_>>()))))
+/// SQL and the columns that it is over, spelt alike.
+pub(crate) fn spelt_alike(sql: &str, schema: &Schema) -> Result<(Spelling, SchemaRef), String> {
+    let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
+    let spelling = one_spelling(sql, &names)?;
+    let fields = schema.fields().iter().zip(&spelling.columns);
+    let fields: Vec<Field> =
+        fields.map(|(field, name)| field.as_ref().clone().with_name(name)).collect();
+    Ok((spelling, Arc::new(Schema::new(fields))))
 }
 
 /// A condition that the configuration states, over the rows of the relation `incoming`.
@@ -194,13 +194,12 @@ impl Condition {
         };
         let told = |e: DataFusionError| invalid(e.strip_backtrace());
         let session = work_session(pipeline.sizes.memory_bytes);
-        let (sql, input) = spelt_alike(text, schema).map_err(invalid)?;
+        let (spelling, input) = spelt_alike(text, schema).map_err(invalid)?;
         let none = session.read_batch(RecordBatch::new_empty(input)).map_err(told)?.into_view();
-        let (_, relation) = one_spelling(text, &["incoming"]).map_err(invalid)?;
-        let relation = relation.concat();
-        session.register_table(quoted(&relation), none).map_err(told)?;
+        let relation = quoted(&spelling.relation);
+        session.register_table(relation.as_str(), none).map_err(told)?;
         // On lines of its own: it may end in a comment.
-        let frame = session.sql(&format!("SELECT (\n{sql}\n) FROM {}", quoted(&relation))).await;
+        let frame = session.sql(&format!("SELECT (\n{}\n) FROM {relation}", spelling.sql)).await;
         let frame = frame.map_err(told)?;
         let kind = frame.schema().field(0).data_type();
         if !matches!(kind, DataType::Boolean | DataType::Null) {

@@ -38,7 +38,8 @@ impl Selection {
             );
             Error::new(Code::SelectInvalid, format!("select: {why}")).with_help(help)
         };
-        let (select, input) = &spelt_alike(select, input).map_err(invalid)?;
+        let (spelling, input) = &spelt_alike(select, input).map_err(invalid)?;
+        let select = spelling.sql.as_str();
         let reads = check_select(select).map_err(invalid)?;
         if let Some(name) = reads.replaced.iter().find(|name| input.index_of(name).is_err()) {
             return Err(invalid(format!("REPLACE: there is no column {name:?}")));

@@ -171,7 +171,11 @@ fn fitted_nested(column: &ArrayRef, to: &DataType) -> Result<Option<Fitted>> {
             let (columns, misfit) = fitted_parts(values.entries(), fields)?;
             let misfit = any_of(values.offsets(), &misfit);
             let twice = has_key_twice(&columns[0], values.offsets())?;
-            let misfit = or(&misfit, &twice).map_err(internal)?;
+            let mut misfit = or(&misfit, &twice).map_err(internal)?;
+            if let Some(nulls) = values.nulls() {
+                let there = BooleanArray::new(nulls.inner().clone(), None);
+                misfit = and(&misfit, &there).map_err(internal)?;
+            }
             // A key that does not fit would be NULL, which no map holds.
             let keep = values.nulls().map_or_else(
                 || (0..values.len()).map(|row| !misfit.value(row)).collect::<Vec<_>>(),
