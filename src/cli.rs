@@ -255,6 +255,13 @@ pub(crate) enum Verb {
         #[command(subcommand)]
         verb: AuditVerb,
     },
+    /// One merge of what raw holds and main does not, for scripts/bench
+    #[command(hide = true)]
+    BenchMerge {
+        /// An optimize task in its place
+        #[arg(long)]
+        optimize: bool,
+    },
     /// Measure the path of tasks through the queue, for scripts/bench
     #[command(hide = true)]
     BenchQueue {

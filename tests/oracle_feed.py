@@ -29,6 +29,7 @@ from deltalake import DeltaTable
 from oracle import compare, key_of
 from oracle_modes import frozen
 from oracle_reading import Columns, OracleError, read_table, rows_of
+from oracle_vectors import deleted_rows
 
 ENABLED = "delta.enableChangeDataFeed"
 TAKES, GIVES = ("delete", "update_preimage"), ("insert", "update_postimage")
@@ -113,13 +114,12 @@ def _versions(table: str | Path) -> list[int]:
 
 
 def _file_rows(table: str | Path, file: dict[str, Any], types: dict[str, str]) -> list[Columns]:
-    if file.get("deletionVector"):
-        raise OracleError(f"{file['path']} has a deletion vector: this reader does not know them")
+    gone = deleted_rows(table, file.get("deletionVector"))
     # Opened as one file: a folder `name=value` above it is nothing to pyarrow.
     rows = rows_of(pq.ParquetFile(Path(table) / unquote(file["path"])).read())
     values = file.get("partitionValues") or {}
     partition = {name: _typed(value, types[name]) for name, value in values.items()}
-    return [{**columns, **partition} for columns in rows]
+    return [{**columns, **partition} for at, columns in enumerate(rows) if at not in gone]
 
 
 def _typed(text: str | None, kind: str) -> Any:

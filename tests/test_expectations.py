@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import polars as pl
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
@@ -223,7 +224,7 @@ def test_names_of_columns_do_not_meet_ours(tmp_path: Path):
     schema = pa.schema([(name, pa.string()) for name in names])
     lake.deliver(10, [("1", "2", "U", "x", "y"), ("1", "3", "U", "x", "y")], schema=schema)
     lake.run()
-    assert DeltaTable(tmp_path / "p/main").to_pyarrow_table().num_rows == 2
+    assert pl.read_delta(str(tmp_path / "p/main")).height == 2
     lake.deliver(20, [("1", "2", "U", "x", "y"), ("1", "2", "U", "x", "y")], schema=schema)
     assert '"1", "2" 2 times in part-0.parquet' in lake.run(code=1).err
     lake.pipelines["p"] = lake.pipelines["p"].replace('"fail"', '"quarantine"')

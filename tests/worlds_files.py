@@ -75,6 +75,8 @@ def config_text(shape: Shape) -> str:
         lines.append(f"merge.batch_epochs = {shape.batch_epochs}")
     if shape.skip_unchanged:
         lines.append("merge.skip_unchanged = true")
+    if shape.deletion_vectors:
+        lines.append(f'merge.deletion_vectors = "{shape.deletion_vectors}"')
     if shape.change_feed:
         lines.append("change_feed = true")
     if shape.replay_changed:

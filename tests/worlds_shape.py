@@ -71,6 +71,8 @@ class Shape:
     misfits: bool = False
     # `select` leaves rows out.
     selects: bool = False
+    # How rows of main that go are taken out: by marks (None), or by copies of their files.
+    deletion_vectors: str | None = None
 
     @property
     def is_typed_by_rows(self) -> bool:
@@ -128,6 +130,7 @@ def draw_shape(rng: random.Random) -> Shape:
         misfits=misfits,
         # Where files have types a value may not fit these before `select` sees its row.
         selects=rng.random() < 0.25 and (kind == CSV or not misfits),
+        deletion_vectors=rng.choice((None, None, "off", "upgrade")),
     )
 
 

@@ -238,7 +238,7 @@ impl Ledger {
             return Ok(());
         }
         let session = query_session(READ_BYTES);
-        table.register(&session, "t", None, false).await?;
+        table.register(&session, "t", None).await?;
         let rows =
             query::rows(&session, "SELECT DISTINCT pipeline, epoch, generation FROM t").await?;
         self.processed = rows.iter().filter_map(identity).collect();
@@ -252,7 +252,7 @@ impl Ledger {
             return Ok(Vec::new());
         };
         let session = query_session(READ_BYTES);
-        table.register(&session, "t", None, false).await?;
+        table.register(&session, "t", None).await?;
         query::rows(&session, sql).await
     }
 

@@ -240,6 +240,20 @@ pub struct Content {
     pub skip_unchanged: bool,
 }
 
+/// How rows of main that go are taken out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeletionVectors {
+    /// They are marked as deleted where the table knows such marks (those made here do); else their
+    /// files are written anew.
+    #[default]
+    Auto,
+    /// Their files are written anew.
+    Off,
+    /// A table that does not know such marks learns them.
+    Upgrade,
+}
+
 /// Sizes and limits of the work on a pipeline.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sizes {
@@ -292,6 +306,9 @@ pub struct Pipeline {
     pub start_from: Option<i64>,
     /// An existing main table may become the base.
     pub adopt: bool,
+    /// How rows of main that go are taken out.
+    #[serde(default)]
+    pub deletion_vectors: DeletionVectors,
     /// Whether optimize runs by policy.
     pub optimize: bool,
     /// How often cleanup runs; `None`: never.

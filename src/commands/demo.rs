@@ -180,8 +180,8 @@ look on     cd {out}
             alluvium status                           what is fresh, and why not
             alluvium query researchers \"SELECT count(*) FROM main\"
             alluvium undo researchers {first}      take an epoch back, then `replay` it
-from Python pip install deltalake pyarrow
-            python3 -c 'from deltalake import DeltaTable; print(DeltaTable(\"{main}\").to_pyarrow_table())'
+from Python pip install deltalake polars
+            python3 -c 'import polars; print(polars.read_delta(\"{main}\"))'
 your data   alluvium config reference > alluvium.toml",
         main = main.display(),
         path = path_line(),

@@ -2,6 +2,7 @@
 
 mod act;
 mod alerts;
+mod bench_merge;
 mod bench_queue;
 mod configuration;
 mod demo;
@@ -110,6 +111,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
         Verb::Audit { verb: AuditVerb::List { output } } => {
             history::audit(file, output.output).await
         }
+        Verb::BenchMerge { optimize } => bench_merge::bench_merge(file, optimize).await,
         Verb::BenchQueue { tasks, samples } => bench_queue::bench_queue(file, tasks, samples).await,
         Verb::CrashPoints => {
             printer::data(&crash::POINTS.join("\n"));

@@ -51,7 +51,7 @@ pub(crate) async fn quarantine(file: Option<&Path>, verb: &QuarantineVerb) -> Re
 pub(super) async fn rows(pipeline: &Pipeline, sql: &str) -> Result<Vec<Value>> {
     let Some(table) = Table::open(&pipeline.quarantine).await? else { return Ok(Vec::new()) };
     let session = query_session(READ_BYTES);
-    table.register(&session, "t", None, false).await?;
+    table.register(&session, "t", None).await?;
     query::rows(&session, sql).await
 }
 

@@ -90,7 +90,7 @@ async fn register(
             continue;
         }
         if let Some(table) = Table::open_at(&uri, version).await? {
-            table.register(session, name, None, false).await?;
+            table.register(session, name, None).await?;
             known.push(name);
         } else if name == "quarantine" {
             // Nothing was refused so far.

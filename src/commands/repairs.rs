@@ -141,7 +141,7 @@ async fn known_places(pipeline: &Pipeline, epoch: Epoch) -> Result<BTreeSet<(Str
     let mut found = rows(pipeline, &sql).await?;
     if let Some(raw) = Table::open(&pipeline.raw).await? {
         let session = query_session(READ_BYTES);
-        raw.register(&session, "t", None, false).await?;
+        raw.register(&session, "t", None).await?;
         found.extend(query::rows(&session, &format!("{sql} AND _op <> 'revert'")).await?);
     }
     let mut known: BTreeSet<(String, i64)> = found

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use alluvium_protocol::Pipeline;
 use alluvium_protocol::pipeline::{
-    Content, Csv, Format, Gates, Mode, NewColumns, OnBad, OnBlock, OnDuplicate, Order, Ready,
-    Sizes, same_name,
+    Content, Csv, DeletionVectors, Format, Gates, Mode, NewColumns, OnBad, OnBlock, OnDuplicate,
+    Order, Ready, Sizes, same_name,
 };
 use alluvium_table::store::{Place, StorageOptions, place_of};
 use toml::Value;
@@ -459,6 +459,11 @@ fn pipeline(source: &Source, name: &str, state: &str, memory: u64) -> Pipeline {
         exclude: section.text("files.exclude"),
         start_from: section.number("start_from"),
         adopt: section.flag("adopt"),
+        deletion_vectors: match section.text("merge.deletion_vectors").as_deref() {
+            Some("off") => DeletionVectors::Off,
+            Some("upgrade") => DeletionVectors::Upgrade,
+            _ => DeletionVectors::Auto,
+        },
         optimize: section.flag("optimize.enabled"),
         cleanup_every: section.flag("cleanup.enabled").then(|| section.duration("cleanup.every")),
         sizes: Sizes {

@@ -202,6 +202,8 @@ settings! {
         "Most waiting epochs that one merge takes together.";
     "pipeline.*.merge.skip_unchanged", Kind::Flag, Some("false"), "", "true",
         "Rows that are as main has them are left alone: no rewrite, no change in the feed. Costs a comparison with main's rows.";
+    "pipeline.*.merge.deletion_vectors", Kind::OneOf(&["auto", "off", "upgrade"]), Some(r#""auto""#), "", r#""off""#,
+        "Rows of main that go are marked as deleted where the table knows such marks, as those made here do; `off`: their files are written anew; `upgrade`: a table that does not know them learns them.";
     "pipeline.*.merge.batch_bytes", Kind::Size, Some(r#""64MiB""#), "", r#""256MiB""#,
         "Most raw bytes that one merge takes together (a single epoch may be larger). Their keys must fit `memory`.";
     "pipeline.*.optimize.enabled", Kind::Flag, Some("true"), "", "false",

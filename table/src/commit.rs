@@ -300,7 +300,20 @@ impl Table {
 
     /// The protocol that knows times without a zone, where this one does not.
     fn know_times_without_zone(&self) -> Result<Option<Action>> {
-        let feature = serde_json::Value::from("timestampNtz");
+        self.know("timestampNtz")
+    }
+
+    /// The actions that let rows be marked as deleted: the property, and the protocol that knows it.
+    pub fn turn_on_deletion_vectors(&self) -> Result<Vec<Action>> {
+        let property = (crate::DELETION_VECTORS.to_owned(), Some("true".to_owned()));
+        let mut actions = vec![self.change_properties(&[property])?];
+        actions.extend(self.know("deletionVectors")?);
+        Ok(actions)
+    }
+
+    /// The protocol whose readers and writers know a feature, where this one's do not.
+    fn know(&self, feature: &str) -> Result<Option<Action>> {
+        let feature = serde_json::Value::from(feature);
         let mut protocol =
             serde_json::to_value(self.snapshot.protocol()).map_err(Error::internal)?;
         let known = protocol["writerFeatures"].as_array().cloned();
@@ -308,8 +321,13 @@ impl Table {
             return Ok(None);
         }
         // A protocol that names its features names those in use.
-        let feed = self.tells_changes().then(|| serde_json::Value::from("changeDataFeed"));
-        let mut writer = known.unwrap_or_else(|| feed.into_iter().collect());
+        let properties = self.properties();
+        let is_on =
+            |name: &str| properties.get(name).is_some_and(|v| v.eq_ignore_ascii_case("true"));
+        let in_use = [("changeDataFeed", crate::CHANGE_FEED), ("appendOnly", "delta.appendOnly")];
+        let in_use = in_use.into_iter().filter(|(_, property)| is_on(property));
+        let mut writer = known
+            .unwrap_or_else(|| in_use.map(|(name, _)| serde_json::Value::from(name)).collect());
         writer.push(feature.clone());
         let mut reader = protocol["readerFeatures"].as_array().cloned().unwrap_or_default();
         reader.push(feature);

@@ -95,6 +95,15 @@ impl Table {
         Ok(())
     }
 
+    /// The protocol has deletion vectors, for readers and for writers.
+    pub(crate) fn knows_marks(&self) -> bool {
+        let protocol = serde_json::to_value(self.snapshot.protocol()).unwrap_or_default();
+        ["readerFeatures", "writerFeatures"].iter().all(|features| {
+            let listed = protocol[*features].as_array();
+            listed.is_some_and(|listed| listed.iter().any(|name| name == "deletionVectors"))
+        })
+    }
+
     fn refused(&self, what: &str) -> Error {
         let text = format!("{} uses {what}, which this version cannot keep up", self.uri);
         Error::new(Code::TableUnreadable, text)

@@ -1,20 +1,15 @@
 //! The live data files of a snapshot, read from the log when somebody asks.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
 use alluvium_protocol::Result;
 use deltalake::kernel::{Add, Remove};
-use deltalake::parquet::errors::ParquetError;
-use deltalake::parquet::file::metadata::ParquetMetaDataReader;
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use object_store::{ObjectStoreExt, path::Path};
 
+use crate::Table;
 use crate::classify::foreign;
-use crate::store::StoreRef;
-use crate::{Table, scan};
 
-/// A footer is mostly no longer than this.
-const FOOTER_BYTES: u64 = 64 * 1024;
 /// Files looked for at a time.
 const LOOKS_AT_ONCE: usize = 16;
 
@@ -33,6 +28,8 @@ pub struct LiveFile {
     pub remove: Remove,
     /// The statistics, as the log has them (JSON).
     pub stats: Option<String>,
+    /// When it was written, milliseconds since 1970.
+    pub modified: i64,
 }
 
 impl LiveFile {
@@ -46,26 +43,6 @@ impl LiveFile {
 /// Where a file is that the log names: its path is the object's already, `%` and all.
 pub(crate) fn path_of(path: &str) -> Path {
     Path::parse(path).unwrap_or_else(|_| Path::from(path))
-}
-
-async fn rows_in_file(store: StoreRef, add: &Add) -> Result<u64> {
-    let doing = || format!("read back {}", add.path);
-    let at = path_of(&add.path);
-    let size = u64::try_from(add.size).unwrap_or(0);
-    let mut wanted = FOOTER_BYTES;
-    loop {
-        let range = size.saturating_sub(wanted)..size;
-        let tail = store.get_range(&at, range).await.map_err(|e| foreign(doing(), &e))?;
-        let mut reader = ParquetMetaDataReader::new();
-        match reader.try_parse_sized(&tail, size) {
-            Ok(()) => {
-                let metadata = reader.finish().map_err(|e| foreign(doing(), &e))?;
-                return Ok(u64::try_from(metadata.file_metadata().num_rows()).unwrap_or(0));
-            }
-            Err(ParquetError::NeedMoreData(more)) if wanted < size => wanted = more as u64,
-            Err(error) => return Err(foreign(doing(), &error)),
-        }
-    }
 }
 
 impl Table {
@@ -107,7 +84,12 @@ impl Table {
     pub async fn rows_in_files(&self, adds: &[Add]) -> Result<u64> {
         let mut reading = Vec::with_capacity(adds.len());
         for add in adds {
-            reading.push(rows_in_file(self.store(), add).boxed());
+            let size = u64::try_from(add.size).unwrap_or(0);
+            let footer = async move {
+                let footer = self.read_footer(&add.path, size).await?;
+                Ok(u64::try_from(footer.file_metadata().num_rows()).unwrap_or(0))
+            };
+            reading.push(footer.boxed());
         }
         let counts = futures::stream::iter(reading).buffered(LOOKS_AT_ONCE);
         counts.try_fold(0, |sum, rows| async move { Ok(sum + rows) }).await
@@ -156,16 +138,9 @@ impl Table {
                 partition,
                 remove,
                 stats: view.stats(),
+                modified: view.modification_time(),
             });
         }
         Ok(files)
-    }
-
-    /// The file is one of these URLs, as scans with a file column tell them.
-    pub fn is_file_url(&self, file: &LiveFile, urls: &BTreeSet<String>) -> bool {
-        let root = self.log_store.root_url();
-        [file.path.clone(), scan::encoded(&file.path)].iter().any(|path| {
-            urls.contains(path) || root.join(path).is_ok_and(|url| urls.contains(url.as_str()))
-        })
     }
 }

@@ -2,20 +2,24 @@
 //!
 //! Owns: opening and creating tables ([`Table`]), all markers in one pass ([`transactions`]),
 //! commits for exactly the snapshot that was checked ([`commit`]), live files and scans of chosen
-//! ones ([`LiveFile`], [`scan`]), data files ([`mod@write`]), the work memory ([`session`]), and the
+//! ones ([`LiveFile`], [`scan`]), rows of many keys ([`keys`]), deletion vectors ([`deletion`]), data files ([`mod@write`]), the work memory ([`session`]), and the
 //! translation of foreign errors into codes ([`classify`]). The only crate that names `deltalake`;
 //! arrow, parquet and DataFusion go out from here, so that their types always fit.
 //! Never: knows what an epoch's content means, or decides when something is done.
 
 pub mod classify;
 pub mod commit;
+mod copy;
+pub mod deletion;
 mod features;
 mod files;
 pub mod history;
+pub mod keys;
 mod log_cache;
 pub mod pause;
 pub mod query;
 pub mod race;
+pub mod rows;
 pub mod scan;
 pub mod schema;
 pub mod select;
@@ -27,7 +31,7 @@ pub mod transactions;
 mod uploads;
 pub mod write;
 
-pub use deltalake::kernel::{Action, Add};
+pub use deltalake::kernel::{Action, Add, Remove};
 pub use deltalake::{arrow, datafusion, parquet};
 pub use files::LiveFile;
-pub use table::{CHANGE_FEED, Table, TableSpec, bytes_of};
+pub use table::{CHANGE_FEED, DELETION_VECTORS, Table, TableSpec, bytes_of};

@@ -10,26 +10,18 @@ use deltalake::delta_datafusion::{DeltaScanNext, FileSelection};
 use crate::Table;
 use crate::classify::foreign;
 
-/// The column with the path of a row's file in scans that ask for it.
-pub const FILE_COLUMN: &str = "_alluvium_file";
-
 impl Table {
-    /// Registers this snapshot as `name`; with `files`, only those; with `file_column`, each row
-    /// tells its file in [`FILE_COLUMN`] (a URL).
+    /// Registers this snapshot as `name`; with `files`, only those.
     pub async fn register(
         &self,
         session: &SessionContext,
         name: &str,
         files: Option<&[String]>,
-        file_column: bool,
     ) -> Result<()> {
         let doing = || format!("read {}", self.uri);
         let mut scan = DeltaScanNext::builder()
             .with_log_store(self.log_store.clone())
             .with_snapshot(Arc::clone(&self.snapshot));
-        if file_column {
-            scan = scan.with_file_column(FILE_COLUMN);
-        }
         if let Some(files) = files {
             let files = files.iter().map(|path| encoded(path));
             scan = scan.with_file_selection(FileSelection::from_file_paths(files));

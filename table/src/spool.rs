@@ -8,6 +8,7 @@ use deltalake::arrow::array::RecordBatch;
 use deltalake::arrow::datatypes::SchemaRef;
 use deltalake::arrow::ipc::reader::FileReader;
 use deltalake::arrow::ipc::writer::FileWriter;
+use deltalake::datafusion::catalog::TableProvider;
 use deltalake::datafusion::catalog::streaming::StreamingTable;
 use deltalake::datafusion::datasource::MemTable;
 use deltalake::datafusion::error::DataFusionError;
@@ -98,19 +99,7 @@ impl Spool {
 
     /// Registers the rows as table `name`, readable any number of times.
     pub fn register(self, session: &SessionContext, name: &str) -> Result<()> {
-        let doing = "read spooled rows";
-        let schema = Arc::clone(&self.schema);
-        let spooled = self.finish()?;
-        if let Kept::Memory(batches) = spooled.kept {
-            let table = MemTable::try_new(schema, vec![batches]);
-            let table = table.map_err(|e| foreign(doing, &e))?;
-            session.register_table(name, Arc::new(table)).map_err(|e| foreign(doing, &e))?;
-            return Ok(());
-        }
-        let table = StreamingTable::try_new(schema, vec![Arc::new(spooled)]);
-        let table = table.map_err(|e| foreign(doing, &e))?;
-        session.register_table(name, Arc::new(table)).map_err(|e| foreign(doing, &e))?;
-        Ok(())
+        Arc::new(self.finish()?).register(session, name)
     }
 }
 
@@ -140,6 +129,25 @@ impl Spooled {
     /// The rows' schema.
     pub fn schema(&self) -> &SchemaRef {
         &self.schema
+    }
+
+    /// Registers the rows as table `name`.
+    pub fn register(self: &Arc<Self>, session: &SessionContext, name: &str) -> Result<()> {
+        let doing = "read spooled rows";
+        let schema = Arc::clone(&self.schema);
+        let table: Arc<dyn TableProvider> = match &self.kept {
+            Kept::Memory(batches) => {
+                let table = MemTable::try_new(schema, vec![batches.clone()]);
+                Arc::new(table.map_err(|e| foreign(doing, &e))?)
+            }
+            Kept::Disk(_) => {
+                let rows = Arc::clone(self) as Arc<dyn PartitionStream>;
+                let table = StreamingTable::try_new(schema, vec![rows]);
+                Arc::new(table.map_err(|e| foreign(doing, &e))?)
+            }
+        };
+        session.register_table(name, table).map_err(|e| foreign(doing, &e))?;
+        Ok(())
     }
 
     /// The rows in order.

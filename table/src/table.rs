@@ -21,6 +21,9 @@ use crate::transactions::Transactions;
 /// The property of a table whose commits tell their changes row by row.
 pub const CHANGE_FEED: &str = "delta.enableChangeDataFeed";
 
+/// The property of a table in which rows may be marked as deleted.
+pub const DELETION_VECTORS: &str = "delta.enableDeletionVectors";
+
 /// A table's snapshot and the store below it. Cheap to clone; a clone is a snapshot that stays.
 ///
 /// The snapshot is the library's lazy one: protocol, metadata and the names of log files, but no
@@ -159,8 +162,18 @@ impl Table {
 
     /// Commits are to tell their changes row by row.
     pub fn tells_changes(&self) -> bool {
-        let value = self.properties().get(CHANGE_FEED).cloned();
-        value.is_some_and(|value| value.eq_ignore_ascii_case("true"))
+        self.is_on(CHANGE_FEED)
+    }
+
+    /// Rows may be marked as deleted: readers and writers of the protocol know such marks, and the
+    /// table's property allows new ones.
+    pub fn marks_rows(&self) -> bool {
+        self.knows_marks() && self.is_on(DELETION_VECTORS)
+    }
+
+    fn is_on(&self, property: &str) -> bool {
+        let properties = self.snapshot.metadata().configuration();
+        properties.get(property).is_some_and(|value| value.eq_ignore_ascii_case("true"))
     }
 
     /// The table's properties.

@@ -31,6 +31,17 @@ fn misleads(kind: &DataType) -> bool {
     }
 }
 
+/// Rows given to the encoder at a time.
+const BATCH_ROWS: usize = 8192;
+
+/// The column of a pipeline's table that identifies its rows alone.
+fn only_key_of(table: &Table) -> Option<String> {
+    let key = table.properties().get("alluvium.key")?.clone();
+    let schema = table.schema();
+    let at = schema::find_column(&schema, &key).filter(|_| !key.contains(','))?;
+    Some(schema.field(at).name().clone())
+}
+
 /// Writes rows as data files that are cut at about the target size.
 pub struct FileWriter {
     writer: DeltaWriter,
@@ -62,13 +73,18 @@ impl FileWriter {
             let column = ColumnPath::new(vec![field.name().clone()]);
             properties = properties.set_column_statistics_enabled(column, EnabledStatistics::None);
         }
+        if let Some(key) = only_key_of(table) {
+            // No two rows have the same: a dictionary of it is the column itself.
+            let column = ColumnPath::new(vec![key]);
+            properties = properties.set_column_dictionary_enabled(column, false);
+        }
         let properties = properties.build();
         let config = WriterConfig::new(
             schema.clone(),
             table.partition_columns(),
             Some(properties),
             NonZeroU64::new(target_file_bytes),
-            None,
+            Some(BATCH_ROWS),
             table.snapshot.table_properties().num_indexed_cols(),
             None,
         );

@@ -4,6 +4,7 @@
     growth   the time of one more epoch after 10, 100 and 1,000 earlier ones
     queue    no-op tasks through the whole path, beside Celery on the same broker
     scale    1, 2 and 4 workers with a slow S3, over many pipelines and over one
+    merge    merges of many sizes beside a delta-rs MERGE: time, CPU and memory
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from deltalake import DeltaTable
+import pyarrow as pa
+from deltalake import DeltaTable, QueryBuilder
 
 from lake_of_samples import SampleLake
 from of_clusters import queue, scale
+from of_merges import merge
 
 STEPS = """
     SELECT median(CASE WHEN step = 'ingest' THEN duration_ms END) AS ingest,
@@ -32,7 +35,8 @@ BY_HAND = Path(__file__).with_name("by_hand.py")
 
 def content(table: str) -> list[tuple]:
     """The rows of a table, without columns that only one side keeps, in order."""
-    rows = DeltaTable(table).to_pyarrow_table().sort_by("pguid")
+    read = QueryBuilder().register("t", DeltaTable(table)).execute("SELECT * FROM t ORDER BY pguid")
+    rows = pa.table(read.read_all())
     names = sorted(rows.column_names)
     return list(zip(*(rows[name].to_pylist() for name in names)))
 
@@ -87,7 +91,7 @@ def main() -> None:
     """Parses the command line and runs one benchmark."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", choices=["drain", "growth", "queue", "scale"])
+    parser.add_argument("what", choices=["drain", "growth", "queue", "scale", "merge"])
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--tasks", type=int, default=20_000)
@@ -98,10 +102,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--earlier", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--only", default="", help="merge: workloads whose name holds this")
+    parser.add_argument("--keep", help="merge: a folder for the tables, kept for the next time")
     parser.add_argument("--binary", default=os.environ.get("ALLUVIUM_BINARY", "alluvium"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="alluvium-bench-") as folder:
-        {"drain": drain, "growth": growth, "queue": queue, "scale": scale}[arguments.what](arguments, Path(folder))
+        {"drain": drain, "growth": growth, "queue": queue, "scale": scale, "merge": merge}[arguments.what](arguments, Path(folder))
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ pub async fn as_of(
     for (version, _) in versions_with(&main, pipeline, &markers, &kept, &out).await? {
         let version = u64::try_from(version).map_err(Error::internal)?;
         let Ok(Some(then)) = Table::open_at(main.uri(), Some(version)).await else { continue };
-        let files = then.adds().await?.into_keys().collect();
-        if main.missing_files(files).await?.is_empty() {
+        let adds = then.adds().await?;
+        if main.missing_of(&adds.values().collect::<Vec<_>>()).await?.is_empty() {
             return Ok(AsOf::Version(version));
         }
     }
@@ -91,18 +91,18 @@ async fn compute(
         _ => raw::files_of(raw, kept).await?,
     };
     if files.is_empty() {
-        raw.register(session, "applied_of", None, false).await?;
+        raw.register(session, "applied_of", None).await?;
         let none = session.sql("SELECT * FROM applied_of WHERE FALSE").await;
         let none = none.map_err(|e| foreign(doing, &e))?.into_view();
         session.register_table("applied", none).map_err(|e| foreign(doing, &e))?;
     } else {
-        raw.register(session, "applied", Some(&paths(&files)), false).await?;
+        raw.register(session, "applied", Some(&paths(&files))).await?;
     }
     let base = main.properties().get(BASE_VERSION).and_then(|text| text.parse().ok());
     if let Some(version) = base {
         let base = Table::open_at(main.uri(), Some(version)).await?;
         let base = base.ok_or_else(|| Error::internal("the base version is gone"))?;
-        base.register(session, "base_of", None, false).await?;
+        base.register(session, "base_of", None).await?;
         let held = base.schema();
         let column = |name: &String| match find_column(&held, name) {
             Some(at) => format!("{} AS {}", quoted(held.field(at).name()), quoted(name)),

@@ -44,7 +44,10 @@ pub async fn cleanup(workshop: &Workshop, task: &Task, permit: &Permit) -> Resul
 
 /// What a cleanup would delete now, without deleting it: paths below the table.
 pub async fn dry_run(table: &Table, pipeline: &Pipeline) -> Result<Vec<String>> {
-    table.unreferenced_files(pipeline.sizes.vacuum_retention, &kept_versions(table)).await
+    let (retention, kept) = (pipeline.sizes.vacuum_retention, kept_versions(table));
+    let mut files = table.unreferenced_files(retention, &kept).await?;
+    files.extend(table.unreferenced_vectors(retention, &kept).await?);
+    Ok(files)
 }
 
 async fn clean(table: &Table, pipeline: &Pipeline) -> Result<u64> {

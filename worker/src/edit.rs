@@ -1,71 +1,41 @@
-//! An edit of main: files with keys in question are rewritten without them, beside the rows that come.
+//! An edit of main: rows with keys in question go, beside the rows that come.
+//!
+//! ```text
+//!  winners ─► set of keys ─► positions of their rows in main's files (key columns only)
+//!     │                          ├─► marked as deleted, file by file      (deletion vectors)
+//!     └─► rows that come:        └─► or the files without them, written anew  (copy-on-write)
+//!         new files, by key
+//! ```
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
-use alluvium_protocol::pipeline::{Mode, same_name};
-use alluvium_protocol::{Epoch, Error, Result};
-use alluvium_table::arrow::array::AsArray;
-use alluvium_table::arrow::compute::cast;
-use alluvium_table::arrow::datatypes::{DataType, Int64Type};
+use alluvium_protocol::pipeline::{DeletionVectors, Mode, same_name};
+use alluvium_protocol::{Epoch, Error, Pipeline, Result};
+use alluvium_table::arrow::array::{Array, AsArray, BooleanArray, RecordBatch};
+use alluvium_table::arrow::compute::{cast, filter_record_batch};
+use alluvium_table::arrow::datatypes::DataType;
 use alluvium_table::classify::foreign;
 use alluvium_table::datafusion::execution::context::SessionContext;
-use alluvium_table::scan::FILE_COLUMN;
+use alluvium_table::deletion::Mark;
+use alluvium_table::keys::{Found, KeySet, Scan};
 use alluvium_table::schema::find_column;
 use alluvium_table::session::{quoted, quoted_list};
-use alluvium_table::spool::Spool;
+use alluvium_table::spool::Spooled;
 use alluvium_table::write::{FileWriter, Written};
-use alluvium_table::{Action, LiveFile, Table};
+use alluvium_table::{Action, Add, LiveFile, Remove, Table};
+use futures::{StreamExt, TryStreamExt};
+use tracing::Instrument;
 
-use crate::merge::BASE_VERSION;
-use crate::winners::{self, Rule, Scope};
-use crate::{feed, raw};
+use crate::winners::{self, Rule};
+use crate::{Permit, feed, raw};
+
+/// Room that a set of keys begins with, at most.
+const ROOM_KEYS: usize = 1 << 20;
 
 /// Paths of files, as the log spells them.
 pub(crate) fn paths(files: &[LiveFile]) -> Vec<String> {
     files.iter().map(|file| file.path.clone()).collect()
-}
-
-/// Registers what the formula is computed over: the applied epochs' rows, and the base if there is one.
-pub(crate) async fn reconcile_over(
-    session: &SessionContext,
-    main: &Table,
-    raw: &Table,
-    applied: &[LiveFile],
-) -> Result<Scope> {
-    if applied.is_empty() {
-        let doing = "read the applied epochs";
-        let none = session.sql("SELECT * FROM changes WHERE FALSE").await;
-        let none = none.map_err(|e| foreign(doing, &e))?.into_view();
-        session.register_table("applied", none).map_err(|e| foreign(doing, &e))?;
-    } else {
-        raw.register(session, "applied", Some(&paths(applied)), false).await?;
-    }
-    let base = main.properties().get(BASE_VERSION).and_then(|text| text.parse().ok());
-    let Some(version) = base else { return Ok(Scope::Reconcile { has_base: false }) };
-    let base = Table::open_at(main.uri(), Some(version)).await?;
-    let base = base.ok_or_else(|| Error::internal("the base version is gone"))?;
-    base.register(session, "base_version", None, false).await?;
-    register_with_columns(session, &base, raw).await?;
-    Ok(Scope::Reconcile { has_base: true })
-}
-
-/// The base, with a NULL for each of raw's data columns that it lacks.
-async fn register_with_columns(session: &SessionContext, base: &Table, raw: &Table) -> Result<()> {
-    let doing = "read the base version";
-    let schema = base.schema();
-    let columns: Vec<String> = raw::data_fields(&raw.schema())
-        .iter()
-        .map(|field| match find_column(&schema, field.name()) {
-            Some(at) => {
-                format!("{} AS {}", quoted(schema.field(at).name()), quoted(field.name()))
-            }
-            None => format!("NULL AS {}", quoted(field.name())),
-        })
-        .collect();
-    let sql = format!("SELECT {} FROM base_version", columns.join(", "));
-    let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-    session.register_table("base", frame.into_view()).map_err(|e| foreign(doing, &e))?;
-    Ok(())
 }
 
 /// What happens to main's files.
@@ -82,116 +52,268 @@ pub(crate) struct Edit {
     /// Rows of main that go and come again.
     pub(crate) updated: u64,
     /// Files with rows that go.
-    pub(crate) touched: Vec<LiveFile>,
-    /// Rows in those files that stay are written again, beside the ones that come.
+    touched: Vec<Found>,
+    /// Files that go whole, without a look at their keys.
+    whole: Vec<LiveFile>,
+    /// New files: rows that come, and those that stay of files that are written anew.
     pub(crate) written: Written,
+    /// Touched files that stay, with marks at the rows that go.
+    marked: Vec<Add>,
     /// Files that tell the changes row by row, where main is to.
     pub(crate) feed: Vec<Action>,
+}
+
+/// One row per key of the epochs, or several versions of it; and `_op`.
+pub(crate) struct Winners {
+    pub(crate) rows: Arc<Spooled>,
+    /// They are in the order of their keys.
+    pub(crate) by_key: bool,
+}
+
+/// What an edit is made with.
+pub(crate) struct Editing<'a> {
+    pub(crate) session: &'a SessionContext,
+    pub(crate) main: &'a Table,
+    pub(crate) rule: &'a Rule,
+    pub(crate) pipeline: &'a Pipeline,
+    pub(crate) permit: &'a Permit,
+}
+
+impl Editing<'_> {
+    /// Finds the rows of main with keys of `winners`, takes them out, and writes those that come.
+    pub(crate) async fn carry_out(&self, edit: &mut Edit, winners: Winners) -> Result<()> {
+        let Self { main, rule, permit, .. } = *self;
+        let live = main.files().await?;
+        edit.rows_before = live.iter().map(LiveFile::live_rows).sum();
+        let memory = self.pipeline.sizes.memory_bytes / KEYS_SHARE;
+        let skips = self.pipeline.content.skip_unchanged && rule.mode != Mode::Scd2;
+        let mut rows = Arc::clone(&winners.rows);
+        let written = if skips {
+            edit.look_for(main, rule, &rows, &live, memory, permit).await?;
+            if !edit.touched.is_empty() {
+                rows = self.changed_ones(edit, &rows).await?;
+                let live: Vec<LiveFile> = edit.touched.drain(..).map(|found| found.file).collect();
+                edit.look_for(main, rule, &rows, &live, memory, permit).await?;
+            }
+            self.write_coming(Winners { rows: Arc::clone(&rows), by_key: false }).await?
+        } else {
+            // What comes is written while the other processors look for what goes.
+            let looking = edit.look_for(main, rule, &rows, &live, memory, permit);
+            let (looked, written) = futures::join!(looking, self.write_coming(winners));
+            looked?;
+            written?
+        };
+        permit.check()?;
+        self.take_out(edit, written).await?;
+        if main.tells_changes() && !edit.touched.is_empty() {
+            rows.register(self.session, "winners")?;
+            register_keys(self.session, rule).await?;
+            main.register(self.session, "touched", Some(&edit.touched_paths())).await?;
+            edit.feed = feed::write(self.session, main, rule, &self.coming()).await?;
+            self.forget("winners")?;
+        }
+        Ok(())
+    }
+
+    fn forget(&self, table: &str) -> Result<()> {
+        let forgotten = self.session.deregister_table(table);
+        forgotten.map(drop).map_err(|e| foreign("put a helper table away", &e))
+    }
+
+    /// The winners that are not as main has them.
+    async fn changed_ones(&self, edit: &Edit, rows: &Arc<Spooled>) -> Result<Arc<Spooled>> {
+        rows.register(self.session, "winners")?;
+        self.main.register(self.session, "main", Some(&edit.touched_paths())).await?;
+        let changed = changed_ones(self.session, self.main, self.rule).await?;
+        self.forget("winners")?;
+        self.forget("main")?;
+        Ok(Arc::new(changed))
+    }
+
+    /// SQL of the rows that come, with main's columns.
+    fn coming(&self) -> String {
+        format!(
+            "SELECT {} FROM winners WHERE {} = '{}'",
+            padded_columns(self.main, self.rule),
+            quoted(raw::OP),
+            raw::UPSERT
+        )
+    }
+
+    /// Writes the rows that come, by key.
+    async fn write_coming(&self, winners: Winners) -> Result<Written> {
+        let (main, target) = (self.main, self.pipeline.sizes.target_file_bytes);
+        if winners.by_key {
+            let rows = winners.rows.batches()?;
+            return write_upserts(main, rows, target).await;
+        }
+        winners.rows.register(self.session, "winners")?;
+        let order = quoted_list(key_in(main, self.rule).iter().map(String::as_str));
+        let sql = format!("{} ORDER BY {order}", self.coming());
+        let written = written(self.session, main, &sql, target).await;
+        self.forget("winners")?;
+        written
+    }
+
+    /// Marks the rows that go, or writes their files anew without them.
+    async fn take_out(&self, edit: &mut Edit, written: Written) -> Result<()> {
+        edit.written = written;
+        let (marking, copying): (Vec<&Found>, Vec<&Found>) =
+            edit.touched.iter().partition(|found| self.may_mark(&found.file));
+        let marks = marking.iter().map(|found| Mark {
+            file: &found.file,
+            rows_in_file: found.rows_in_file,
+            deleted: &found.deleted | &found.rows,
+        });
+        edit.marked = self.main.mark_deleted(&marks.collect::<Vec<_>>()).await?;
+        let staying = self.copy_without_them(&copying, &mut edit.written).await?;
+        let expected = edit.upserts + staying;
+        if edit.written.rows != expected {
+            let text = format!("{} rows written, {expected} expected", edit.written.rows);
+            return Err(Error::internal(text));
+        }
+        Ok(())
+    }
+
+    /// Rows of a file may be marked as deleted. Of a path with letters that are written in another way
+    /// in a URL (a partition `a/b`) polars 2.1 overlooks the marks.
+    fn may_mark(&self, file: &LiveFile) -> bool {
+        let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "_-=./".contains(letter);
+        self.main.marks_rows()
+            && self.pipeline.deletion_vectors != DeletionVectors::Off
+            && file.path.chars().all(is_plain)
+    }
+
+    /// Writes files anew, without the rows that go; as many as there are processors at a time. Returns
+    /// how many rows are to stay.
+    async fn copy_without_them(&self, files: &[&Found], written: &mut Written) -> Result<u64> {
+        let at_once = std::thread::available_parallelism().map_or(1, usize::from);
+        let target = self.pipeline.sizes.target_file_bytes;
+        let mut copying = Vec::with_capacity(files.len());
+        let mut staying = 0;
+        for found in files {
+            let gone = &found.deleted | &found.rows;
+            staying += found.rows_in_file - gone.len();
+            let (main, permit) = (self.main.clone(), self.permit.clone());
+            let file = found.file.clone();
+            copying.push(async move {
+                permit.check()?;
+                let copy = async move { main.copy_without(&file, gone, target).await };
+                tokio::spawn(copy.in_current_span()).await.map_err(Error::internal)?
+            });
+        }
+        let mut copied = futures::stream::iter(copying).buffer_unordered(at_once);
+        while let Some(copy) = copied.try_next().await? {
+            written.adds.extend(copy.adds);
+            written.rows += copy.rows;
+        }
+        Ok(staying)
+    }
+}
+
+/// Writes those of the rows that come, as they are.
+async fn write_upserts(
+    main: &Table,
+    rows: impl Iterator<Item = Result<RecordBatch>>,
+    target: u64,
+) -> Result<Written> {
+    let mut writer = FileWriter::new(main, target)?;
+    for batch in rows {
+        let batch = batch?;
+        let op = batch.column_by_name(raw::OP).ok_or_else(|| Error::internal("no _op"))?;
+        let op = cast(op, &DataType::Utf8).map_err(Error::internal)?;
+        let comes = op.as_string::<i32>().iter().map(|op| Some(op == Some(raw::UPSERT)));
+        let comes: BooleanArray = comes.collect();
+        let batch = filter_record_batch(&batch, &comes).map_err(Error::internal)?;
+        writer.write(&batch).await?;
+        // The same thread sets off the search for what goes.
+        tokio::task::yield_now().await;
+    }
+    writer.finish().await
 }
 
 /// A column of `winner_keys`: the key has rows that come.
 const COMES: &str = "_alluvium_comes";
 
+/// A set of keys takes at most this share of the work memory; more keys are looked for in turns.
+pub(crate) const KEYS_SHARE: usize = 4;
+
 impl Edit {
-    /// Finds the files of main with keys of `winners`.
-    pub(crate) async fn find_touched(
-        &mut self,
-        session: &SessionContext,
-        main: &Table,
-        rule: &Rule,
-        skip_unchanged: bool,
-    ) -> Result<()> {
-        let doing = "find the files with keys of the epochs";
-        let live = main.files().await?;
-        self.rows_before = live.iter().map(LiveFile::live_rows).sum();
-        if !live.is_empty() {
-            main.register(session, "main", None, true).await?;
-        }
-        if skip_unchanged && !live.is_empty() && rule.mode != Mode::Scd2 {
-            leave_unchanged(session, main, rule).await?;
-        }
-        let op = quoted(raw::OP);
-        let keys = match rule.mode {
-            Mode::Scd2 => format!(
-                "SELECT {key}, bool_or({op} = '{upsert}') AS {COMES} FROM winners GROUP BY {key}",
-                key = rule.key_list(),
-                upsert = raw::UPSERT,
-            ),
-            _ => format!(
-                "SELECT {key}, {op} = '{upsert}' AS {COMES} FROM winners",
-                key = rule.key_list(),
-                upsert = raw::UPSERT,
-            ),
-        };
-        let view = session.sql(&keys).await.map_err(|e| foreign(doing, &e))?.into_view();
-        session.register_table("winner_keys", view).map_err(|e| foreign(doing, &e))?;
-        let count = format!(
-            "SELECT (SELECT count(*) FROM winners WHERE {op} = '{}') AS coming, \
-             (SELECT count(*) FROM winner_keys) AS keys",
-            raw::UPSERT
-        );
-        let frame = session.sql(&count).await.map_err(|e| foreign(doing, &e))?;
-        let batches = frame.collect().await.map_err(|e| foreign(doing, &e))?;
-        let counted = |at: usize| {
-            let batch = batches.first();
-            batch.map_or(0, |b| b.column(at).as_primitive::<Int64Type>().value(0).unsigned_abs())
-        };
-        (self.upserts, self.keys) = (counted(0), counted(1));
-        if live.is_empty() {
-            return Ok(());
-        }
-        let file = quoted(FILE_COLUMN);
-        let sql = format!(
-            "SELECT CAST(m.{file} AS VARCHAR), count(*), count(CASE WHEN w.{COMES} THEN 1 END) \
-             FROM winner_keys w JOIN main m ON {same} GROUP BY m.{file}",
-            same = rule.keys_equal("w", "m"),
-        );
-        let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-        let batches = frame.collect().await.map_err(|e| foreign(doing, &e))?;
-        let mut urls = BTreeSet::new();
-        for batch in &batches {
-            let files = cast(batch.column(0), &DataType::Utf8).map_err(Error::internal)?;
-            let hits = batch.column(1).as_primitive::<Int64Type>();
-            let updated = batch.column(2).as_primitive::<Int64Type>();
-            for row in 0..batch.num_rows() {
-                urls.insert(files.as_string::<i32>().value(row).to_owned());
-                self.hits += hits.value(row).unsigned_abs();
-                self.updated += updated.value(row).unsigned_abs();
-            }
-        }
-        let found = urls.len();
-        self.touched = live.into_iter().filter(|file| main.is_file_url(file, &urls)).collect();
-        if self.touched.len() != found {
-            return Err(Error::internal(format!("{found} touched files, not all in the log")));
-        }
-        Ok(())
+    /// The files that become live.
+    pub(crate) fn adds(&self) -> Vec<Add> {
+        self.written.adds.iter().chain(&self.marked).cloned().collect()
     }
 
-    /// Writes the rows that stay and the ones that come.
-    pub(crate) async fn write(
+    /// The files, or states of files, that stop being live.
+    pub(crate) fn removes(&self) -> Vec<Remove> {
+        let touched = self.touched.iter().map(|found| &found.file);
+        touched.chain(&self.whole).map(|file| file.remove.clone()).collect()
+    }
+
+    /// How many files go for good.
+    pub(crate) fn files_removed(&self) -> u64 {
+        (self.touched.len() + self.whole.len() - self.marked.len()) as u64
+    }
+
+    fn touched_paths(&self) -> Vec<String> {
+        self.touched.iter().map(|found| found.file.path.clone()).collect()
+    }
+
+    /// Counts the winners, and finds their keys' rows in `live`.
+    async fn look_for(
         &mut self,
-        session: &SessionContext,
         main: &Table,
         rule: &Rule,
-        target_file_bytes: u64,
+        winners: &Spooled,
+        live: &[LiveFile],
+        memory: usize,
+        permit: &Permit,
     ) -> Result<()> {
-        let coming = format!(
-            "SELECT {} FROM winners WHERE {} = '{}'",
-            padded_columns(main, rule),
-            quoted(raw::OP),
-            raw::UPSERT
-        );
-        let mut sql = coming.clone();
-        if !self.touched.is_empty() {
-            self.keep_untouched(session, main, rule).await?;
-            sql = format!("SELECT * FROM kept UNION ALL {coming}");
+        (self.keys, self.upserts) = (0, 0);
+        let schema = main.schema();
+        let spelled = key_in(main, rule);
+        let types: Vec<DataType> = spelled
+            .iter()
+            .map(|name| find_column(&schema, name).map(|at| schema.field(at).data_type().clone()))
+            .collect::<Option<_>>()
+            .ok_or_else(|| Error::internal("main lacks a column of its key"))?;
+        let partitions = main.partition_columns();
+        let apart: Vec<usize> =
+            (0..spelled.len()).filter(|at| partitions.contains(&spelled[*at])).collect();
+        let scan = Scan { table: main, key: &spelled, memory_bytes: memory };
+        let mut rows_left = winners.rows();
+        let mut keys = KeySet::new(&types, rows_left.min(ROOM_KEYS), &apart)?;
+        let mut by_path: BTreeMap<String, Found> = BTreeMap::new();
+        for batch in winners.batches()? {
+            let batch = batch?;
+            let column = |name: &String| {
+                let column = batch.column_by_name(name);
+                column.map(Arc::clone).ok_or_else(|| Error::internal(format!("no {name} there")))
+            };
+            let columns = rule.key.iter().map(column).collect::<Result<Vec<_>>>()?;
+            let op = cast(&column(&raw::OP.to_owned())?, &DataType::Utf8);
+            let op = op.map_err(Error::internal)?;
+            let op = op.as_string::<i32>();
+            self.upserts +=
+                (0..op.len()).filter(|row| op.value(*row) == raw::UPSERT).count() as u64;
+            keys.add(&columns, &|row| op.value(row) == raw::UPSERT)?;
+            rows_left -= batch.num_rows();
+            if keys.bytes() > memory && rows_left > 0 {
+                let room = rows_left.min(ROOM_KEYS);
+                let full = std::mem::replace(&mut keys, KeySet::new(&types, room, &apart)?);
+                self.keys += full.len() as u64;
+                let found = scan.find(live, &Arc::new(full), &|| permit.check()).await?;
+                collect_found(&mut by_path, found);
+            }
         }
-        let sql = format!("SELECT * FROM ({sql}) ORDER BY {}", order_in(main, rule));
-        self.written = written(session, main, &sql, target_file_bytes).await?;
-        self.check_counts()?;
-        if main.tells_changes() && !self.touched.is_empty() {
-            self.feed = feed::write(session, main, rule, &coming).await?;
+        self.keys += keys.len() as u64;
+        if !keys.is_empty() {
+            let found = scan.find(live, &Arc::new(keys), &|| permit.check()).await?;
+            collect_found(&mut by_path, found);
         }
+        self.touched = by_path.into_values().collect();
+        self.hits = self.touched.iter().map(|found| found.rows.len()).sum();
+        self.updated = self.touched.iter().map(|found| found.coming).sum();
         Ok(())
     }
 
@@ -207,8 +329,8 @@ impl Edit {
         let live = main.files().await?;
         self.rows_before = live.iter().map(LiveFile::live_rows).sum();
         let is_of = |file: &LiveFile| raw::epoch_of(file).is_some_and(|e| epochs.contains(&e));
-        self.touched = live.into_iter().filter(is_of).collect();
-        self.hits = self.touched.iter().filter_map(LiveFile::live_rows).sum();
+        self.whole = live.into_iter().filter(is_of).collect();
+        self.hits = self.whole.iter().filter_map(LiveFile::live_rows).sum();
         if session.table_exist("added").map_err(Error::internal)? {
             let sql = format!(
                 "SELECT {} FROM (SELECT * FROM added WHERE {} <> '{}') ORDER BY {}",
@@ -223,48 +345,40 @@ impl Edit {
         self.keys = self.written.rows;
         Ok(())
     }
+}
 
-    /// The touched files' rows whose keys the epochs do not speak of, as table `kept`. A step of its
-    /// own: the join's memory is free again before the sort takes all there is. The side that a hash
-    /// join holds in memory is its left one: the epochs' keys, never main's rows.
-    async fn keep_untouched(
-        &self,
-        session: &SessionContext,
-        main: &Table,
-        rule: &Rule,
-    ) -> Result<()> {
-        let doing = "find main's rows that stay";
-        main.register(session, "touched", Some(&paths(&self.touched)), false).await?;
-        let schema = main.schema();
-        let all: Vec<String> = schema.fields().iter().map(|f| quoted(f.name())).collect();
-        let sql = format!(
-            "SELECT {all} FROM winner_keys w RIGHT ANTI JOIN touched t ON {same}",
-            all = all.join(", "),
-            same = rule.keys_equal("t", "w"),
-        );
-        let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-        let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
-        Spool::collect(stream, doing).await?.register(session, "kept")
-    }
-
-    /// What was written is what stayed and what came; anything else is a bug that must not land.
-    fn check_counts(&self) -> Result<()> {
-        let Some(before) = self.touched.iter().map(|file| file.live_rows()).sum::<Option<u64>>()
-        else {
-            return Ok(());
-        };
-        let expected = before - self.hits + self.upserts;
-        if self.written.rows != expected {
-            let text = format!("{} rows written, {expected} expected", self.written.rows);
-            return Err(Error::internal(text));
+/// Rows found in turns belong together by file.
+fn collect_found(by_path: &mut BTreeMap<String, Found>, found: Vec<Found>) {
+    for found in found {
+        match by_path.get_mut(&found.file.path) {
+            None => drop(by_path.insert(found.file.path.clone(), found)),
+            Some(held) => {
+                let before = held.rows.len();
+                held.rows |= &found.rows;
+                // A key of a later turn again, in mode scd2 only: it is counted once.
+                let new = held.rows.len() - before;
+                held.coming += found.coming.min(new);
+            }
         }
-        Ok(())
     }
 }
 
-/// Takes rows out of `winners` that are as main has them.
-async fn leave_unchanged(session: &SessionContext, main: &Table, rule: &Rule) -> Result<()> {
-    let doing = "compare with main's rows";
+/// The distinct keys of `winners`, as table `winner_keys`.
+async fn register_keys(session: &SessionContext, rule: &Rule) -> Result<()> {
+    let doing = "find the keys of the epochs";
+    let sql = format!(
+        "SELECT {key}, bool_or({op} = '{upsert}') AS {COMES} FROM winners GROUP BY {key}",
+        key = rule.key_list(),
+        op = quoted(raw::OP),
+        upsert = raw::UPSERT,
+    );
+    let view = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?.into_view();
+    session.register_table("winner_keys", view).map_err(|e| foreign(doing, &e))?;
+    Ok(())
+}
+
+/// The rows of `winners` that are not as main has them.
+async fn changed_ones(session: &SessionContext, main: &Table, rule: &Rule) -> Result<Spooled> {
     let same: Vec<String> = main
         .schema()
         .fields()
@@ -283,9 +397,7 @@ async fn leave_unchanged(session: &SessionContext, main: &Table, rule: &Rule) ->
         upsert = raw::UPSERT,
         same = if same.is_empty() { "TRUE".to_owned() } else { same.join(" AND ") },
     );
-    let changed = winners::collect(session, &sql).await?;
-    session.deregister_table("winners").map_err(|e| foreign(doing, &e))?;
-    changed.register(session, "winners")
+    winners::collect(session, &sql).await?.finish()
 }
 
 async fn written(
@@ -300,15 +412,14 @@ async fn written(
     FileWriter::new(main, target_file_bytes)?.write_all(stream).await
 }
 
-/// `ORDER BY` by the key, as main spells it.
-fn order_in(main: &Table, rule: &Rule) -> String {
+/// The key's columns, as main spells them.
+fn key_in(main: &Table, rule: &Rule) -> Vec<String> {
     let schema = main.schema();
     let spelled = |name: &String| {
-        let at = find_column(&schema, name);
-        at.map_or_else(|| quoted(name), |at| quoted(schema.field(at).name()))
+        find_column(&schema, name)
+            .map_or_else(|| name.clone(), |at| schema.field(at).name().clone())
     };
-    let order: Vec<String> = rule.key.iter().map(spelled).collect();
-    order.join(", ")
+    rule.key.iter().map(spelled).collect()
 }
 
 /// Main's columns out of the winners: an adopted table may have more than raw.

@@ -9,16 +9,19 @@
 //! Merge and restore differ in which epochs are applied afterwards, and in nothing else.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use alluvium_protocol::pipeline::Mode;
 use alluvium_protocol::{Epoch, Pipeline, Result};
 use alluvium_table::datafusion::execution::context::SessionContext;
+use alluvium_table::spool::Spool;
 use alluvium_table::{LiveFile, Table};
 
-use crate::edit::{Edit, paths, reconcile_over};
+use crate::edit::{Edit, Editing, Winners, paths};
+use crate::ground::Ground;
 use crate::ingest::table_names;
 use crate::winners::{self, Rule, Scope};
-use crate::{Permit, raw};
+use crate::{Permit, raw, sorted};
 
 /// A change of what is applied, on exactly these snapshots.
 pub(crate) struct Fold<'a> {
@@ -39,6 +42,8 @@ impl Fold<'_> {
         let rule = Rule::new(self.pipeline, self.raw);
         let target = self.pipeline.sizes.target_file_bytes;
         let mut edit = Edit::default();
+        let winners;
+        let mut by_key = false;
         match self.pipeline.content.mode {
             Mode::Append => {
                 self.register_rows(session, "added").await?;
@@ -51,15 +56,17 @@ impl Fold<'_> {
                 if changes.is_empty() {
                     return Ok(edit);
                 }
-                self.raw.register(session, "changes", Some(&paths(&changes)), false).await?;
-                let spool = if self.pipeline.content.mode == Mode::Scd2 {
-                    self.register_applied(session).await?;
-                    winners::collect(session, &rule.version_rows()).await?
-                } else {
-                    let scope = self.scope(session).await?;
-                    winners::compute(session, &rule, &scope).await?
+                let sorted = match self.is_fast && self.pipeline.content.mode == Mode::Upsert {
+                    true => sorted::last_rows(self.raw, &rule, &changes, permit).await?,
+                    false => None,
                 };
-                spool.register(session, "winners")?;
+                winners = match sorted {
+                    Some(spool) => {
+                        by_key = true;
+                        spool
+                    }
+                    None => self.by_sql(session, &rule, &changes, permit).await?,
+                };
             }
             Mode::Snapshot => {
                 let top = self.top().await?;
@@ -68,36 +75,46 @@ impl Fold<'_> {
                     // The newest snapshot stays what it is.
                     return Ok(edit);
                 }
-                self.main.register(session, "main", None, false).await?;
+                self.main.register(session, "main", None).await?;
                 if let Some((_, files)) = &top {
-                    self.raw.register(session, "top", Some(&paths(files)), false).await?;
+                    self.raw.register(session, "top", Some(&paths(files))).await?;
                 }
                 let main_key = table_names(self.main, &self.pipeline.content.key);
                 let sql = rule.snapshot_rows(top.is_some(), &main_key);
-                winners::collect(session, &sql).await?.register(session, "winners")?;
+                winners = winners::collect(session, &sql).await?;
                 session
                     .deregister_table("main")
                     .map_err(|e| alluvium_table::classify::foreign("read main", &e))?;
             }
         }
-        edit.find_touched(session, self.main, &rule, self.pipeline.content.skip_unchanged).await?;
-        permit.check()?;
-        edit.write(session, self.main, &rule, target).await?;
+        let winners = Winners { rows: Arc::new(winners.finish()?), by_key };
+        let (main, pipeline) = (self.main, self.pipeline);
+        let editing = Editing { session, main, rule: &rule, pipeline, permit };
+        editing.carry_out(&mut edit, winners).await?;
         Ok(edit)
     }
 
-    async fn scope(&self, session: &SessionContext) -> Result<Scope> {
-        if self.is_fast {
-            return Ok(Scope::Fast);
+    /// The rows that decide, in no order.
+    async fn by_sql(
+        &self,
+        session: &SessionContext,
+        rule: &Rule,
+        changes: &[LiveFile],
+        permit: &Permit,
+    ) -> Result<Spool> {
+        self.raw.register(session, "changes", Some(&paths(changes))).await?;
+        if self.is_fast && self.pipeline.content.mode != Mode::Scd2 {
+            return winners::compute(session, rule, &Scope::Fast).await;
         }
-        let files = raw::files_of(self.raw, self.applied).await?;
-        reconcile_over(session, self.main, self.raw, &files).await
-    }
-
-    async fn register_applied(&self, session: &SessionContext) -> Result<()> {
-        let files = raw::files_of(self.raw, self.applied).await?;
-        // What main was adopted with has no place in the modes that ask here.
-        reconcile_over(session, self.main, self.raw, &files).await.map(drop)
+        let (pipeline, main, raw) = (self.pipeline, self.main, self.raw);
+        let ground = Ground { session, main, raw, rule, pipeline, permit };
+        let applied = raw::files_of(self.raw, self.applied).await?;
+        let scope = ground.register(changes, &applied).await?;
+        match self.pipeline.content.mode {
+            // What main was adopted with has no place in this mode.
+            Mode::Scd2 => winners::collect(session, &rule.version_rows()).await,
+            _ => winners::compute(session, rule, &scope).await,
+        }
     }
 
     /// The changed epochs' rows that are to be in main, as table `name`, if there are any.
@@ -107,7 +124,7 @@ impl Fold<'_> {
         if files.is_empty() {
             return Ok(());
         }
-        self.raw.register(session, name, Some(&paths(&files)), false).await
+        self.raw.register(session, name, Some(&paths(&files))).await
     }
 
     /// The highest applied epoch that has content, with its files.

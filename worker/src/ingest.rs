@@ -346,7 +346,7 @@ async fn write_files(
     if !previous.is_empty() && !pipeline.content.key.is_empty() {
         // Read again only for the keys; what it refuses was kept by the first reading.
         read_with(&session, incoming, judged, &aside::new()).await?;
-        table.register(&session, "previous", Some(&previous), false).await?;
+        table.register(&session, "previous", Some(&previous)).await?;
         let reverts = revert_rows(&session, pipeline, table, &own).await?;
         written.adds.extend(reverts.adds);
         written.rows += reverts.rows;

@@ -168,7 +168,7 @@ async fn rows_of_raw(
     key: &[String],
 ) -> Result<Vec<Map<String, Value>>> {
     let session = query_session(SEARCH_BYTES);
-    raw.register(&session, "raw", None, false).await?;
+    raw.register(&session, "raw", None).await?;
     let rule = Rule::new(pipeline, raw);
     let sql = format!(
         "SELECT {}, {} FROM raw WHERE {} ORDER BY {}",
@@ -188,7 +188,7 @@ async fn row_of(
     key: &[String],
 ) -> Result<Option<Map<String, Value>>> {
     let session = query_session(SEARCH_BYTES);
-    table.register(&session, "main", None, false).await?;
+    table.register(&session, "main", None).await?;
     let (schema, names) = (table.schema(), raw::data_fields(&raw.schema()));
     let columns: Vec<String> = schema
         .fields()

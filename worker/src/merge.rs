@@ -3,16 +3,15 @@
 //! ```text
 //!  S = main's snapshot, R = raw's ─► which epochs need it? ─► one row per key (winners)
 //!        ▲                                                        │
-//!        │ lost                          files of S with such keys, rewritten without them;
-//!        └──────────────────────────◄    winners beside them ─► commit for exactly S
+//!        │ lost                          rows of S with such keys go, winners come
+//!        └──────────────────────────◄       ─► commit for exactly S
 //! ```
-//! Copy-on-write: files without a key of the set stay as they are.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id, floor_app_id};
-use alluvium_protocol::pipeline::Mode;
+use alluvium_protocol::pipeline::{DeletionVectors, Mode};
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema};
@@ -21,7 +20,7 @@ use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
 use alluvium_table::pause::Pauses;
 use alluvium_table::schema::{find_column, widens_to};
 use alluvium_table::session::{quoted_list, work_session};
-use alluvium_table::{CHANGE_FEED, LiveFile, Table, TableSpec, query};
+use alluvium_table::{Action, CHANGE_FEED, DELETION_VECTORS, LiveFile, Table, TableSpec, query};
 
 use crate::checks::{agree, read_back};
 use crate::edit::Edit;
@@ -209,7 +208,7 @@ impl<'a> Attempt<'a> {
             rows_updated: edit.updated,
             rows_deleted: edit.hits.saturating_sub(edit.updated),
             files_added: edit.written.adds.len() as u64,
-            files_removed: edit.touched.len() as u64,
+            files_removed: edit.files_removed(),
             bytes_written: alluvium_table::bytes_of(&edit.written.adds),
             reconciled,
             ..Report::default()
@@ -235,8 +234,8 @@ impl<'a> Attempt<'a> {
             .collect();
         Change {
             operation: Operation::Merge,
-            adds: edit.written.adds.clone(),
-            removes: edit.touched.iter().map(|file| file.remove.clone()).collect(),
+            adds: edit.adds(),
+            removes: edit.removes(),
             others: edit.feed.clone(),
             markers,
             info: serde_json::json!({
@@ -302,7 +301,7 @@ async fn prepare_main(workshop: &Workshop, task: &Task) -> Result<Table> {
     let spec = || TableSpec {
         schema: std::sync::Arc::new(Schema::new(data.clone())),
         partition_by: partition_by.clone(),
-        properties: properties_of(pipeline),
+        properties: properties_of_new(pipeline),
     };
     if pipeline.adopt && workshop.tables.open(&pipeline.main).await?.is_none() {
         return Err(Table::nothing_to_adopt(pipeline));
@@ -318,7 +317,11 @@ async fn prepare_main(workshop: &Workshop, task: &Task) -> Result<Table> {
         } else if !narrow.is_empty() {
             widen(&mut main, pipeline, &narrow, None).await?
         } else if pipeline.content.change_feed && !main.tells_changes() {
-            turn_on_change_feed(&mut main, pipeline).await?
+            let actions = main.turn_on_change_feed()?;
+            turn_on(&mut main, pipeline, "change feed", actions).await?
+        } else if pipeline.deletion_vectors == DeletionVectors::Upgrade && !main.marks_rows() {
+            let actions = main.turn_on_deletion_vectors()?;
+            turn_on(&mut main, pipeline, "deletion vectors", actions).await?
         } else if !missing.is_empty() {
             crash::point("schema.before_commit")?;
             let info = serde_json::json!({"pipeline": pipeline.id, "step": "schema"});
@@ -335,15 +338,20 @@ async fn prepare_main(workshop: &Workshop, task: &Task) -> Result<Table> {
     }
 }
 
-async fn turn_on_change_feed(main: &mut Table, pipeline: &Pipeline) -> Result<CommitOutcome> {
-    let others = main.turn_on_change_feed()?;
+/// Commits what turns on a feature of the table.
+async fn turn_on(
+    main: &mut Table,
+    pipeline: &Pipeline,
+    feature: &str,
+    others: Vec<Action>,
+) -> Result<CommitOutcome> {
     main.commit(Change {
         operation: Operation::Merge,
         adds: Vec::new(),
         removes: Vec::new(),
         others,
         markers: Vec::new(),
-        info: serde_json::json!({"pipeline": pipeline.id, "step": "change feed"}),
+        info: serde_json::json!({"pipeline": pipeline.id, "step": feature}),
     })
     .await
 }
@@ -387,6 +395,13 @@ fn properties_of(pipeline: &Pipeline) -> Vec<(String, String)> {
     let properties = pipeline.main_properties().into_iter().filter(|(_, value)| !value.is_empty());
     let feed = pipeline.content.change_feed.then(|| (CHANGE_FEED.to_owned(), "true".to_owned()));
     properties.map(|(name, value)| (name.to_owned(), value)).chain(feed).collect()
+}
+
+/// A new main's properties.
+fn properties_of_new(pipeline: &Pipeline) -> Vec<(String, String)> {
+    let marks = pipeline.deletion_vectors != DeletionVectors::Off;
+    let marks = marks.then(|| (DELETION_VECTORS.to_owned(), "true".to_owned()));
+    properties_of(pipeline).into_iter().chain(marks).collect()
 }
 
 /// Makes an existing table the base: its properties say so, and the floor settles older epochs.
@@ -453,7 +468,7 @@ async fn check_adoptable(main: &Table, raw: &Table, pipeline: &Pipeline) -> Resu
     }
     let doing = || format!("look for keys that {} holds twice", main.uri());
     let session = work_session(pipeline.sizes.memory_bytes);
-    main.register(&session, "main", None, false).await?;
+    main.register(&session, "main", None).await?;
     let names = table_names(main, &pipeline.content.key);
     let key = quoted_list(names.iter().map(String::as_str));
     let sql = format!("SELECT {key} FROM main GROUP BY {key} HAVING count(*) > 1 LIMIT 1");

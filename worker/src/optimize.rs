@@ -80,7 +80,7 @@ pub(crate) async fn rewrite(
     let started = Instant::now();
     let session = work_session(pipeline.sizes.memory_bytes);
     let paths: Vec<String> = bin.iter().map(|file| file.path.clone()).collect();
-    table.register(&session, "bin", Some(&paths), false).await?;
+    table.register(&session, "bin", Some(&paths)).await?;
     let order = match key.is_empty() {
         true => String::new(),
         false => format!(" ORDER BY {}", quoted_list(key.iter().map(String::as_str))),

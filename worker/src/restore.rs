@@ -21,11 +21,12 @@ use alluvium_protocol::task::{Report, RestoreTo, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
 use alluvium_table::classify::foreign;
 use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
+use alluvium_table::deletion::version_of;
 use alluvium_table::history::CommitRecord;
 use alluvium_table::pause::Pauses;
 use alluvium_table::session::work_session;
 use alluvium_table::store::object_store_at;
-use alluvium_table::{Action, Add, LiveFile, Table, bytes_of};
+use alluvium_table::{Action, Add, LiveFile, Remove, Table, bytes_of};
 use chrono::Utc;
 use futures::TryStreamExt;
 use object_store::ObjectStore;
@@ -278,7 +279,7 @@ impl RestorePlan {
         let change = Change {
             operation,
             adds,
-            removes: removes.iter().map(|file| file.remove.clone()).collect(),
+            removes,
             others,
             markers,
             info: serde_json::json!({
@@ -291,14 +292,15 @@ impl RestorePlan {
         Ok((change, Report { taken_out, raw_version: Some(raw.version()), ..report }))
     }
 
-    fn files(&self) -> (Vec<Add>, Vec<LiveFile>, Vec<Action>, Report) {
+    fn files(&self) -> (Vec<Add>, Vec<Remove>, Vec<Action>, Report) {
         let report = Report {
             files_added: self.adds.len() as u64,
             files_removed: self.removes.len() as u64,
             bytes_written: bytes_of(&self.adds),
             ..Report::default()
         };
-        (self.adds.clone(), self.removes.clone(), Vec::new(), report)
+        let removes = self.removes.iter().map(|file| file.remove.clone()).collect();
+        (self.adds.clone(), removes, Vec::new(), report)
     }
 
     /// Each key of the epochs that go, by the rule over the epochs that stay.
@@ -308,7 +310,7 @@ impl RestorePlan {
         main: &Table,
         raw: &Table,
         permit: &Permit,
-    ) -> Result<(Vec<Add>, Vec<LiveFile>, Vec<Action>, Report)> {
+    ) -> Result<(Vec<Add>, Vec<Remove>, Vec<Action>, Report)> {
         let session = work_session(pipeline.sizes.memory_bytes);
         let out: BTreeSet<Epoch> = self.out.iter().copied().collect();
         let (changed, applied) = (&out, &self.kept);
@@ -320,12 +322,12 @@ impl RestorePlan {
             rows_updated: edit.updated,
             rows_deleted: edit.hits.saturating_sub(edit.updated),
             files_added: edit.written.adds.len() as u64,
-            files_removed: edit.touched.len() as u64,
+            files_removed: edit.files_removed(),
             bytes_written: bytes_of(&edit.written.adds),
             reconciled: true,
             ..Report::default()
         };
-        Ok((edit.written.adds, edit.touched, edit.feed, report))
+        Ok((edit.adds(), edit.removes(), edit.feed, report))
     }
 }
 
@@ -455,15 +457,30 @@ pub(crate) async fn files_to_bring_back(
         }
     }
     let live = main.files().await?;
-    let paths: BTreeSet<&str> = live.iter().map(|file| file.path.as_str()).collect();
-    let returning: Vec<Add> =
-        adds.values().filter(|add| !paths.contains(add.path.as_str())).cloned().collect();
-    let wanted = returning.iter().map(|add| add.path.clone()).collect();
-    let missing = main.missing_files(wanted).await?;
+    // A file with other rows deleted is another state of it.
+    let held: HashMap<&str, _> = live
+        .iter()
+        .map(|file| (file.path.as_str(), version_of(file.remove.deletion_vector.as_ref())))
+        .collect();
+    let returning: Vec<Add> = adds
+        .values()
+        .filter(|add| {
+            held.get(add.path.as_str()) != Some(&version_of(add.deletion_vector.as_ref()))
+        })
+        .cloned()
+        .collect();
+    let missing = main.missing_of(&returning.iter().collect::<Vec<_>>()).await?;
     if let Some(first) = missing.first() {
         return Err(impossible(format!("{} of its files are gone, {first} first", missing.len())));
     }
-    let leaving = live.into_iter().filter(|file| !adds.contains_key(&file.path)).collect();
+    let leaving = live
+        .iter()
+        .filter(|file| {
+            let then = adds.get(&file.path).map(|add| version_of(add.deletion_vector.as_ref()));
+            then != Some(version_of(file.remove.deletion_vector.as_ref()))
+        })
+        .cloned()
+        .collect();
     Ok((returning, leaving))
 }
 

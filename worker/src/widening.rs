@@ -47,7 +47,7 @@ pub(crate) async fn widen(
     for file in table.files().await? {
         ingest.map_or(Ok(()), |(_, permit)| permit.check())?;
         let session = work_session(pipeline.sizes.memory_bytes);
-        table.register(&session, "narrow", Some(std::slice::from_ref(&file.path)), false).await?;
+        table.register(&session, "narrow", Some(std::slice::from_ref(&file.path))).await?;
         let frame = session.sql(&format!("SELECT {names} FROM narrow")).await;
         let stream = frame.map_err(|e| foreign(doing, &e))?.execute_stream().await;
         let stream = stream.map_err(|e| foreign(doing, &e))?;

@@ -28,6 +28,8 @@ pub struct Rule {
     pub mode: Mode,
     /// `ORDER BY` that puts the last row of a key first.
     last_first: String,
+    /// Columns that order rows of a key in one epoch, the last one last, NULL lowest.
+    within_epoch: Vec<String>,
 }
 
 impl Rule {
@@ -39,17 +41,21 @@ impl Rule {
         let mode = pipeline.content.mode;
         let output = [columns.clone(), names(&raw::fields_of_mode(mode))].concat();
         let mut last_first = format!("{} DESC", quoted(raw::EPOCH));
+        let mut within_epoch = Vec::new();
         // Raw lacks the column as long as no file had a value in it.
         if let Some(sequence) = &pipeline.content.sequence_by
             && let Some(at) = find_column(&schema, sequence)
         {
+            within_epoch.push(schema.field(at).name().clone());
             let sequence = quoted(schema.field(at).name());
             last_first.push_str(&format!(", {sequence} DESC NULLS LAST"));
         }
         for place in [raw::FILE, raw::ROW] {
             last_first.push_str(&format!(", {} DESC", quoted(place)));
+            within_epoch.push(place.to_owned());
         }
-        Self { key: table_names(table, &pipeline.content.key), columns, output, mode, last_first }
+        let key = table_names(table, &pipeline.content.key);
+        Self { key, columns, output, mode, last_first, within_epoch }
     }
 
     /// A column of the key as raw spells it; `None`: it is none.
@@ -81,6 +87,11 @@ impl Rule {
     /// `ORDER BY` that puts the last row of a key first.
     pub fn last_first(&self) -> &str {
         &self.last_first
+    }
+
+    /// Columns that order rows of a key in one epoch, the last one last, NULL lowest.
+    pub(crate) fn order_within_epoch(&self) -> Vec<String> {
+        self.within_epoch.clone()
     }
 
     /// The last row per key of a relation: for epochs above all applied ones, without reverts.

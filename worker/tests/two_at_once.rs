@@ -35,6 +35,7 @@ fn pipeline(folder: &std::path::Path) -> Pipeline {
         exclude: None,
         start_from: None,
         adopt: false,
+        deletion_vectors: Default::default(),
         optimize: true,
         cleanup_every: None,
         sizes: Sizes {
@@ -90,7 +91,7 @@ fn append(adds: Vec<alluvium_table::Add>) -> Change {
 async fn rows(pipeline: &Pipeline) -> i64 {
     let session = query_session(64 << 20);
     let table = Table::open(&pipeline.main).await.unwrap().unwrap();
-    table.register(&session, "t", None, false).await.unwrap();
+    table.register(&session, "t", None).await.unwrap();
     let counted = query::rows(&session, "SELECT count(*) AS n FROM t").await.unwrap();
     counted[0]["n"].as_i64().unwrap()
 }

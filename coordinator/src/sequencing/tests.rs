@@ -22,6 +22,7 @@ fn pipeline() -> Pipeline {
         exclude: None,
         start_from: None,
         adopt: false,
+        deletion_vectors: Default::default(),
         optimize: true,
         cleanup_every: None,
         sizes: Sizes {

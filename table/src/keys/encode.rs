@@ -1,0 +1,143 @@
+//! Keys as bytes: equal bytes, equal keys.
+//!
+//! One text or binary column is its own bytes; one whole number, time or truth value eight bytes; all
+//! else is arrow's row format. Floats are equal as in SQL here: by their bits (NaN is NaN).
+
+use std::sync::Arc;
+
+use deltalake::arrow::array::{
+    Array, ArrayRef, AsArray, BinaryArray, Int64Array, StringArray, new_null_array,
+};
+use deltalake::arrow::buffer::NullBuffer;
+use deltalake::arrow::compute::{CastOptions, cast_with_options};
+use deltalake::arrow::datatypes::{DataType, Int64Type};
+use deltalake::arrow::error::ArrowError;
+use deltalake::arrow::row::{RowConverter, Rows, SortField};
+
+/// Makes bytes of the keys of one table.
+pub(super) struct Encoder {
+    types: Vec<DataType>,
+    way: Way,
+}
+
+enum Way {
+    Text,
+    Number,
+    Rows(RowConverter),
+}
+
+/// The keys of a batch.
+pub(super) struct Encoded {
+    keys: Keys,
+    /// A key with a NULL in it is no key.
+    nulls: Option<NullBuffer>,
+}
+
+enum Keys {
+    Text(StringArray),
+    Binary(BinaryArray),
+    Numbers(Int64Array),
+    Rows(Rows),
+}
+
+impl Encoder {
+    /// For key columns of these types.
+    pub(super) fn new(types: &[DataType]) -> Result<Self, ArrowError> {
+        let way = match types {
+            [DataType::Utf8 | DataType::Binary] => Way::Text,
+            [
+                DataType::Int8
+                | DataType::Int16
+                | DataType::Int32
+                | DataType::Int64
+                | DataType::Date32
+                | DataType::Timestamp(..)
+                | DataType::Boolean,
+            ] => Way::Number,
+            _ => {
+                let fields = types.iter().cloned().map(SortField::new).collect();
+                Way::Rows(RowConverter::new(fields)?)
+            }
+        };
+        Ok(Self { types: types.to_vec(), way })
+    }
+
+    /// The keys of these columns, one for each type, of equal length. Other types are cast; a value
+    /// that does not fit is an error.
+    pub(super) fn encode(&self, columns: &[ArrayRef]) -> Result<Encoded, ArrowError> {
+        let options = CastOptions { safe: false, ..CastOptions::default() };
+        let columns = columns
+            .iter()
+            .zip(&self.types)
+            .map(|(column, kind)| match column.data_type() == kind {
+                true => Ok(Arc::clone(column)),
+                false if column.data_type() == &DataType::Null => {
+                    Ok(new_null_array(kind, column.len()))
+                }
+                false => cast_with_options(column, kind, &options),
+            })
+            .collect::<Result<Vec<ArrayRef>, _>>()?;
+        let nulls = columns.iter().fold(None, |nulls: Option<NullBuffer>, column| {
+            NullBuffer::union(nulls.as_ref(), column.logical_nulls().as_ref())
+        });
+        let keys = match (&self.way, columns.as_slice()) {
+            (Way::Text, [column]) => match column.as_string_opt::<i32>() {
+                Some(text) => Keys::Text(text.clone()),
+                None => Keys::Binary(column.as_binary::<i32>().clone()),
+            },
+            (Way::Number, [column]) => {
+                let whole = cast_with_options(column, &DataType::Int64, &options)?;
+                Keys::Numbers(whole.as_primitive::<Int64Type>().clone())
+            }
+            (Way::Rows(converter), columns) => Keys::Rows(converter.convert_columns(columns)?),
+            _ => {
+                let text = "as many key columns as types".to_owned();
+                return Err(ArrowError::InvalidArgumentError(text));
+            }
+        };
+        Ok(Encoded { keys, nulls })
+    }
+}
+
+impl Encoded {
+    /// Calls `visit` with each key and its row, in order.
+    pub(super) fn each(&self, mut visit: impl FnMut(usize, &[u8])) {
+        let is_key = |row: usize| self.nulls.as_ref().is_none_or(|nulls| nulls.is_valid(row));
+        match &self.keys {
+            Keys::Text(keys) => {
+                let (offsets, bytes) = (keys.value_offsets(), keys.value_data());
+                for row in (0..keys.len()).filter(|row| is_key(*row)) {
+                    visit(row, &bytes[offsets[row] as usize..offsets[row + 1] as usize]);
+                }
+            }
+            Keys::Binary(keys) => {
+                for row in (0..keys.len()).filter(|row| is_key(*row)) {
+                    visit(row, keys.value(row));
+                }
+            }
+            Keys::Numbers(keys) => {
+                for row in (0..keys.len()).filter(|row| is_key(*row)) {
+                    visit(row, &keys.value(row).to_le_bytes());
+                }
+            }
+            Keys::Rows(keys) => {
+                for row in (0..keys.num_rows()).filter(|row| is_key(*row)) {
+                    visit(row, keys.row(row).data());
+                }
+            }
+        }
+    }
+
+    /// A row's key, which has no NULL in it, in `space` where it is not kept as bytes.
+    pub(super) fn key<'a>(&'a self, row: usize, space: &'a mut [u8; 8]) -> &'a [u8] {
+        match &self.keys {
+            Keys::Text(keys) => keys.value(row).as_bytes(),
+            Keys::Binary(keys) => keys.value(row),
+            Keys::Numbers(keys) => {
+                *space = keys.value(row).to_le_bytes();
+                space
+            }
+            Keys::Rows(keys) => keys.row(row).data(),
+        }
+    }
+}

@@ -1,0 +1,15 @@
+//! Which rows of a table have one of many keys: the question that every merge asks.
+//!
+//! Owns: sets of keys ([`KeySet`]), and the scan of a table's key columns for them ([`scan`]). Only key
+//! columns are read, row group by row group on all processors; what is held in memory is the set and
+//! the row groups at work.
+
+mod bounds;
+mod encode;
+mod fetch;
+mod footers;
+pub mod scan;
+mod set;
+
+pub use scan::{Found, Scan};
+pub use set::KeySet;

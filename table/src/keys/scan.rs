@@ -1,0 +1,324 @@
+//! The scan of a table's key columns for the keys of a set.
+//!
+//! ```text
+//!  live files ─► footers ─► row groups that may hold a key ─► their key columns, fetched in one go
+//!                                                                   └─► decoded, asked ─► positions
+//! ```
+//! Files are passed over by the values of their partition where these are part of the key, and by
+//! smallest and largest values of whole numbers, days and texts: other types' are left out by some
+//! writers (NaN) or written with fewer digits than they have.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use alluvium_protocol::{Error, Result};
+use deltalake::arrow::array::{ArrayRef, StringArray, UInt64Array, new_null_array};
+use deltalake::arrow::compute::{CastOptions, cast_with_options, take};
+use deltalake::arrow::datatypes::DataType;
+use deltalake::parquet::arrow::ProjectionMask;
+use deltalake::parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
+};
+use futures::{StreamExt, TryStreamExt};
+use tokio::sync::Semaphore;
+
+use super::fetch::Parts;
+use super::set::KeySet;
+use crate::classify::foreign;
+use crate::deletion::RowSet;
+use crate::files::path_of;
+use crate::schema::find_column;
+use crate::store::{Place, place_of};
+use crate::{LiveFile, Table};
+
+/// Rows decoded at a time.
+const BATCH_ROWS: usize = 8192;
+/// Requests under way at a time where a request takes long.
+const REMOTE_REQUESTS: usize = 16;
+/// Footers read at a time.
+const FOOTERS_AT_ONCE: usize = 16;
+/// What is counted of memory.
+const MEBIBYTE: u64 = 1 << 20;
+
+/// What to look for, and where.
+pub struct Scan<'a> {
+    /// The table.
+    pub table: &'a Table,
+    /// Its key columns, as it spells them.
+    pub key: &'a [String],
+    /// Fetched bytes in memory at a time, as long as one row group is not more.
+    pub memory_bytes: usize,
+}
+
+/// A file with rows of keys of the set.
+pub struct Found {
+    /// The file.
+    pub file: LiveFile,
+    /// Rows in it, deleted ones included.
+    pub rows_in_file: u64,
+    /// Rows that were deleted before.
+    pub deleted: RowSet,
+    /// Its live rows with such keys.
+    pub rows: RowSet,
+    /// How many of them have a key of which a row comes.
+    pub coming: u64,
+}
+
+/// Where a key column's values come from.
+#[derive(Clone)]
+enum Source {
+    /// A column of the file.
+    Column(String),
+    /// The file's partition: one row.
+    Partition(ArrayRef),
+}
+
+/// A row group to be read.
+struct Unit {
+    file: usize,
+    footer: ArrowReaderMetadata,
+    group: usize,
+    first_row: u64,
+    ranges: Vec<Range<u64>>,
+    mask: ProjectionMask,
+    sources: Arc<Vec<Source>>,
+}
+
+#[derive(Default)]
+struct Hits {
+    coming: RowSet,
+    leaving: RowSet,
+}
+
+impl Scan<'_> {
+    /// Finds the rows of `files` with keys of the set. `go_on` is asked before each row group.
+    pub async fn find(
+        &self,
+        files: &[LiveFile],
+        keys: &Arc<KeySet>,
+        go_on: &(dyn Fn() -> Result<()> + Sync),
+    ) -> Result<Vec<Found>> {
+        let units = self.units(files, keys).await?;
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let at_once = match place_of(self.table.uri())? {
+            Place::Local(_) => processors,
+            Place::Remote(_) => processors.max(REMOTE_REQUESTS),
+        };
+        let memory = u32::try_from((self.memory_bytes as u64 / MEBIBYTE).max(1));
+        let memory = memory.map_err(Error::internal)?;
+        let fetching = Arc::new(Semaphore::new(memory as usize));
+        let decoding = Arc::new(Semaphore::new(processors));
+        let reading = units.into_iter().map(|unit| {
+            let (fetching, decoding) = (Arc::clone(&fetching), Arc::clone(&decoding));
+            let (keys, file) = (Arc::clone(keys), &files[unit.file]);
+            async move {
+                go_on()?;
+                let bytes: u64 = unit.ranges.iter().map(|range| range.end - range.start).sum();
+                let share = u32::try_from(bytes.div_ceil(MEBIBYTE)).unwrap_or(memory).min(memory);
+                let _share = fetching.acquire_many(share).await.map_err(Error::internal)?;
+                let parts = self.fetch(file, &unit.ranges).await?;
+                let _turn = decoding.acquire_owned().await.map_err(Error::internal)?;
+                let path = file.path.clone();
+                let at = unit.file;
+                let work = move || decode(unit, parts, &keys, &path);
+                let hits = tokio::task::spawn_blocking(work).await.map_err(Error::internal)??;
+                Ok::<_, Error>((at, hits))
+            }
+        });
+        let mut by_file: Vec<Option<(Hits, u64)>> = files.iter().map(|_| None).collect();
+        let mut done = futures::stream::iter(reading).buffer_unordered(at_once);
+        while let Some((at, (hits, rows_in_file))) = done.try_next().await? {
+            if hits.coming.is_empty() && hits.leaving.is_empty() {
+                continue;
+            }
+            let (held, _) = by_file[at].get_or_insert_with(|| (Hits::default(), rows_in_file));
+            held.coming |= hits.coming;
+            held.leaving |= hits.leaving;
+        }
+        drop(done);
+        let live = by_file.into_iter().zip(files).filter_map(|(hits, file)| Some((hits?, file)));
+        let live: Vec<_> = live.map(|((hits, rows), file)| self.live(file, hits, rows)).collect();
+        let live = futures::stream::iter(live).buffered(FOOTERS_AT_ONCE);
+        live.try_filter_map(|found| async move { Ok(found) }).try_collect().await
+    }
+
+    /// What is left of a file's hits without those that are deleted already.
+    async fn live(
+        &self,
+        file: &LiveFile,
+        mut hits: Hits,
+        rows_in_file: u64,
+    ) -> Result<Option<Found>> {
+        let deleted = self.table.deleted_rows(file.remove.deletion_vector.as_ref()).await?;
+        hits.coming -= &deleted;
+        hits.leaving -= &deleted;
+        let coming = hits.coming.len();
+        let rows = hits.coming | hits.leaving;
+        let found = Found { file: file.clone(), rows_in_file, deleted, rows, coming };
+        Ok((!found.rows.is_empty()).then_some(found))
+    }
+
+    async fn fetch(&self, file: &LiveFile, ranges: &[Range<u64>]) -> Result<Parts> {
+        let doing = || format!("read {} of {}", file.path, self.table.uri());
+        if ranges.is_empty() {
+            return Ok(Parts { length: file.size, parts: Vec::new() });
+        }
+        let read = self.table.store().get_ranges(&path_of(&file.path), ranges).await;
+        let read = read.map_err(|e| foreign(doing(), &e))?;
+        let parts = ranges.iter().map(|range| range.start).zip(read).collect();
+        Ok(Parts { length: file.size, parts })
+    }
+
+    /// The row groups that may hold a key of the set.
+    async fn units(&self, files: &[LiveFile], keys: &KeySet) -> Result<Vec<Unit>> {
+        let mut footers = Vec::new();
+        for (at, file) in files.iter().enumerate() {
+            let Some(partition) = self.partition_of(file, keys)? else { continue };
+            if !keys.is_within(self.key, file.stats.as_deref()) {
+                continue;
+            }
+            footers.push(self.units_of(at, file, partition, keys));
+        }
+        let footers = futures::stream::iter(footers).buffered(FOOTERS_AT_ONCE);
+        let units: Vec<Vec<Unit>> = footers.try_collect().await?;
+        Ok(units.into_iter().flatten().collect())
+    }
+
+    async fn units_of(
+        &self,
+        at: usize,
+        file: &LiveFile,
+        partition: Vec<Option<ArrayRef>>,
+        keys: &KeySet,
+    ) -> Result<Vec<Unit>> {
+        let doing = || format!("read {} of {}", file.path, self.table.uri());
+        let footer = self.table.footer(&file.path, file.size).await?;
+        let footer = ArrowReaderMetadata::try_new(footer, ArrowReaderOptions::new())
+            .map_err(|e| foreign(doing(), &e))?;
+        let (mut sources, mut roots) = (Vec::new(), Vec::new());
+        for (name, constant) in self.key.iter().zip(partition) {
+            if let Some(constant) = constant {
+                sources.push(Source::Partition(constant));
+                continue;
+            }
+            // Written before the table had the column: NULL, which is no key.
+            let Some(root) = find_column(footer.schema(), name) else { return Ok(Vec::new()) };
+            roots.push(root);
+            sources.push(Source::Column(footer.schema().field(root).name().clone()));
+        }
+        let metadata = Arc::clone(footer.metadata());
+        let descriptor = metadata.file_metadata().schema_descr();
+        let mask = ProjectionMask::roots(descriptor, roots.iter().copied());
+        let sources = Arc::new(sources);
+        let (mut units, mut first_row) = (Vec::new(), 0);
+        for (group, of_group) in metadata.row_groups().iter().enumerate() {
+            let rows = u64::try_from(of_group.num_rows()).map_err(Error::internal)?;
+            let mut ranges: Vec<Range<u64>> = Vec::new();
+            for (leaf, column) in of_group.columns().iter().enumerate() {
+                if roots.contains(&descriptor.get_column_root_idx(leaf)) {
+                    let (start, length) = column.byte_range();
+                    ranges.push(start..start + length);
+                }
+            }
+            if keys.may_be_in(&footer, of_group, &named(&sources)) {
+                units.push(Unit {
+                    file: at,
+                    footer: footer.clone(),
+                    group,
+                    first_row,
+                    ranges,
+                    mask: mask.clone(),
+                    sources: Arc::clone(&sources),
+                });
+            }
+            first_row += rows;
+        }
+        Ok(units)
+    }
+
+    /// The key's values that a file's partition gives, by key column; `None`: no key has them.
+    fn partition_of(
+        &self,
+        file: &LiveFile,
+        keys: &KeySet,
+    ) -> Result<Option<Vec<Option<ArrayRef>>>> {
+        let schema = self.table.schema();
+        let mut values = Vec::with_capacity(self.key.len());
+        for (at, name) in self.key.iter().enumerate() {
+            let Some(text) = file.partition.get(name) else {
+                values.push(None);
+                continue;
+            };
+            let column = find_column(&schema, name).ok_or_else(|| Error::internal(name))?;
+            let value = partition_value(text.as_deref(), schema.field(column).data_type())?;
+            if !keys.has_in_column(at, &value)? {
+                return Ok(None);
+            }
+            values.push(Some(value));
+        }
+        Ok(Some(values))
+    }
+}
+
+/// The names of the file's columns among the sources.
+fn named(sources: &[Source]) -> Vec<Option<&str>> {
+    let mut names = Vec::with_capacity(sources.len());
+    for source in sources {
+        names.push(match source {
+            Source::Column(name) => Some(name.as_str()),
+            Source::Partition(_) => None,
+        });
+    }
+    names
+}
+
+/// A partition's value, as the log writes it, as one row of its column's type.
+pub(crate) fn partition_value(text: Option<&str>, kind: &DataType) -> Result<ArrayRef> {
+    // The log cannot tell an empty text from a NULL.
+    let Some(text) = text.filter(|text| !text.is_empty()) else {
+        return Ok(new_null_array(kind, 1));
+    };
+    let options = CastOptions { safe: false, ..CastOptions::default() };
+    let value = cast_with_options(&StringArray::from(vec![text]), kind, &options);
+    value.map_err(|e| foreign(format!("read the partition value {text:?}"), &e))
+}
+
+/// One row, so many times.
+pub(crate) fn repeated(value: &ArrayRef, rows: usize) -> Result<ArrayRef> {
+    take(value, &UInt64Array::from_value(0, rows), None).map_err(Error::internal)
+}
+
+/// Reads a row group's keys: its rows with keys of the set, and the rows in its file.
+fn decode(unit: Unit, parts: Parts, keys: &KeySet, path: &str) -> Result<(Hits, u64)> {
+    let failed = |e: &(dyn std::error::Error + 'static)| foreign(format!("read keys of {path}"), e);
+    let rows = unit.footer.metadata().file_metadata().num_rows();
+    let rows_in_file = u64::try_from(rows).map_err(Error::internal)?;
+    let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(parts, unit.footer)
+        .with_row_groups(vec![unit.group])
+        .with_projection(unit.mask)
+        .with_batch_size(BATCH_ROWS)
+        .build()
+        .map_err(|e| failed(&e))?;
+    let mut hits = Hits::default();
+    let mut first_row = unit.first_row;
+    for batch in reader {
+        let batch = batch.map_err(|e| failed(&e))?;
+        let columns = unit
+            .sources
+            .iter()
+            .map(|source| match source {
+                Source::Column(name) => batch
+                    .column_by_name(name)
+                    .map(Arc::clone)
+                    .ok_or_else(|| Error::internal(format!("{path} lost column {name}"))),
+                Source::Partition(value) => repeated(value, batch.num_rows()),
+            })
+            .collect::<Result<Vec<ArrayRef>>>()?;
+        keys.find_in(&columns, |row, comes| {
+            let rows = if comes { &mut hits.coming } else { &mut hits.leaving };
+            rows.insert(first_row + row as u64);
+        })?;
+        first_row += batch.num_rows() as u64;
+    }
+    Ok((hits, rows_in_file))
+}

@@ -1,0 +1,184 @@
+//! The rows of one data file, in its order, as the table's columns.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use alluvium_protocol::{Code, Error, Result};
+use bytes::Bytes;
+use deltalake::arrow::array::{ArrayRef, BooleanArray, RecordBatch, RecordBatchOptions};
+use deltalake::arrow::compute::filter_record_batch;
+use deltalake::arrow::datatypes::{Field, Schema, SchemaRef};
+use deltalake::parquet::arrow::ProjectionMask;
+use deltalake::parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, RowSelection,
+};
+use deltalake::parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuilder};
+use deltalake::parquet::errors::{ParquetError, Result as ParquetResult};
+use deltalake::parquet::file::metadata::ParquetMetaData;
+use futures::future::BoxFuture;
+use futures::stream::BoxStream;
+use futures::{FutureExt, StreamExt};
+use object_store::ObjectStoreExt;
+use object_store::path::Path;
+
+use crate::classify::foreign;
+use crate::deletion::RowSet;
+use crate::files::path_of;
+use crate::keys::scan::{partition_value, repeated};
+use crate::schema::{conform, find_column};
+use crate::store::StoreRef;
+use crate::{LiveFile, Table};
+
+/// Rows read at a time.
+const BATCH_ROWS: usize = 8192;
+
+/// Rows of a file, by their position in it; deleted ones are counted and not left out by themselves.
+pub enum Pick {
+    /// All but these.
+    Without(RowSet),
+    /// These.
+    Only(RowSet),
+}
+
+impl Table {
+    /// Rows of a file in its order, with the columns of `schema`: they are found by name, absent ones
+    /// are NULL, the partition's are filled in.
+    pub async fn rows_of(
+        &self,
+        file: &LiveFile,
+        schema: &SchemaRef,
+        pick: Pick,
+    ) -> Result<BoxStream<'static, Result<RecordBatch>>> {
+        let doing = format!("read {} of {}", file.path, self.uri);
+        let metadata = self.footer(&file.path, file.size).await?;
+        let reader = Reader {
+            store: self.store(),
+            path: path_of(&file.path),
+            metadata: Arc::clone(&metadata),
+        };
+        let rows_in_file = metadata.file_metadata().num_rows();
+        let footer = ArrowReaderMetadata::try_new(metadata, ArrowReaderOptions::new())
+            .map_err(|e| foreign(&doing, &e))?;
+        let roots = schema.fields().iter().filter_map(|f| find_column(footer.schema(), f.name()));
+        let mask = ProjectionMask::roots(footer.parquet_schema(), roots);
+        let mut reading = ParquetRecordBatchStreamBuilder::new_with_metadata(reader, footer)
+            .with_batch_size(BATCH_ROWS)
+            .with_projection(mask);
+        let without = match pick {
+            Pick::Without(gone) => gone,
+            Pick::Only(rows) => {
+                let rows_in_file = usize::try_from(rows_in_file).map_err(Error::internal)?;
+                let ranges = ranges_of(&rows).into_iter();
+                let selection = RowSelection::from_consecutive_ranges(ranges, rows_in_file);
+                reading = reading.with_row_selection(selection);
+                RowSet::new()
+            }
+        };
+        let rows = reading.build().map_err(|e| foreign(&doing, &e))?;
+        let partition = self.partition_fields(file, schema)?;
+        let schema = Arc::clone(schema);
+        let mut first_row: u64 = 0;
+        let rows = rows.map(move |batch| {
+            let mut batch = batch.map_err(|e| foreign(&doing, &e))?;
+            let count = batch.num_rows() as u64;
+            if !without.is_empty() {
+                let is_kept =
+                    (first_row..first_row + count).map(|row| Some(!without.contains(row)));
+                let is_kept: BooleanArray = is_kept.collect();
+                batch = filter_record_batch(&batch, &is_kept).map_err(|e| foreign(&doing, &e))?;
+            }
+            first_row += count;
+            let batch = with_columns(&batch, &partition)?;
+            conform(&batch, &schema)
+                .map_err(|e| Error::new(Code::ColumnTypeMismatch, format!("{doing}: {e}")))
+        });
+        Ok(rows.boxed())
+    }
+
+    /// A file's partition as columns of one row, those of `schema`.
+    fn partition_fields(&self, file: &LiveFile, schema: &Schema) -> Result<Vec<(Field, ArrayRef)>> {
+        let mut fields = Vec::new();
+        for name in self.partition_columns() {
+            let Some(at) = find_column(schema, &name) else { continue };
+            let field = schema.field(at).clone();
+            let text = file.partition.get(&name).and_then(Option::as_deref);
+            let value = partition_value(text, field.data_type())?;
+            fields.push((field, value));
+        }
+        Ok(fields)
+    }
+}
+
+/// Rows that follow one another, as ranges.
+fn ranges_of(rows: &RowSet) -> Vec<Range<usize>> {
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    for row in rows.iter().filter_map(|row| usize::try_from(row).ok()) {
+        match ranges.last_mut() {
+            Some(last) if last.end == row => last.end = row + 1,
+            _ => ranges.push(row..row + 1),
+        }
+    }
+    ranges
+}
+
+/// A data file in a store, its footer known.
+struct Reader {
+    store: StoreRef,
+    path: Path,
+    metadata: Arc<ParquetMetaData>,
+}
+
+impl AsyncFileReader for Reader {
+    fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, ParquetResult<Bytes>> {
+        let read = async move { self.store.get_range(&self.path, range).await };
+        read.map(|read| read.map_err(|e| ParquetError::External(e.into()))).boxed()
+    }
+
+    fn get_byte_ranges(
+        &mut self,
+        ranges: Vec<Range<u64>>,
+    ) -> BoxFuture<'_, ParquetResult<Vec<Bytes>>> {
+        let read = async move { self.store.get_ranges(&self.path, &ranges).await };
+        read.map(|read| read.map_err(|e| ParquetError::External(e.into()))).boxed()
+    }
+
+    fn get_metadata<'a>(
+        &'a mut self,
+        _: Option<&'a ArrowReaderOptions>,
+    ) -> BoxFuture<'a, ParquetResult<Arc<ParquetMetaData>>> {
+        std::future::ready(Ok(Arc::clone(&self.metadata))).boxed()
+    }
+}
+
+/// The batch with further columns, each of one value. The file's own of such a name give way.
+fn with_columns(batch: &RecordBatch, columns: &[(Field, ArrayRef)]) -> Result<RecordBatch> {
+    if columns.is_empty() {
+        return Ok(batch.clone());
+    }
+    let is_new = |name: &str| columns.iter().all(|(field, _)| field.name() != name);
+    let (mut fields, mut values) = (Vec::new(), Vec::new());
+    for (field, column) in batch.schema().fields().iter().zip(batch.columns()) {
+        if is_new(field.name()) {
+            fields.push(Arc::clone(field));
+            values.push(Arc::clone(column));
+        }
+    }
+    for (field, value) in columns {
+        fields.push(Arc::new(field.clone()));
+        values.push(repeated(value, batch.num_rows())?);
+    }
+    let rows = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+    RecordBatch::try_new_with_options(Arc::new(Schema::new(fields)), values, &rows)
+        .map_err(Error::internal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_become_ranges() {
+        assert_eq!(ranges_of(&[1, 2, 3, 7, 9, 10].into_iter().collect()), [1..4, 7..8, 9..11]);
+        assert!(ranges_of(&RowSet::new()).is_empty());
+    }
+}

@@ -1,0 +1,270 @@
+"""Merges beside a delta-rs MERGE of the same crate: whole processes, fresh copies, in turn.
+
+Owns: the workloads (researchers' metrics, random GUID keys: 80 % of an epoch's rows are updates), the
+measurement (wall, CPU, peak memory), the comparison of both results row for row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import DeltaTable, QueryBuilder, write_deltalake
+
+KEY = "pguid"
+FILE_ROWS = 250_000
+COUNTS = ["tot_cites", "h_index", "works", "recent_cites", "co_authors", "grants", "patents"]
+CONFIG = """
+[pipeline.p]
+source = "incoming"
+raw = "raw"
+main = "main"
+key = ["pguid"]
+adopt = true
+start_from = 1
+ready = {{ marker = "_SUCCESS" }}
+{settings}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """So many rows in epochs, into a table of so many."""
+
+    name: str
+    target: int
+    rows: int
+    floor: float
+    epochs: int = 1
+    settings: str = 'merge = { deletion_vectors = "upgrade" }'
+    own_layout: bool = False
+
+
+WORKLOADS = [
+    Workload("100 k into 5 M", 5_000_000, 100_000, 10),
+    Workload("10 k into 5 M", 5_000_000, 10_000, 10),
+    Workload("1 k into 5 M", 5_000_000, 1_000, 10),
+    Workload("1 M into 5 M", 5_000_000, 1_000_000, 3),
+    Workload("100 k into 5 M, our layout", 5_000_000, 100_000, 10, own_layout=True),
+    Workload("30 waiting epochs of 100 k into 5 M", 5_000_000, 100_000, 20, epochs=30),
+    Workload(
+        "100 k into 5 M, copy-on-write", 5_000_000, 100_000, 1.8,
+        settings='merge = { deletion_vectors = "off" }',
+    ),
+    Workload("100 k into 10 M", 10_000_000, 100_000, 13),
+]
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of one process: seconds on the wall, of CPU, and peak memory in MB."""
+
+    wall: float
+    cpu: float
+    memory: float
+
+
+# A process of its own: what a child's peak memory is counted from is the memory of its parent.
+MEASURE = """
+import json, os, subprocess, sys, time
+began = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+error = process.stderr.read()
+_, status, usage = os.wait4(process.pid, 0)
+wall = time.perf_counter() - began
+if os.waitstatus_to_exitcode(status):
+    sys.exit(f"{sys.argv[1:]} failed: {error.decode()[-2000:]}")
+print(json.dumps([wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024]))
+"""
+
+
+def measured(command: list[str], cwd: Path) -> Cost:
+    """Runs a process to its end; one that fails ends the benchmark."""
+    done = subprocess.run([sys.executable, "-c", MEASURE, *command], cwd=cwd, check=True, stdout=subprocess.PIPE)
+    return Cost(*json.loads(done.stdout))
+
+
+def keys_of(numbers: np.ndarray) -> pa.Array:
+    """GUIDs that follow from numbers: random to look at, and the same every time."""
+    mixed = numbers.astype(np.uint64)
+    halves = []
+    for factor in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F):
+        with np.errstate(over="ignore"):
+            half = (mixed + np.uint64(factor)) * np.uint64(factor)
+            half ^= half >> np.uint64(29)
+            half *= np.uint64(0xBF58476D1CE4E5B9)
+            half ^= half >> np.uint64(32)
+        halves.append(half.astype(">u8").view(np.uint8).reshape(-1, 8))
+    digits = np.concatenate(halves, axis=1)
+    letters = np.frombuffer(b"0123456789abcdef", np.uint8)
+    text = np.full((len(numbers), 36), ord("-"), np.uint8)
+    places = [at for at in range(36) if at not in (8, 13, 18, 23)]
+    text[:, places[0::2]] = letters[digits >> 4]
+    text[:, places[1::2]] = letters[digits & 15]
+    offsets = np.arange(0, 36 * (len(numbers) + 1), 36, dtype=np.int32)
+    buffers = [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(text.tobytes())]
+    return pa.Array.from_buffers(pa.string(), len(numbers), buffers)
+
+
+def rows_of(numbers: np.ndarray, seed: int) -> pa.Table:
+    """Twelve columns: the key, a name, a country, a score, a day, and counts."""
+    random = np.random.default_rng(seed)
+    count = len(numbers)
+    countries = pa.array([f"country {n}" for n in range(120)])
+    columns = {
+        KEY: keys_of(numbers),
+        "name": pa.array(np.char.add("researcher ", (numbers % 50_000).astype(str))),
+        "country": countries.take(pa.array(random.integers(0, 120, count))),
+        "score": pa.array(random.random(count)),
+        "since": pa.array(random.integers(0, 20_000, count).astype(np.int32)).cast(pa.date32()),
+    }
+    columns |= {name: pa.array(random.integers(0, 100_000, count)) for name in COUNTS}
+    return pa.table(columns)
+
+
+class Ground:
+    """What all workloads of one size share: a table as delta-rs wrote it, made once."""
+
+    def __init__(self, folder: Path, rows: int):
+        self.rows = rows
+        self.table = folder / f"table-{rows}"
+        if not self.table.exists():
+            order = np.random.default_rng(rows).permutation(rows)
+            for at in range(0, rows, FILE_ROWS):
+                write_deltalake(self.table, rows_of(order[at : at + FILE_ROWS], at), mode="append")
+
+
+def epochs_of(workload: Workload, folder: Path) -> list[Path]:
+    """One Parquet file for each epoch."""
+    random = np.random.default_rng(7)
+    files = []
+    for epoch in range(1, workload.epochs + 1):
+        updates = random.choice(workload.target, workload.rows * 4 // 5, replace=False)
+        first = workload.target + epoch * workload.rows
+        inserts = np.arange(first, first + workload.rows - len(updates))
+        numbers = random.permutation(np.concatenate([updates, inserts]))
+        path = folder / "incoming" / str(epoch) / "part-0.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(rows_of(numbers, epoch), path)
+        (path.parent / "_SUCCESS").touch()
+        files.append(path)
+    return files
+
+
+def copied(source: Path, target: Path) -> Path:
+    """A fresh copy. Data files are never written again, so that links will do."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=os.link)
+    return target
+
+
+def before_the_merge(binary: str, workload: Workload, ground: Ground, lake: Path) -> list[Path]:
+    """A lake whose epochs are in raw and not in main: processed, then main without its merges."""
+    lake.mkdir()
+    files = epochs_of(workload, lake)
+    waiting = lake / "waiting"
+    (lake / "alluvium.toml").write_text(CONFIG.format(settings=workload.settings))
+    main = copied(ground.table, lake / "main")
+    if workload.own_layout:
+        subprocess.run([binary_of_rival(), str(main), KEY, "zorder"], check=True)
+    kept = set(os.listdir(main / "_delta_log"))
+    subprocess.run([binary, "run", "--once"], cwd=lake, check=True, capture_output=True)
+    # Adoption and upgrade stay; the merge goes, and what came after it.
+    is_after = False
+    for entry in sorted(set(os.listdir(main / "_delta_log")) - kept):
+        path = main / "_delta_log" / entry
+        is_after |= entry.endswith(".json") and '"step":"merge"' in path.read_text()
+        if is_after or "checkpoint" in entry:
+            path.unlink()
+    main.rename(waiting)
+    return files
+
+
+def binary_of_rival() -> str:
+    """The example of the table crate."""
+    return os.environ["ALLUVIUM_RIVAL"]
+
+
+def differing(one: Path, other: Path) -> int:
+    """Rows that only one of two tables has."""
+    both = QueryBuilder().register("a", DeltaTable(one)).register("b", DeltaTable(other))
+    names = ", ".join(f'"{field.name}"' for field in DeltaTable(one).schema().fields)
+    total = 0
+    for left, right in (("a", "b"), ("b", "a")):
+        sql = f"SELECT count(*) AS n FROM (SELECT {names} FROM {left} EXCEPT ALL SELECT {names} FROM {right})"
+        total += pa.table(both.execute(sql).read_all())["n"][0].as_py()
+    counts = [pa.table(both.execute(f"SELECT count(*) AS n FROM {t}").read_all())["n"][0].as_py() for t in "ab"]
+    return total + abs(counts[0] - counts[1])
+
+
+def alternated(sides: dict[str, Callable[[], Cost]], rounds: int) -> dict[str, Cost]:
+    """Medians of each side, which take turns."""
+    costs: dict[str, list[Cost]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            costs[name].append(run())
+    return {
+        name: Cost(*(statistics.median(getattr(cost, of) for cost in found) for of in ("wall", "cpu", "memory")))
+        for name, found in costs.items()
+    }
+
+
+def compare(workload: Workload, arguments: argparse.Namespace, folder: Path) -> None:
+    """One workload: both sides in turn, one line of ratios."""
+    ground = Ground(folder, workload.target)
+    lake = folder / "lake"
+    shutil.rmtree(lake, ignore_errors=True)
+    files = before_the_merge(arguments.binary, workload, ground, lake)
+    theirs = folder / "theirs"
+
+    def ours() -> Cost:
+        copied(lake / "waiting", lake / "main")
+        return measured([arguments.binary, "bench-merge"], lake)
+
+    def rival(way: str) -> Callable[[], Cost]:
+        def run() -> Cost:
+            source = ground.table
+            copied(source, theirs)
+            return measured([binary_of_rival(), str(theirs), KEY, way, *map(str, files)], folder)
+
+        return run
+
+    sides = {"alluvium": ours, "delta-rs, streaming": rival("stream")}
+    if workload.epochs == 1:
+        sides["delta-rs, not streaming"] = rival("collect")
+    costs = alternated(sides, arguments.rounds)
+    print(f"\n{workload.name}")
+    for name, cost in costs.items():
+        print(f"  {name:24} {cost.wall:8.3f} s wall {cost.cpu:8.3f} s cpu {cost.memory:7.0f} MB")
+    best = min((cost for name, cost in costs.items() if name != "alluvium"), key=lambda cost: cost.wall)
+    mine = costs["alluvium"]
+    print(
+        f"  ratio {best.wall / mine.wall:6.1f} wall {best.cpu / mine.cpu:6.1f} cpu "
+        f"{best.memory / mine.memory:5.1f} memory (floor {workload.floor:g})"
+    )
+    wrong = differing(lake / "main", theirs)
+    print(f"  both tables are {'equal, row for row' if not wrong else f'DIFFERENT: {wrong} rows'}")
+    if wrong:
+        sys.exit(1)
+
+
+def merge(arguments: argparse.Namespace, folder: Path) -> None:
+    """All workloads, or those whose name holds `--only`."""
+    print("workload: researchers' metrics, 12 columns, random GUID keys; an epoch is 80 % updates, 20 % inserts")
+    print("alluvium: the worker's merge step, from raw; delta-rs: MERGE from the epoch's Parquet file, without a raw copy")
+    home = Path(arguments.keep) if arguments.keep else folder
+    home.mkdir(parents=True, exist_ok=True)
+    for workload in WORKLOADS:
+        if arguments.only in workload.name:
+            compare(workload, arguments, home)
