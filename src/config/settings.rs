@@ -207,9 +207,9 @@ settings! {
     "pipeline.*.merge.batch_bytes", Kind::Size, Some(r#""64MiB""#), "", r#""256MiB""#,
         "Most raw bytes that one merge takes together (a single epoch may be larger). Their keys must fit `memory`.";
     "pipeline.*.optimize.enabled", Kind::Flag, Some("true"), "", "false",
-        "Whether small files of main are rewritten into larger ones sorted by key.";
+        "Whether small and worn files of main are rewritten into larger ones sorted by key.";
     "pipeline.*.optimize.small_files", Kind::Number(2, MOST), Some("20"), "", "50",
-        "So many files below a quarter of the target size make an optimize.";
+        "So many files below a quarter of the target size, or with a tenth of their rows marked as deleted, make an optimize.";
     "pipeline.*.optimize.target_file_size", Kind::Size, Some(r#""128MiB""#), "", r#""64MiB""#,
         "Data files of raw and main are cut at about this size.";
     "pipeline.*.optimize.bin_size", Kind::Size, Some(r#""512MiB""#), "", r#""256MiB""#,

@@ -34,6 +34,9 @@ fn misleads(kind: &DataType) -> bool {
 /// Rows given to the encoder at a time.
 const BATCH_ROWS: usize = 8192;
 
+/// A dictionary that grows larger is given up: to look up each value in it costs more than it saves.
+const DICTIONARY_BYTES_MAX: usize = 128 << 10;
+
 /// The column of a pipeline's table that identifies its rows alone.
 fn only_key_of(table: &Table) -> Option<String> {
     let key = table.properties().get("alluvium.key")?.clone();
@@ -68,7 +71,9 @@ impl FileWriter {
         target_file_bytes: u64,
     ) -> Result<Self> {
         let level = ZstdLevel::try_new(1).map_err(Error::internal)?;
-        let mut properties = WriterProperties::builder().set_compression(Compression::ZSTD(level));
+        let mut properties = WriterProperties::builder()
+            .set_compression(Compression::ZSTD(level))
+            .set_dictionary_page_size_limit(DICTIONARY_BYTES_MAX);
         for field in schema.fields().iter().filter(|field| misleads(field.data_type())) {
             let column = ColumnPath::new(vec![field.name().clone()]);
             properties = properties.set_column_statistics_enabled(column, EnabledStatistics::None);

@@ -7,31 +7,27 @@
 //!         new files, by key
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use alluvium_protocol::pipeline::{DeletionVectors, Mode, same_name};
 use alluvium_protocol::{Epoch, Error, Pipeline, Result};
-use alluvium_table::arrow::array::{Array, AsArray, BooleanArray, RecordBatch};
-use alluvium_table::arrow::compute::{cast, filter_record_batch};
-use alluvium_table::arrow::datatypes::DataType;
+use alluvium_table::arrow::compute::filter_record_batch;
 use alluvium_table::classify::foreign;
 use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::deletion::Mark;
-use alluvium_table::keys::{Found, KeySet, Scan};
-use alluvium_table::schema::find_column;
+use alluvium_table::keys::Found;
 use alluvium_table::session::{quoted, quoted_list};
-use alluvium_table::spool::Spooled;
+use alluvium_table::spool::{Spool, Spooled};
 use alluvium_table::write::{FileWriter, Written};
 use alluvium_table::{Action, Add, LiveFile, Remove, Table};
 use futures::{StreamExt, TryStreamExt};
 use tracing::Instrument;
 
+use crate::search::{Search, Searched, comes, key_in};
+use crate::sorted::LastRows;
 use crate::winners::{self, Rule};
 use crate::{Permit, feed, raw};
-
-/// Room that a set of keys begins with, at most.
-const ROOM_KEYS: usize = 1 << 20;
 
 /// Paths of files, as the log spells them.
 pub(crate) fn paths(files: &[LiveFile]) -> Vec<String> {
@@ -64,10 +60,28 @@ pub(crate) struct Edit {
 }
 
 /// One row per key of the epochs, or several versions of it; and `_op`.
-pub(crate) struct Winners {
-    pub(crate) rows: Arc<Spooled>,
-    /// They are in the order of their keys.
-    pub(crate) by_key: bool,
+pub(crate) enum Winners {
+    /// By key, where they are.
+    InRaw(Arc<LastRows>),
+    /// In no order.
+    Computed(Arc<Spooled>),
+}
+
+impl Winners {
+    /// The rows, to be read any number of times.
+    async fn spooled(&self) -> Result<Arc<Spooled>> {
+        let last = match self {
+            Self::Computed(rows) => return Ok(Arc::clone(rows)),
+            Self::InRaw(last) => last,
+        };
+        let mut rows = last.rows().await?;
+        let mut spool: Option<Spool> = None;
+        while let Some(batch) = rows.try_next().await? {
+            spool.get_or_insert_with(|| Spool::new(batch.schema())).push(batch)?;
+        }
+        let spool = spool.ok_or_else(|| Error::internal("winners without a row"))?;
+        Ok(Arc::new(spool.finish()?))
+    }
 }
 
 /// What an edit is made with.
@@ -80,33 +94,38 @@ pub(crate) struct Editing<'a> {
 }
 
 impl Editing<'_> {
-    /// Finds the rows of main with keys of `winners`, takes them out, and writes those that come.
-    pub(crate) async fn carry_out(&self, edit: &mut Edit, winners: Winners) -> Result<()> {
-        let Self { main, rule, permit, .. } = *self;
-        let live = main.files().await?;
-        edit.rows_before = live.iter().map(LiveFile::live_rows).sum();
-        let memory = self.pipeline.sizes.memory_bytes / KEYS_SHARE;
-        let skips = self.pipeline.content.skip_unchanged && rule.mode != Mode::Scd2;
-        let mut rows = Arc::clone(&winners.rows);
-        let written = if skips {
-            edit.look_for(main, rule, &rows, &live, memory, permit).await?;
+    /// Finds the rows of main with keys of `winners`, which `search` knows, takes them out, and writes
+    /// those that come.
+    pub(crate) async fn carry_out(
+        &self,
+        edit: &mut Edit,
+        mut winners: Winners,
+        search: Search<'_>,
+    ) -> Result<()> {
+        let Self { main, rule, permit, pipeline, .. } = *self;
+        if pipeline.content.skip_unchanged && rule.mode != Mode::Scd2 {
+            edit.take(search.finish().await?);
             if !edit.touched.is_empty() {
-                rows = self.changed_ones(edit, &rows).await?;
-                let live: Vec<LiveFile> = edit.touched.drain(..).map(|found| found.file).collect();
-                edit.look_for(main, rule, &rows, &live, memory, permit).await?;
+                let changed = self.changed_ones(edit, &winners.spooled().await?).await?;
+                let live = edit.touched.drain(..).map(|found| found.file).collect();
+                let mut search = Search::new(main, rule, pipeline, live, permit, changed.rows())?;
+                search.add_rows(&changed).await?;
+                edit.take(search.finish().await?);
+                winners = Winners::Computed(changed);
             }
-            self.write_coming(Winners { rows: Arc::clone(&rows), by_key: false }).await?
+            edit.written = self.write_coming(&winners, edit.upserts).await?;
         } else {
             // What comes is written while the other processors look for what goes.
-            let looking = edit.look_for(main, rule, &rows, &live, memory, permit);
-            let (looked, written) = futures::join!(looking, self.write_coming(winners));
-            looked?;
-            written?
-        };
+            let upserts = search.upserts();
+            let coming = self.write_coming(&winners, upserts);
+            let (searched, written) = futures::join!(search.finish(), coming);
+            edit.take(searched?);
+            edit.written = written?;
+        }
         permit.check()?;
-        self.take_out(edit, written).await?;
+        self.take_out(edit).await?;
         if main.tells_changes() && !edit.touched.is_empty() {
-            rows.register(self.session, "winners")?;
+            winners.spooled().await?.register(self.session, "winners")?;
             register_keys(self.session, rule).await?;
             main.register(self.session, "touched", Some(&edit.touched_paths())).await?;
             edit.feed = feed::write(self.session, main, rule, &self.coming()).await?;
@@ -141,13 +160,21 @@ impl Editing<'_> {
     }
 
     /// Writes the rows that come, by key.
-    async fn write_coming(&self, winners: Winners) -> Result<Written> {
+    async fn write_coming(&self, winners: &Winners, upserts: u64) -> Result<Written> {
         let (main, target) = (self.main, self.pipeline.sizes.target_file_bytes);
-        if winners.by_key {
-            let rows = winners.rows.batches()?;
-            return write_upserts(main, rows, target).await;
+        if upserts == 0 {
+            return Ok(Written::default());
         }
-        winners.rows.register(self.session, "winners")?;
+        let rows = match winners {
+            Winners::Computed(rows) => rows,
+            Winners::InRaw(last) => {
+                // A task of its own: encoding must not keep the search from going on.
+                let writing = write_upserts(main.clone(), Arc::clone(last), target);
+                let written = tokio::spawn(writing.in_current_span()).await;
+                return written.map_err(Error::internal)?;
+            }
+        };
+        rows.register(self.session, "winners")?;
         let order = quoted_list(key_in(main, self.rule).iter().map(String::as_str));
         let sql = format!("{} ORDER BY {order}", self.coming());
         let written = written(self.session, main, &sql, target).await;
@@ -156,8 +183,7 @@ impl Editing<'_> {
     }
 
     /// Marks the rows that go, or writes their files anew without them.
-    async fn take_out(&self, edit: &mut Edit, written: Written) -> Result<()> {
-        edit.written = written;
+    async fn take_out(&self, edit: &mut Edit) -> Result<()> {
         let (marking, copying): (Vec<&Found>, Vec<&Found>) =
             edit.touched.iter().partition(|found| self.may_mark(&found.file));
         let marks = marking.iter().map(|found| Mark {
@@ -212,31 +238,25 @@ impl Editing<'_> {
 }
 
 /// Writes those of the rows that come, as they are.
-async fn write_upserts(
-    main: &Table,
-    rows: impl Iterator<Item = Result<RecordBatch>>,
-    target: u64,
-) -> Result<Written> {
-    let mut writer = FileWriter::new(main, target)?;
-    for batch in rows {
-        let batch = batch?;
-        let op = batch.column_by_name(raw::OP).ok_or_else(|| Error::internal("no _op"))?;
-        let op = cast(op, &DataType::Utf8).map_err(Error::internal)?;
-        let comes = op.as_string::<i32>().iter().map(|op| Some(op == Some(raw::UPSERT)));
-        let comes: BooleanArray = comes.collect();
-        let batch = filter_record_batch(&batch, &comes).map_err(Error::internal)?;
+async fn write_upserts(main: Table, last: Arc<LastRows>, target: u64) -> Result<Written> {
+    let mut rows = last.rows().await?;
+    let mut writer = FileWriter::new(&main, target)?;
+    while let Some(batch) = rows.next().await {
+        let batch = match batch {
+            Ok(batch) => batch,
+            Err(error) => {
+                writer.abort().await;
+                return Err(error);
+            }
+        };
+        let batch = filter_record_batch(&batch, &comes(&batch)?).map_err(Error::internal)?;
         writer.write(&batch).await?;
-        // The same thread sets off the search for what goes.
-        tokio::task::yield_now().await;
     }
     writer.finish().await
 }
 
 /// A column of `winner_keys`: the key has rows that come.
 const COMES: &str = "_alluvium_comes";
-
-/// A set of keys takes at most this share of the work memory; more keys are looked for in turns.
-pub(crate) const KEYS_SHARE: usize = 4;
 
 impl Edit {
     /// The files that become live.
@@ -259,62 +279,12 @@ impl Edit {
         self.touched.iter().map(|found| found.file.path.clone()).collect()
     }
 
-    /// Counts the winners, and finds their keys' rows in `live`.
-    async fn look_for(
-        &mut self,
-        main: &Table,
-        rule: &Rule,
-        winners: &Spooled,
-        live: &[LiveFile],
-        memory: usize,
-        permit: &Permit,
-    ) -> Result<()> {
-        (self.keys, self.upserts) = (0, 0);
-        let schema = main.schema();
-        let spelled = key_in(main, rule);
-        let types: Vec<DataType> = spelled
-            .iter()
-            .map(|name| find_column(&schema, name).map(|at| schema.field(at).data_type().clone()))
-            .collect::<Option<_>>()
-            .ok_or_else(|| Error::internal("main lacks a column of its key"))?;
-        let partitions = main.partition_columns();
-        let apart: Vec<usize> =
-            (0..spelled.len()).filter(|at| partitions.contains(&spelled[*at])).collect();
-        let scan = Scan { table: main, key: &spelled, memory_bytes: memory };
-        let mut rows_left = winners.rows();
-        let mut keys = KeySet::new(&types, rows_left.min(ROOM_KEYS), &apart)?;
-        let mut by_path: BTreeMap<String, Found> = BTreeMap::new();
-        for batch in winners.batches()? {
-            let batch = batch?;
-            let column = |name: &String| {
-                let column = batch.column_by_name(name);
-                column.map(Arc::clone).ok_or_else(|| Error::internal(format!("no {name} there")))
-            };
-            let columns = rule.key.iter().map(column).collect::<Result<Vec<_>>>()?;
-            let op = cast(&column(&raw::OP.to_owned())?, &DataType::Utf8);
-            let op = op.map_err(Error::internal)?;
-            let op = op.as_string::<i32>();
-            self.upserts +=
-                (0..op.len()).filter(|row| op.value(*row) == raw::UPSERT).count() as u64;
-            keys.add(&columns, &|row| op.value(row) == raw::UPSERT)?;
-            rows_left -= batch.num_rows();
-            if keys.bytes() > memory && rows_left > 0 {
-                let room = rows_left.min(ROOM_KEYS);
-                let full = std::mem::replace(&mut keys, KeySet::new(&types, room, &apart)?);
-                self.keys += full.len() as u64;
-                let found = scan.find(live, &Arc::new(full), &|| permit.check()).await?;
-                collect_found(&mut by_path, found);
-            }
-        }
-        self.keys += keys.len() as u64;
-        if !keys.is_empty() {
-            let found = scan.find(live, &Arc::new(keys), &|| permit.check()).await?;
-            collect_found(&mut by_path, found);
-        }
-        self.touched = by_path.into_values().collect();
+    fn take(&mut self, searched: Searched) {
+        self.keys = searched.keys;
+        self.upserts = searched.upserts;
+        self.touched = searched.touched;
         self.hits = self.touched.iter().map(|found| found.rows.len()).sum();
         self.updated = self.touched.iter().map(|found| found.coming).sum();
-        Ok(())
     }
 
     /// Mode append: main's partitions of the epochs are those of `added`, or empty without it.
@@ -344,22 +314,6 @@ impl Edit {
         self.upserts = self.written.rows;
         self.keys = self.written.rows;
         Ok(())
-    }
-}
-
-/// Rows found in turns belong together by file.
-fn collect_found(by_path: &mut BTreeMap<String, Found>, found: Vec<Found>) {
-    for found in found {
-        match by_path.get_mut(&found.file.path) {
-            None => drop(by_path.insert(found.file.path.clone(), found)),
-            Some(held) => {
-                let before = held.rows.len();
-                held.rows |= &found.rows;
-                // A key of a later turn again, in mode scd2 only: it is counted once.
-                let new = held.rows.len() - before;
-                held.coming += found.coming.min(new);
-            }
-        }
     }
 }
 
@@ -410,16 +364,6 @@ async fn written(
     let frame = session.sql(sql).await.map_err(|e| foreign(doing, &e))?;
     let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
     FileWriter::new(main, target_file_bytes)?.write_all(stream).await
-}
-
-/// The key's columns, as main spells them.
-fn key_in(main: &Table, rule: &Rule) -> Vec<String> {
-    let schema = main.schema();
-    let spelled = |name: &String| {
-        find_column(&schema, name)
-            .map_or_else(|| name.clone(), |at| schema.field(at).name().clone())
-    };
-    rule.key.iter().map(spelled).collect()
 }
 
 /// Main's columns out of the winners: an adopted table may have more than raw.

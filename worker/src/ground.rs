@@ -18,9 +18,10 @@ use alluvium_table::{LiveFile, Table};
 use futures::TryStreamExt;
 
 use crate::Permit;
-use crate::edit::{KEYS_SHARE, paths};
+use crate::edit::paths;
 use crate::merge::BASE_VERSION;
 use crate::raw;
+use crate::search::KEYS_SHARE;
 use crate::winners::{Rule, Scope};
 
 /// The two tables, on exactly these snapshots.

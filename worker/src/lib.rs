@@ -28,6 +28,7 @@ mod raw_commit;
 pub mod refusals;
 pub mod restore;
 pub mod rowwise;
+mod search;
 pub mod selecting;
 pub mod slots;
 mod slowly;

@@ -26,6 +26,7 @@ use crate::checks::{agree, read_back};
 use crate::edit::Edit;
 use crate::folding::Fold;
 use crate::ingest::{COMMIT_PATIENCE, table_names};
+use crate::optimize::{is_small, is_worn};
 use crate::tables::is_ours;
 use crate::widening::{narrower, widen};
 use crate::{Permit, Workshop, raw};
@@ -264,22 +265,22 @@ pub(crate) fn check_age(started: Instant, pipeline: &Pipeline) -> Result<()> {
     Ok(())
 }
 
-/// Data files of main, and the small ones among them.
+/// Data files of main, and those of them that an optimize would write anew.
 pub async fn count_files(main: &Table, pipeline: &Pipeline) -> Result<(u64, u64)> {
     Ok(counts_of(&main.files().await?, pipeline))
 }
 
 fn counts_of(files: &[LiveFile], pipeline: &Pipeline) -> (u64, u64) {
-    let limit = pipeline.sizes.target_file_bytes / SMALL_FILE_DIVISOR;
+    let worn = files.iter().filter(|file| is_worn(file)).count() as u64;
     // A small file that is alone in its partition cannot become larger.
     let mut by_partition: BTreeMap<Vec<(&String, &Option<String>)>, u64> = BTreeMap::new();
-    for file in files.iter().filter(|file| file.size < limit) {
+    for file in files.iter().filter(|file| is_small(file, pipeline) && !is_worn(file)) {
         let mut partition: Vec<_> = file.partition.iter().collect();
         partition.sort();
         *by_partition.entry(partition).or_default() += 1;
     }
-    let small = by_partition.values().filter(|count| **count > 1 || by_partition.len() == 1).sum();
-    (files.len() as u64, small)
+    let small = by_partition.values().filter(|count| **count > 1 || by_partition.len() == 1);
+    (files.len() as u64, worn + small.sum::<u64>())
 }
 
 async fn open_raw(workshop: &Workshop, pipeline: &Pipeline) -> Result<Table> {

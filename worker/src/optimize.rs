@@ -1,4 +1,4 @@
-//! Optimize: one bin of main's small files becomes larger files sorted by key. No row changes.
+//! Optimize: one bin of main's small and worn files becomes larger files sorted by key. No row changes.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -16,8 +16,10 @@ use crate::ingest::table_names;
 use crate::merge::{SMALL_FILE_DIVISOR, check_age, count_files};
 use crate::{Permit, Workshop};
 
-/// A bin of fewer files is not worth a rewrite.
+/// A bin of fewer files that are only small is not worth a rewrite.
 const BIN_FILES_MIN: usize = 2;
+/// One row in so many marked as deleted makes a file worn.
+const WORN_SHARE: u64 = 10;
 
 /// Carries out an optimize task: at most one bin.
 pub async fn optimize(workshop: &Workshop, task: &Task, permit: &Permit) -> Result<Report> {
@@ -28,7 +30,7 @@ pub async fn optimize(workshop: &Workshop, task: &Task, permit: &Permit) -> Resu
     };
     let key = table_names(&main, &pipeline.content.key);
     let bin = pick_bin(&main, pipeline).await?;
-    if bin.len() < BIN_FILES_MIN {
+    if bin.is_empty() {
         let (main_files, main_small_files) = count_files(&main, pipeline).await?;
         return Ok(Report { already: true, main_files, main_small_files, ..Report::default() });
     }
@@ -39,14 +41,26 @@ pub async fn optimize(workshop: &Workshop, task: &Task, permit: &Permit) -> Resu
     Ok(Report { main_files, main_small_files, ..report })
 }
 
-/// Small files of the partition that has most of them, smallest first, up to the bin's size.
+/// A file below the share of the target size that counts as small.
+pub(crate) fn is_small(file: &LiveFile, pipeline: &Pipeline) -> bool {
+    file.size < pipeline.sizes.target_file_bytes / SMALL_FILE_DIVISOR
+}
+
+/// So many of a file's rows are marked as deleted that readers gain by its being written anew.
+pub(crate) fn is_worn(file: &LiveFile) -> bool {
+    match (file.rows, file.live_rows()) {
+        (Some(rows), Some(live)) => (rows - live) * WORN_SHARE >= rows && rows > live,
+        _ => false,
+    }
+}
+
+/// Small and worn files of the partition that has most of them, smallest first, up to the bin's size.
 async fn pick_bin(table: &Table, pipeline: &Pipeline) -> Result<Vec<LiveFile>> {
-    let limit = pipeline.sizes.target_file_bytes / SMALL_FILE_DIVISOR;
-    let mut small: Vec<LiveFile> =
-        table.files().await?.into_iter().filter(|file| file.size < limit).collect();
-    small.sort_by_key(|file| (file.size, file.path.clone()));
+    let mut files = table.files().await?;
+    files.retain(|file| is_small(file, pipeline) || is_worn(file));
+    files.sort_by_key(|file| (file.size, file.path.clone()));
     let mut by_partition: BTreeMap<Vec<(String, Option<String>)>, Vec<LiveFile>> = BTreeMap::new();
-    for file in small {
+    for file in files {
         let mut partition: Vec<_> = file.partition.clone().into_iter().collect();
         partition.sort();
         by_partition.entry(partition).or_default().push(file);
@@ -62,6 +76,10 @@ async fn pick_bin(table: &Table, pipeline: &Pipeline) -> Result<Vec<LiveFile>> {
             break;
         }
         bin.push(file);
+    }
+    // One small file alone would stay as it is.
+    if bin.len() < BIN_FILES_MIN && !bin.iter().any(is_worn) {
+        bin.clear();
     }
     Ok(bin)
 }

@@ -21,63 +21,113 @@ use alluvium_table::arrow::row::{RowConverter, Rows, SortField};
 use alluvium_table::deletion::RowSet;
 use alluvium_table::rows::Pick;
 use alluvium_table::schema::find_column;
-use alluvium_table::spool::Spool;
 use alluvium_table::{LiveFile, Table};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 
+use crate::search::{Search, comes};
 use crate::winners::Rule;
 use crate::{Permit, raw};
 
 /// Rows given out at a time.
 const BATCH_ROWS: usize = 8192;
 
-/// The last row of each key of these files of raw, by key; `None`: a file is not in that order.
-pub(crate) async fn last_rows(
-    raw: &Table,
-    rule: &Rule,
-    files: &[LiveFile],
-    permit: &Permit,
-) -> Result<Option<Spool>> {
-    let columns = Columns::new(raw, rule)?;
-    let mut merging = Merging::new(columns, &rule.columns)?;
-    let mut by_epoch: BTreeMap<Epoch, Vec<LiveFile>> = BTreeMap::new();
-    for file in files {
-        let epoch = raw::epoch_of(file).ok_or_else(|| Error::internal("a file of no epoch"))?;
-        by_epoch.entry(epoch).or_default().push(file.clone());
-    }
-    for (epoch, mut files) in by_epoch {
-        // The writer numbers its files in their names.
-        files.sort_by(|a, b| a.path.cmp(&b.path));
-        let run = Run { rows: in_turn(raw.clone(), merging.columns.schema.clone(), files), epoch };
-        if !merging.begin(run).await? {
-            return Ok(None);
-        }
-    }
-    while merging.next_key().await? {
-        if merging.is_full() {
-            permit.check()?;
-            merging.give_out()?;
-        }
-        if !merging.is_sorted {
-            return Ok(None);
-        }
-    }
-    merging.give_out()?;
-    Ok(Some(merging.out))
+/// The last row of each key: where it is in raw's files.
+pub(crate) struct LastRows {
+    raw: Table,
+    rule: Rule,
+    /// Files by epoch, in order, with their rows that are the last of a key.
+    runs: BTreeMap<Epoch, Vec<(LiveFile, RowSet)>>,
 }
 
+impl LastRows {
+    /// Finds them, by the columns that decide, and has their keys searched for. `None`: a file is not
+    /// in the order of its keys.
+    pub(crate) async fn find(
+        raw: &Table,
+        rule: &Rule,
+        files: &[LiveFile],
+        search: &mut Search<'_>,
+        permit: &Permit,
+    ) -> Result<Option<Self>> {
+        let mut runs: BTreeMap<Epoch, Vec<(LiveFile, RowSet)>> = BTreeMap::new();
+        for file in files {
+            let epoch = raw::epoch_of(file).ok_or_else(|| Error::internal("a file of no epoch"))?;
+            runs.entry(epoch).or_default().push((file.clone(), RowSet::new()));
+        }
+        for files in runs.values_mut() {
+            // The writer numbers its files in their names.
+            files.sort_by(|(a, _), (b, _)| a.path.cmp(&b.path));
+        }
+        let mut found = Self { raw: raw.clone(), rule: rule.clone(), runs };
+        let deciding = [rule.key.clone(), vec![raw::OP.to_owned()]].concat();
+        let columns = Columns::new(raw, rule, &deciding)?;
+        let picks = found.runs.iter().map(|(epoch, files)| {
+            let all = |(file, _): &(LiveFile, RowSet)| (file.clone(), Pick::Without(RowSet::new()));
+            (*epoch, files.iter().map(all).collect())
+        });
+        let mut merging = Merging::new(raw, columns, &deciding, picks.collect())?;
+        merging.begin().await?;
+        while let Some(rows) = merging.next_batch().await? {
+            permit.check()?;
+            if !merging.is_sorted {
+                return Ok(None);
+            }
+            for (epoch, file, row) in merging.places.drain(..) {
+                let of_epoch = found.runs.get_mut(&epoch).and_then(|files| files.get_mut(file));
+                of_epoch.ok_or_else(|| Error::internal("a row of no file"))?.1.insert(row);
+            }
+            search.add(&rows.columns()[..rule.key.len()], &comes(&rows)?).await?;
+        }
+        Ok(merging.is_sorted.then_some(found))
+    }
+
+    /// These rows, by key: the columns of main that come from files, and `_op`.
+    pub(crate) async fn rows(&self) -> Result<BoxStream<'static, Result<RecordBatch>>> {
+        let output = [self.rule.columns.clone(), vec![raw::OP.to_owned()]].concat();
+        let columns = Columns::new(&self.raw, &self.rule, &output)?;
+        let picks = self.runs.iter().map(|(epoch, files)| {
+            let last = |(file, rows): &(LiveFile, RowSet)| (file.clone(), Pick::Only(rows.clone()));
+            (*epoch, files.iter().map(last).collect())
+        });
+        let mut merging = Merging::new(&self.raw, columns, &output, picks.collect())?;
+        merging.begin().await?;
+        let rows = futures::stream::try_unfold(merging, |mut merging| async move {
+            let rows = merging.next_batch().await?;
+            Ok(rows.map(|rows| (rows, merging)))
+        });
+        Ok(rows.boxed())
+    }
+}
+
+/// Batches of rows.
 type Batches = BoxStream<'static, Result<RecordBatch>>;
 
-/// The rows of files, one file after the other.
-fn in_turn(table: Table, schema: SchemaRef, files: Vec<LiveFile>) -> Batches {
-    futures::stream::iter(files)
-        .then(move |file| {
+/// A batch, the number of its file, and its first row's position there.
+type Placed = (RecordBatch, usize, u64);
+
+/// The rows of files, one file after the other. Positions are right where no row is left out.
+fn in_turn(
+    table: Table,
+    schema: SchemaRef,
+    files: Vec<(LiveFile, Pick)>,
+) -> BoxStream<'static, Result<Placed>> {
+    futures::stream::iter(files.into_iter().enumerate())
+        .then(move |(number, (file, pick))| {
             let (table, schema) = (table.clone(), Arc::clone(&schema));
-            async move { table.rows_of(&file, &schema, Pick::Without(RowSet::new())).await }
+            async move { Ok((number, table.rows_of(&file, &schema, pick).await?)) }
         })
-        .flat_map(|rows| match rows {
-            Ok(rows) => rows,
+        .flat_map(|opened: Result<(usize, Batches)>| match opened {
+            Ok((number, rows)) => {
+                let mut next = 0;
+                let placed = rows.map(move |batch| {
+                    let batch = batch?;
+                    let first = next;
+                    next += batch.num_rows() as u64;
+                    Ok((batch, number, first))
+                });
+                placed.boxed()
+            }
             Err(error) => futures::stream::once(async move { Err(error) }).boxed(),
         })
         .boxed()
@@ -93,12 +143,12 @@ struct Columns {
 }
 
 impl Columns {
-    fn new(raw: &Table, rule: &Rule) -> Result<Self> {
+    /// Reads `output`, and what decides.
+    fn new(raw: &Table, rule: &Rule, output: &[String]) -> Result<Self> {
         let schema = raw.schema();
         let mut fields: Vec<Field> = Vec::new();
         let order = rule.order_within_epoch();
-        let own = [raw::OP.to_owned()];
-        for name in rule.columns.iter().chain(&own).chain(&order).chain(&rule.key) {
+        for name in output.iter().chain(&order).chain(&rule.key) {
             let at = find_column(&schema, name);
             let field = schema.field(at.ok_or_else(|| Error::internal(name))?);
             if !fields.contains(field) {
@@ -129,7 +179,7 @@ fn rows_by(converter: &RowConverter, names: &[String], batch: &RecordBatch) -> R
 
 /// An epoch's rows.
 struct Run {
-    rows: Batches,
+    rows: BoxStream<'static, Result<Placed>>,
     epoch: Epoch,
 }
 
@@ -137,6 +187,8 @@ struct Run {
 struct Held {
     number: usize,
     epoch: Epoch,
+    file: usize,
+    first_row: u64,
     batch: RecordBatch,
     keys: Rows,
     /// Made when two rows of one key in one epoch are to be compared.
@@ -179,41 +231,75 @@ struct Merging {
     is_sorted: bool,
     /// Batches ever held.
     held: usize,
-    /// Winners that were not given out so far, and the batches that they are in.
-    winners: Vec<(usize, usize)>,
+    /// Last rows that were not given out so far, and the batches that they are in.
+    last: Vec<(usize, usize)>,
     sources: Vec<Arc<Held>>,
-    places: HashMap<usize, usize>,
+    by_number: HashMap<usize, usize>,
     /// Positions of the columns that go out.
     projection: Vec<usize>,
-    out: Spool,
+    /// Epoch, file and position of each row given out.
+    places: Vec<(Epoch, usize, u64)>,
 }
 
 impl Merging {
-    fn new(columns: Columns, output: &[String]) -> Result<Self> {
-        let mut projection = Vec::with_capacity(output.len() + 1);
-        for name in output.iter().chain([&raw::OP.to_owned()]) {
+    fn new(
+        raw: &Table,
+        columns: Columns,
+        output: &[String],
+        picks: Vec<(Epoch, Vec<(LiveFile, Pick)>)>,
+    ) -> Result<Self> {
+        let mut projection = Vec::with_capacity(output.len());
+        for name in output {
             projection.push(columns.schema.index_of(name).map_err(Error::internal)?);
         }
-        let given = columns.schema.project(&projection).map_err(Error::internal)?;
+        let run = |(epoch, files)| {
+            let rows = in_turn(raw.clone(), Arc::clone(&columns.schema), files);
+            Run { rows, epoch }
+        };
         Ok(Self {
+            runs: picks.into_iter().map(run).collect(),
             columns,
-            runs: Vec::new(),
             heads: BinaryHeap::new(),
             is_sorted: true,
             held: 0,
-            winners: Vec::with_capacity(BATCH_ROWS),
+            last: Vec::with_capacity(BATCH_ROWS),
             sources: Vec::new(),
-            places: HashMap::new(),
+            by_number: HashMap::new(),
             projection,
-            out: Spool::new(Arc::new(given)),
+            places: Vec::new(),
         })
     }
 
-    /// Takes part in a run. False: it is not sorted.
-    async fn begin(&mut self, run: Run) -> Result<bool> {
-        self.runs.push(run);
-        self.load(self.runs.len() - 1, None).await?;
-        Ok(self.is_sorted)
+    async fn begin(&mut self) -> Result<()> {
+        for run in 0..self.runs.len() {
+            self.load(run, None).await?;
+        }
+        Ok(())
+    }
+
+    /// The last rows of the next keys.
+    async fn next_batch(&mut self) -> Result<Option<RecordBatch>> {
+        while self.last.len() < BATCH_ROWS && self.next_key().await? {}
+        if self.last.is_empty() {
+            return Ok(None);
+        }
+        let place = |(source, row): &(usize, usize)| {
+            let held = &self.sources[*source];
+            (held.epoch, held.file, held.first_row + *row as u64)
+        };
+        self.places = self.last.iter().map(place).collect();
+        let whole = match self.sources.as_slice() {
+            // All of one batch, in its order.
+            [held] if self.last.len() == held.batch.num_rows() => held.batch.clone(),
+            sources => {
+                let batches: Vec<&RecordBatch> = sources.iter().map(|held| &held.batch).collect();
+                interleave_record_batch(&batches, &self.last).map_err(Error::internal)?
+            }
+        };
+        self.last.clear();
+        self.sources.clear();
+        self.by_number.clear();
+        whole.project(&self.projection).map(Some).map_err(Error::internal)
     }
 
     /// Brings the next rows of a run into memory, which follow `last`.
@@ -222,19 +308,21 @@ impl Merging {
         let batch = loop {
             match of.rows.next().await {
                 None => return Ok(()),
-                Some(batch) => match batch? {
-                    batch if batch.num_rows() == 0 => {}
-                    batch => break batch,
+                Some(placed) => match placed? {
+                    (batch, _, _) if batch.num_rows() == 0 => {}
+                    placed => break placed,
                 },
             }
         };
+        let (batch, file, first_row) = batch;
         let keys = rows_by(&self.columns.by_key, &self.columns.key, &batch)?;
         let is_in_order = |row: usize| keys.row(row - 1) <= keys.row(row);
         self.is_sorted &= (1..batch.num_rows()).all(is_in_order);
         if let Some(last) = last {
             self.is_sorted &= last.held.keys.row(last.row).data() <= keys.row(0).data();
         }
-        let held = Held { number: self.held, epoch: of.epoch, batch, keys, order: OnceLock::new() };
+        let (number, epoch, order) = (self.held, of.epoch, OnceLock::new());
+        let held = Held { number, epoch, file, first_row, batch, keys, order };
         self.held += 1;
         self.heads.push(Head { held: Arc::new(held), row: 0, run });
         Ok(())
@@ -251,11 +339,11 @@ impl Merging {
             self.pass().await?;
         }
         let sources = &mut self.sources;
-        let place = *self.places.entry(best.held.number).or_insert_with(|| {
+        let source = *self.by_number.entry(best.held.number).or_insert_with(|| {
             sources.push(Arc::clone(&best.held));
             sources.len() - 1
         });
-        self.winners.push((place, best.row));
+        self.last.push((source, best.row));
         Ok(true)
     }
 
@@ -286,22 +374,5 @@ impl Merging {
             let _ = held.order.set(rows);
         }
         held.order.get().ok_or_else(|| Error::internal("no order"))
-    }
-
-    fn is_full(&self) -> bool {
-        self.winners.len() >= BATCH_ROWS
-    }
-
-    fn give_out(&mut self) -> Result<()> {
-        if self.winners.is_empty() {
-            return Ok(());
-        }
-        let batches: Vec<&RecordBatch> = self.sources.iter().map(|held| &held.batch).collect();
-        let rows = interleave_record_batch(&batches, &self.winners).map_err(Error::internal)?;
-        let rows = rows.project(&self.projection).map_err(Error::internal)?;
-        self.winners.clear();
-        self.sources.clear();
-        self.places.clear();
-        self.out.push(rows)
     }
 }

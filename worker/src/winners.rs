@@ -17,6 +17,7 @@ use crate::ingest::table_names;
 use crate::{raw, slowly};
 
 /// Names and order, as raw spells them.
+#[derive(Clone)]
 pub struct Rule {
     /// The key's columns.
     pub key: Vec<String>,

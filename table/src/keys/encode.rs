@@ -62,6 +62,11 @@ impl Encoder {
         Ok(Self { types: types.to_vec(), way })
     }
 
+    /// A key is the bytes of its one column.
+    pub(super) fn is_bytes(&self) -> bool {
+        matches!(self.way, Way::Text)
+    }
+
     /// The keys of these columns, one for each type, of equal length. Other types are cast; a value
     /// that does not fit is an error.
     pub(super) fn encode(&self, columns: &[ArrayRef]) -> Result<Encoded, ArrowError> {

@@ -6,6 +6,7 @@ use deltalake::parquet::errors::{ParquetError, Result};
 use deltalake::parquet::file::reader::{ChunkReader, Length};
 
 /// Byte ranges of a file.
+#[derive(Clone)]
 pub(super) struct Parts {
     /// The file's length.
     pub(super) length: u64,

@@ -8,6 +8,7 @@ mod bounds;
 mod encode;
 mod fetch;
 mod footers;
+mod pages;
 pub mod scan;
 mod set;
 

@@ -23,6 +23,7 @@ use futures::{StreamExt, TryStreamExt};
 use tokio::sync::Semaphore;
 
 use super::fetch::Parts;
+use super::pages::{each_value, is_readable};
 use super::set::KeySet;
 use crate::classify::foreign;
 use crate::deletion::RowSet;
@@ -290,9 +291,36 @@ pub(crate) fn repeated(value: &ArrayRef, rows: usize) -> Result<ArrayRef> {
 
 /// Reads a row group's keys: its rows with keys of the set, and the rows in its file.
 fn decode(unit: Unit, parts: Parts, keys: &KeySet, path: &str) -> Result<(Hits, u64)> {
-    let failed = |e: &(dyn std::error::Error + 'static)| foreign(format!("read keys of {path}"), e);
     let rows = unit.footer.metadata().file_metadata().num_rows();
     let rows_in_file = u64::try_from(rows).map_err(Error::internal)?;
+    let hits = match decode_pages(&unit, &parts, keys) {
+        Some(hits) => hits,
+        None => decode_arrays(unit, parts, keys, path)?,
+    };
+    Ok((hits, rows_in_file))
+}
+
+/// One text or binary column, straight from its pages; `None`: it is to be read as arrays.
+fn decode_pages(unit: &Unit, parts: &Parts, keys: &KeySet) -> Option<Hits> {
+    let [Source::Column(name)] = unit.sources.as_slice() else { return None };
+    let group = unit.footer.metadata().row_group(unit.group);
+    let mut columns = group.columns().iter();
+    let column = columns.find(|column| column.column_path().parts() == [name.as_str()])?;
+    let held = unit.footer.schema().field_with_name(name).ok()?.data_type();
+    let is_bytes = held.is_string() || held.is_binary();
+    if !keys.is_bytes() || !is_bytes || !is_readable(column) {
+        return None;
+    }
+    let rows = u64::try_from(group.num_rows()).ok()?;
+    let mut hits = Hits::default();
+    each_value(&Arc::new(parts.clone()), column, rows, |values| {
+        keys.find_bytes(values, |row, comes| hits.add(unit.first_row + row, comes));
+    })?;
+    Some(hits)
+}
+
+fn decode_arrays(unit: Unit, parts: Parts, keys: &KeySet, path: &str) -> Result<Hits> {
+    let failed = |e: &(dyn std::error::Error + 'static)| foreign(format!("read keys of {path}"), e);
     let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(parts, unit.footer)
         .with_row_groups(vec![unit.group])
         .with_projection(unit.mask)
@@ -314,11 +342,15 @@ fn decode(unit: Unit, parts: Parts, keys: &KeySet, path: &str) -> Result<(Hits, 
                 Source::Partition(value) => repeated(value, batch.num_rows()),
             })
             .collect::<Result<Vec<ArrayRef>>>()?;
-        keys.find_in(&columns, |row, comes| {
-            let rows = if comes { &mut hits.coming } else { &mut hits.leaving };
-            rows.insert(first_row + row as u64);
-        })?;
+        keys.find_in(&columns, |row, comes| hits.add(first_row + row as u64, comes))?;
         first_row += batch.num_rows() as u64;
     }
-    Ok((hits, rows_in_file))
+    Ok(hits)
+}
+
+impl Hits {
+    fn add(&mut self, row: u64, comes: bool) {
+        let rows = if comes { &mut self.coming } else { &mut self.leaving };
+        rows.insert(row);
+    }
 }

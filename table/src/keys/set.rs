@@ -195,19 +195,47 @@ impl KeySet {
         passed: &mut [usize],
         hit: &mut impl FnMut(usize, bool),
     ) {
-        let mut count = 0;
-        for (at, (_, hash)) in block.iter().enumerate() {
-            let bits = bits_of(*hash);
-            passed[count] = at;
-            count += usize::from(self.filter[self.word_of(*hash)] & bits == bits);
-        }
-        for at in &passed[..count] {
+        for at in self.passing(block, passed) {
             let (row, hash) = block[*at];
             let mut space = [0; 8];
             if let Some(found) = self.find(encoded.key(row, &mut space), hash) {
                 hit(row, self.comes[found]);
             }
         }
+    }
+
+    /// A key is the bytes of its one column: it can be asked for as they are.
+    pub(super) fn is_bytes(&self) -> bool {
+        self.encoder.is_bytes()
+    }
+
+    /// The same as [`Self::find_in`] for keys as bytes, each with its row.
+    pub(super) fn find_bytes(&self, keys: &[(u64, &[u8])], mut hit: impl FnMut(u64, bool)) {
+        let mut block: Vec<(usize, u64)> = Vec::with_capacity(BLOCK);
+        let mut passed = vec![0; BLOCK];
+        for keys in keys.chunks(BLOCK) {
+            block.clear();
+            let hashed =
+                |(at, (_, key)): (usize, &(u64, &[u8]))| (at, xxh3_64_with_seed(key, self.seed));
+            block.extend(keys.iter().enumerate().map(hashed));
+            for at in self.passing(&block, &mut passed) {
+                let ((row, key), hash) = (keys[*at], block[*at].1);
+                if let Some(found) = self.find(key, hash) {
+                    hit(row, self.comes[found]);
+                }
+            }
+        }
+    }
+
+    /// The positions in a block of the hashes that the filter lets pass.
+    fn passing<'p>(&self, block: &[(usize, u64)], passed: &'p mut [usize]) -> &'p [usize] {
+        let mut count = 0;
+        for (at, (_, hash)) in block.iter().enumerate() {
+            let bits = bits_of(*hash);
+            passed[count] = at;
+            count += usize::from(self.filter[self.word_of(*hash)] & bits == bits);
+        }
+        &passed[..count]
     }
 
     /// Keys in it.
