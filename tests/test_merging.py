@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
+import re
+import time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -146,12 +149,44 @@ def test_cleanup_takes_vectors_that_no_version_needs_and_no_others(tmp_path: Pat
 
 
 def age(path: Path) -> None:
-    """An hour ago."""
-    import os
-    import time
-
-    then = time.time() - 3600
+    """Three hours ago."""
+    then = time.time() - 3 * 3600
     os.utime(path, (then, then))
+
+
+def age_log(table: Path) -> None:
+    """What the log tells happened three hours ago."""
+    for path in (table / "_delta_log").glob("*.json"):
+        text = re.sub(
+            r'"(deletionTimestamp|timestamp)":(\d+)',
+            lambda found: f'"{found[1]}":{int(found[2]) - 3 * 3600 * 1000}',
+            path.read_text(),
+        )
+        path.write_text(text)
+        age(path)
+
+
+def test_a_file_that_was_marked_long_ago_and_goes_today_is_kept_for_the_retention(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more="optimize.enabled = false")
+    expected = {f"k{n:05}": 1 for n in range(1000)}
+    lake.deliver(10, [(key, 1, "U") for key in expected])
+    lake.run()
+    expected |= {key: 2 for key in list(expected)[::3]}
+    lake.deliver(20, [(key, 2, "U") for key in list(expected)[::3]])
+    lake.run()
+    before = DeltaTable(main_of(lake))
+    files = [path for path in main_of(lake).glob("*.parquet")]
+    age_log(main_of(lake))
+    for path in [*files, *(main_of(lake) / "_dv").iterdir()]:
+        age(path)
+    lake.pipeline(more='optimize = { small_files = 2 }\ncleanup = { every = "1ms", retention = "1h" }')
+    assert "optimized" in lake.run().err
+    lake.deliver(30, [("new", 3, "U")])
+    lake.run()
+    assert all(path.exists() for path in files)
+    then = pl.read_delta(str(main_of(lake)), version=before.version())
+    assert dict(then.select("id", "value").rows()) == expected
+    holds(lake, expected | {"new": 3})
 
 
 def test_without_deletion_vectors_files_are_written_anew(tmp_path: Path):
@@ -280,6 +315,54 @@ WRITERS = {
     "no statistics": {"write_statistics": False},
     "small row groups": {"row_group_size": 7},
 }
+
+
+@pytest.mark.parametrize("setting", ["off", "upgrade"])
+def test_times_of_96_bits_stay_what_they_are(tmp_path: Path, setting: str):
+    main = tmp_path / "p/main"
+    main.mkdir(parents=True)
+    far, near = dt.datetime(9999, 12, 31, tzinfo=dt.UTC), dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
+    schema = pa.schema([("id", pa.timestamp("us", "UTC")), ("value", pa.int64()), ("till", pa.timestamp("us", "UTC"))])
+    rows = pa.table([[far, near, dt.datetime(1000, 1, 1, tzinfo=dt.UTC)], [1, 1, 1], [far, far, far]], schema=schema)
+    pq.write_table(rows, main / "part-0.parquet", use_deprecated_int96_timestamps=True)
+    convert_to_deltalake(str(main))
+    more = f'adopt = true\nstart_from = 10\nmerge.deletion_vectors = "{setting}"'
+    lake = Lake(tmp_path).pipeline(more=more, deletes=False)
+    lake.deliver(10, [(near, 2, near), (far, 3, far)], schema=schema)
+    lake.run()
+    if setting == "off":
+        # Written anew; the old file's times are beyond what its readers can tell.
+        [kept] = [row for row in lake.rows(by="value") if row["value"] == 1]
+        assert kept["till"].replace(tzinfo=None) == far.replace(tzinfo=None)
+    assert sorted(row["value"] for row in lake.rows()) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("setting", ["off", "upgrade"])
+def test_fields_that_older_files_lack_are_null(tmp_path: Path, setting: str):
+    old = pa.struct([("a", pa.int64())])
+    new = pa.struct([("a", pa.int64()), ("b", pa.string())])
+    schema = pa.schema([("id", pa.string()), ("value", pa.int64()), ("part", new), ("parts", pa.list_(new))])
+    main = tmp_path / "p/main"
+    write_deltalake(str(main), pa.table({"id": ["x"], "value": [1], "part": [{"a": 1, "b": "1"}], "parts": [[{"a": 1, "b": "1"}]]}, schema=schema))
+    # A file from before the fields were added.
+    [add] = [action["add"] for action in commit_of(main, 0) if "add" in action]
+    older = pa.table({
+        "id": pa.array(["a", "b"]), "value": pa.array([1, 1]),
+        "part": pa.array([{"a": 1}, None], old), "parts": pa.array([[{"a": 1}], None], pa.list_(old)),
+    })
+    pq.write_table(older, main / "older.parquet")
+    add |= {"path": "older.parquet", "size": (main / "older.parquet").stat().st_size, "stats": '{"numRecords":2}'}
+    (main / "_delta_log" / f"{1:020}.json").write_text(json.dumps({"add": add}) + "\n")
+    more = f'adopt = true\nstart_from = 10\nmerge.deletion_vectors = "{setting}"'
+    lake = Lake(tmp_path).pipeline(more=more, deletes=False)
+    rows = pa.table({"id": ["a"], "value": [2], "part": [{"a": 2, "b": "2"}], "parts": [None]}, schema=schema)
+    lake.write(10, "part.parquet", rows)
+    lake.run()
+    assert sorted((row["id"], row["value"]) for row in lake.rows()) == [("a", 2), ("b", 1), ("x", 1)]
+    assert lake.alluvium("undo", "p", "10", "--yes").code == 0
+    lake.run()
+    [back] = [row for row in lake.rows() if row["id"] == "a"]
+    assert back["part"] == {"a": 1, "b": None} and back["parts"] == [{"a": 1, "b": None}]
 
 
 @pytest.mark.parametrize("writer", WRITERS)

@@ -11,7 +11,7 @@ use alluvium_protocol::queue::Lane;
 use alluvium_protocol::state::{Event, State};
 use alluvium_protocol::task::{Step, Work};
 use alluvium_protocol::{Epoch, Error, Pipeline, Result};
-use alluvium_table::Table;
+use alluvium_table::{Table, upkeep};
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
@@ -22,9 +22,6 @@ use crate::policy::Policy;
 use crate::readiness::Quiet;
 use crate::restoring::Restoring;
 use crate::sequencing::{EpochView, PipelineView};
-
-/// Files below this share of the target size are small, as for the worker.
-const SMALL_FILE_DIVISOR: u64 = 4;
 
 /// What is known of one epoch.
 #[derive(Clone, Debug)]
@@ -147,7 +144,7 @@ pub struct Book {
     pub outstanding: HashMap<Uuid, Outstanding>,
     /// Main exists.
     pub has_main: bool,
-    /// Main's data files, and the small ones.
+    /// Main's data files, and those that an optimize would write anew.
     pub main_files: (u64, u64),
     /// Small files at which optimize had nothing more to do.
     pub small_files_left: u64,
@@ -259,10 +256,8 @@ impl Book {
         self.last_arrival = raw.as_ref().and_then(|raw| newest_ingest(&self.markers, &id, raw));
         self.versions = (raw.as_ref().map(Table::version), main.as_ref().map(Table::version));
         if let Some(main) = &main {
-            let limit = self.pipeline.sizes.target_file_bytes / SMALL_FILE_DIVISOR;
-            let files = main.files().await?;
-            let small = files.iter().filter(|file| file.size < limit).count();
-            self.main_files = (files.len() as u64, small as u64);
+            let target = self.pipeline.sizes.target_file_bytes;
+            self.main_files = upkeep::counts(main.files().await?, target);
         }
         let contents = contents_of(raw.as_ref()).await?;
         let pinned = self.manifests.newest().await?;

@@ -330,6 +330,11 @@ impl Table {
             .unwrap_or_else(|| in_use.map(|(name, _)| serde_json::Value::from(name)).collect());
         writer.push(feature.clone());
         let mut reader = protocol["readerFeatures"].as_array().cloned().unwrap_or_default();
+        // Known to readers of version 2 without a list.
+        let mapping = serde_json::Value::from("columnMapping");
+        if writer.contains(&mapping) && !reader.contains(&mapping) {
+            reader.push(mapping);
+        }
         reader.push(feature);
         protocol["minReaderVersion"] = 3.into();
         protocol["minWriterVersion"] = 7.into();
@@ -349,6 +354,8 @@ impl Table {
         use deltalake::operations::vacuum::VacuumMode;
         let doing = || format!("list unreferenced files of {}", self.uri);
         let retention = chrono::Duration::from_std(retention).map_err(Error::internal)?;
+        // The library takes the first removal of a file that was added again for its last one.
+        let removed = self.removed_since(Utc::now() - retention).await?;
         let mut vacuum = self
             .handle()
             .await?
@@ -370,7 +377,8 @@ impl Table {
             .try_collect()
             .await
             .map_err(|e| foreign(doing(), &e))?;
-        Ok(metrics.files_deleted.into_iter().filter(|path| present.contains(path)).collect())
+        let is_old = |path: &String| present.contains(path) && !removed.contains(path);
+        Ok(metrics.files_deleted.into_iter().filter(is_old).collect())
     }
 
     /// Deletes data files by their path below the table. Missing ones are fine.

@@ -10,9 +10,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use alluvium_protocol::{Code, Error, Result};
-use bytes::Bytes;
 use chrono::Utc;
-use deltalake::kernel::{Add, DeletionVectorDescriptor, StorageType};
+use deltalake::kernel::{Add, DeletionVectorDescriptor, Remove, StorageType};
 use futures::{StreamExt, TryStreamExt};
 use object_store::{ObjectStoreExt, path::Path};
 use roaring::RoaringTreemap;
@@ -177,17 +176,17 @@ impl Table {
                 forget(&mut old, file.remove.deletion_vector.as_ref());
             }
         }
-        for vector in self.vectors_removed(since).await? {
-            forget(&mut old, Some(&vector));
-        }
-        Ok(old.into_iter().collect())
+        let removed = self.removed_since(since).await?;
+        Ok(old.difference(&removed).cloned().collect())
     }
 
-    /// Vectors that commits since `since` took out of use: readers of the versions before may be there.
-    async fn vectors_removed(
+    /// Paths of data files, and of files of vectors, that commits since `since` took out of use: readers
+    /// of the versions before may be there. A file whose rows were marked was removed before, too, and
+    /// added again: only its last removal counts.
+    pub(crate) async fn removed_since(
         &self,
         since: chrono::DateTime<Utc>,
-    ) -> Result<Vec<DeletionVectorDescriptor>> {
+    ) -> Result<BTreeSet<String>> {
         let doing = || format!("read the log of {}", self.uri);
         let store = self.store();
         let entries: Vec<_> = store
@@ -203,17 +202,18 @@ impl Table {
             let store = std::sync::Arc::clone(&store);
             async move { store.get(&meta.location).await?.bytes().await }
         });
-        let read: Vec<Bytes> = futures::stream::iter(reading)
-            .buffered(AT_ONCE)
-            .try_collect()
-            .await
-            .map_err(|e| foreign(doing(), &e))?;
-        let mut found = Vec::new();
-        for entry in read {
+        let mut read = futures::stream::iter(reading).buffer_unordered(AT_ONCE);
+        let mut found = BTreeSet::new();
+        while let Some(entry) = read.try_next().await.map_err(|e| foreign(doing(), &e))? {
             for line in entry.split(|byte| *byte == b'\n') {
                 let Ok(action) = serde_json::from_slice::<Value>(line) else { continue };
-                let vector = &action["remove"]["deletionVector"];
-                found.extend(serde_json::from_value(vector.clone()).ok());
+                // Read as an action, so that its path is decoded.
+                let Ok(remove) = serde_json::from_value::<Remove>(action["remove"].clone()) else {
+                    continue;
+                };
+                let vector = remove.deletion_vector.as_ref().map(place_of);
+                found.extend(vector.and_then(Result::ok).flatten().map(|(path, _)| path));
+                found.insert(remove.path);
             }
         }
         Ok(found)

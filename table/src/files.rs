@@ -40,6 +40,14 @@ impl LiveFile {
     }
 }
 
+impl LiveFile {
+    /// The path has no letters that a URL writes in another way.
+    pub fn has_plain_path(&self) -> bool {
+        let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "_-=./".contains(letter);
+        self.path.chars().all(is_plain)
+    }
+}
+
 /// Where a file is that the log names: its path is the object's already, `%` and all.
 pub(crate) fn path_of(path: &str) -> Path {
     Path::parse(path).unwrap_or_else(|_| Path::from(path))

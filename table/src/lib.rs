@@ -28,6 +28,7 @@ pub mod spool;
 pub mod store;
 mod table;
 pub mod transactions;
+pub mod upkeep;
 mod uploads;
 pub mod write;
 

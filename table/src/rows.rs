@@ -9,9 +9,7 @@ use deltalake::arrow::array::{ArrayRef, BooleanArray, RecordBatch, RecordBatchOp
 use deltalake::arrow::compute::filter_record_batch;
 use deltalake::arrow::datatypes::{Field, Schema, SchemaRef};
 use deltalake::parquet::arrow::ProjectionMask;
-use deltalake::parquet::arrow::arrow_reader::{
-    ArrowReaderMetadata, ArrowReaderOptions, RowSelection,
-};
+use deltalake::parquet::arrow::arrow_reader::{ArrowReaderOptions, RowSelection};
 use deltalake::parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuilder};
 use deltalake::parquet::errors::{ParquetError, Result as ParquetResult};
 use deltalake::parquet::file::metadata::ParquetMetaData;
@@ -24,6 +22,7 @@ use object_store::path::Path;
 use crate::classify::foreign;
 use crate::deletion::RowSet;
 use crate::files::path_of;
+use crate::keys::footers::for_arrow;
 use crate::keys::scan::{partition_value, repeated};
 use crate::schema::{conform, find_column};
 use crate::store::StoreRef;
@@ -57,8 +56,7 @@ impl Table {
             metadata: Arc::clone(&metadata),
         };
         let rows_in_file = metadata.file_metadata().num_rows();
-        let footer = ArrowReaderMetadata::try_new(metadata, ArrowReaderOptions::new())
-            .map_err(|e| foreign(&doing, &e))?;
+        let footer = for_arrow(metadata).map_err(|e| foreign(&doing, &e))?;
         let roots = schema.fields().iter().filter_map(|f| find_column(footer.schema(), f.name()));
         let mask = ProjectionMask::roots(footer.parquet_schema(), roots);
         let mut reading = ParquetRecordBatchStreamBuilder::new_with_metadata(reader, footer)

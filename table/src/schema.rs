@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use alluvium_protocol::pipeline::same_name;
-use deltalake::arrow::array::RecordBatch;
+use deltalake::arrow::array::{
+    Array, ArrayRef, AsArray, ListArray, RecordBatch, StructArray, new_null_array,
+};
 use deltalake::arrow::compute::{CastOptions, cast_with_options};
 use deltalake::arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef, TimeUnit};
 use deltalake::arrow::error::ArrowError;
@@ -185,18 +187,49 @@ pub fn conform(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, A
     if batch.schema_ref() == schema {
         return Ok(batch.clone());
     }
-    let options = CastOptions { safe: false, ..CastOptions::default() };
     let mut columns = Vec::with_capacity(schema.fields().len());
     for field in schema.fields() {
         let column = match find_column(batch.schema_ref(), field.name()) {
-            Some(index) => cast_with_options(batch.column(index), field.data_type(), &options)?,
-            None => deltalake::arrow::array::new_null_array(field.data_type(), batch.num_rows()),
+            Some(index) => fit(batch.column(index), field.data_type())?,
+            None => new_null_array(field.data_type(), batch.num_rows()),
         };
         columns.push(column);
     }
     let rows =
         deltalake::arrow::array::RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
     RecordBatch::try_new_with_options(Arc::clone(schema), columns, &rows)
+}
+
+/// The values as `kind`. Fields of structures are found by name, too: a file that was written before one
+/// was added has NULL there.
+fn fit(column: &ArrayRef, kind: &DataType) -> Result<ArrayRef, ArrowError> {
+    let options = CastOptions { safe: false, ..CastOptions::default() };
+    match (column.data_type(), kind) {
+        (held, wanted) if held == wanted => Ok(Arc::clone(column)),
+        (DataType::Struct(_), DataType::Struct(fields)) => {
+            let held = column.as_struct();
+            let parts = fields.iter().map(|field| {
+                let mut names = held.fields().iter();
+                match names.position(|held| same_name(held.name(), field.name())) {
+                    Some(at) => fit(held.column(at), field.data_type()),
+                    None => Ok(new_null_array(field.data_type(), held.len())),
+                }
+            });
+            let parts = parts.collect::<Result<Vec<ArrayRef>, _>>()?;
+            if parts.is_empty() {
+                return cast_with_options(column, kind, &options);
+            }
+            let made = StructArray::try_new(fields.clone(), parts, held.nulls().cloned())?;
+            Ok(Arc::new(made))
+        }
+        (DataType::List(_), DataType::List(item)) => {
+            let held = column.as_list::<i32>();
+            let values = fit(held.values(), item.data_type())?;
+            let (offsets, nulls) = (held.offsets().clone(), held.nulls().cloned());
+            Ok(Arc::new(ListArray::try_new(Arc::clone(item), offsets, values, nulls)?))
+        }
+        _ => cast_with_options(column, kind, &options),
+    }
 }
 
 /// The position of a column: by its exact name, or else in another case (Delta's columns are

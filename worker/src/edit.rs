@@ -204,10 +204,9 @@ impl Editing<'_> {
     /// Rows of a file may be marked as deleted. Of a path with letters that are written in another way
     /// in a URL (a partition `a/b`) polars 2.1 overlooks the marks.
     fn may_mark(&self, file: &LiveFile) -> bool {
-        let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "_-=./".contains(letter);
         self.main.marks_rows()
             && self.pipeline.deletion_vectors != DeletionVectors::Off
-            && file.path.chars().all(is_plain)
+            && file.has_plain_path()
     }
 
     /// Writes files anew, without the rows that go; as many as there are processors at a time. Returns

@@ -7,7 +7,7 @@
 //!        └──────────────────────────◄       ─► commit for exactly S
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id, floor_app_id};
@@ -20,22 +20,19 @@ use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
 use alluvium_table::pause::Pauses;
 use alluvium_table::schema::{find_column, widens_to};
 use alluvium_table::session::{quoted_list, work_session};
+use alluvium_table::upkeep::counts;
 use alluvium_table::{Action, CHANGE_FEED, DELETION_VECTORS, LiveFile, Table, TableSpec, query};
 
 use crate::checks::{agree, read_back};
 use crate::edit::Edit;
 use crate::folding::Fold;
 use crate::ingest::{COMMIT_PATIENCE, table_names};
-use crate::optimize::{is_small, is_worn};
 use crate::tables::is_ours;
 use crate::widening::{narrower, widen};
 use crate::{Permit, Workshop, raw};
 
 /// Table property: the version an adopted table had; it is the base of the rule.
 pub const BASE_VERSION: &str = "alluvium.base_version";
-
-/// Files below this share of the target size are small.
-pub const SMALL_FILE_DIVISOR: u64 = 4;
 
 /// Carries out a merge task.
 pub async fn merge(
@@ -184,7 +181,7 @@ impl<'a> Attempt<'a> {
             let expected = (before + edit.upserts).saturating_sub(edit.hits);
             agree("merge", "rows of main, read back", expected, rows, self.main.uri())?;
         }
-        Ok(counts_of(&files, &self.task.pipeline))
+        Ok(counts(files, self.task.pipeline.sizes.target_file_bytes))
     }
 
     /// Without the older epochs' rows a late epoch's values would overwrite newer ones.
@@ -267,20 +264,7 @@ pub(crate) fn check_age(started: Instant, pipeline: &Pipeline) -> Result<()> {
 
 /// Data files of main, and those of them that an optimize would write anew.
 pub async fn count_files(main: &Table, pipeline: &Pipeline) -> Result<(u64, u64)> {
-    Ok(counts_of(&main.files().await?, pipeline))
-}
-
-fn counts_of(files: &[LiveFile], pipeline: &Pipeline) -> (u64, u64) {
-    let worn = files.iter().filter(|file| is_worn(file)).count() as u64;
-    // A small file that is alone in its partition cannot become larger.
-    let mut by_partition: BTreeMap<Vec<(&String, &Option<String>)>, u64> = BTreeMap::new();
-    for file in files.iter().filter(|file| is_small(file, pipeline) && !is_worn(file)) {
-        let mut partition: Vec<_> = file.partition.iter().collect();
-        partition.sort();
-        *by_partition.entry(partition).or_default() += 1;
-    }
-    let small = by_partition.values().filter(|count| **count > 1 || by_partition.len() == 1);
-    (files.len() as u64, worn + small.sum::<u64>())
+    Ok(counts(main.files().await?, pipeline.sizes.target_file_bytes))
 }
 
 async fn open_raw(workshop: &Workshop, pipeline: &Pipeline) -> Result<Table> {

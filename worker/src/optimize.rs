@@ -1,6 +1,5 @@
 //! Optimize: one bin of main's small and worn files becomes larger files sorted by key. No row changes.
 
-use std::collections::BTreeMap;
 use std::time::Instant;
 
 use alluvium_protocol::marker::{Markers, maintenance_app_id};
@@ -9,17 +8,13 @@ use alluvium_protocol::{Code, Error, Pipeline, Result, crash};
 use alluvium_table::classify::foreign;
 use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
 use alluvium_table::session::{quoted_list, work_session};
+use alluvium_table::upkeep::{BIN_FILES_MIN, candidates};
 use alluvium_table::write::FileWriter;
 use alluvium_table::{LiveFile, Table};
 
 use crate::ingest::table_names;
-use crate::merge::{SMALL_FILE_DIVISOR, check_age, count_files};
+use crate::merge::{check_age, count_files};
 use crate::{Permit, Workshop};
-
-/// A bin of fewer files that are only small is not worth a rewrite.
-const BIN_FILES_MIN: usize = 2;
-/// One row in so many marked as deleted makes a file worn.
-const WORN_SHARE: u64 = 10;
 
 /// Carries out an optimize task: at most one bin.
 pub async fn optimize(workshop: &Workshop, task: &Task, permit: &Permit) -> Result<Report> {
@@ -41,33 +36,13 @@ pub async fn optimize(workshop: &Workshop, task: &Task, permit: &Permit) -> Resu
     Ok(Report { main_files, main_small_files, ..report })
 }
 
-/// A file below the share of the target size that counts as small.
-pub(crate) fn is_small(file: &LiveFile, pipeline: &Pipeline) -> bool {
-    file.size < pipeline.sizes.target_file_bytes / SMALL_FILE_DIVISOR
-}
-
-/// So many of a file's rows are marked as deleted that readers gain by its being written anew.
-pub(crate) fn is_worn(file: &LiveFile) -> bool {
-    match (file.rows, file.live_rows()) {
-        (Some(rows), Some(live)) => (rows - live) * WORN_SHARE >= rows && rows > live,
-        _ => false,
-    }
-}
-
-/// Small and worn files of the partition that has most of them, smallest first, up to the bin's size.
+/// Candidates of the partition that has most of them, smallest first, up to the bin's size.
 async fn pick_bin(table: &Table, pipeline: &Pipeline) -> Result<Vec<LiveFile>> {
-    let mut files = table.files().await?;
-    files.retain(|file| is_small(file, pipeline) || is_worn(file));
-    files.sort_by_key(|file| (file.size, file.path.clone()));
-    let mut by_partition: BTreeMap<Vec<(String, Option<String>)>, Vec<LiveFile>> = BTreeMap::new();
-    for file in files {
-        let mut partition: Vec<_> = file.partition.clone().into_iter().collect();
-        partition.sort();
-        by_partition.entry(partition).or_default().push(file);
-    }
-    let Some(most) = by_partition.into_values().max_by_key(Vec::len) else {
+    let by_partition = candidates(table.files().await?, pipeline.sizes.target_file_bytes);
+    let Some(mut most) = by_partition.into_iter().max_by_key(Vec::len) else {
         return Ok(Vec::new());
     };
+    most.sort_by_key(|file| (file.size, file.path.clone()));
     let mut bytes = 0;
     let mut bin = Vec::new();
     for file in most {
@@ -76,10 +51,6 @@ async fn pick_bin(table: &Table, pipeline: &Pipeline) -> Result<Vec<LiveFile>> {
             break;
         }
         bin.push(file);
-    }
-    // One small file alone would stay as it is.
-    if bin.len() < BIN_FILES_MIN && !bin.iter().any(is_worn) {
-        bin.clear();
     }
     Ok(bin)
 }

@@ -19,7 +19,7 @@ use crate::{Permit, raw};
 pub(crate) const KEYS_SHARE: usize = 4;
 
 /// Room that is made ahead, at most: more comes as it is needed.
-const ROOM_KEYS: usize = 1 << 20;
+const ROOM_KEYS: usize = 1 << 18;
 
 /// What is looked for, and what was found so far.
 pub(crate) struct Search<'a> {

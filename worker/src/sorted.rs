@@ -50,6 +50,10 @@ impl LastRows {
         search: &mut Search<'_>,
         permit: &Permit,
     ) -> Result<Option<Self>> {
+        if files.iter().any(|file| file.remove.deletion_vector.is_some()) {
+            // Somebody else deleted rows of raw.
+            return Ok(None);
+        }
         let mut runs: BTreeMap<Epoch, Vec<(LiveFile, RowSet)>> = BTreeMap::new();
         for file in files {
             let epoch = raw::epoch_of(file).ok_or_else(|| Error::internal("a file of no epoch"))?;

@@ -79,6 +79,10 @@ impl Encoder {
                 false if column.data_type() == &DataType::Null => {
                     Ok(new_null_array(kind, column.len()))
                 }
+                false if is_cut(column.data_type(), kind) => {
+                    let text = format!("{} is no {kind}", column.data_type());
+                    Err(ArrowError::CastError(text))
+                }
                 false => cast_with_options(column, kind, &options),
             })
             .collect::<Result<Vec<ArrayRef>, _>>()?;
@@ -101,6 +105,16 @@ impl Encoder {
             }
         };
         Ok(Encoded { keys, nulls })
+    }
+}
+
+/// A cast would cut values of `from` to fit without a word.
+fn is_cut(from: &DataType, to: &DataType) -> bool {
+    use DataType as T;
+    match (from, to) {
+        (T::Decimal128(_, from), T::Decimal128(_, to)) => to < from,
+        (T::Decimal128(..), to) => to.is_integer(),
+        (from, to) => from.is_floating() && !to.is_floating(),
     }
 }
 

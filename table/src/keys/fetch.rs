@@ -5,7 +5,7 @@ use bytes::buf::{Buf, Reader};
 use deltalake::parquet::errors::{ParquetError, Result};
 use deltalake::parquet::file::reader::{ChunkReader, Length};
 
-/// Byte ranges of a file.
+/// Byte ranges of a file; cheap to clone.
 #[derive(Clone)]
 pub(super) struct Parts {
     /// The file's length.

@@ -4,6 +4,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use alluvium_protocol::Result;
+use deltalake::arrow::datatypes::{DataType, Field, Schema, TimeUnit};
+use deltalake::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
+use deltalake::parquet::basic::Type;
 use deltalake::parquet::errors::ParquetError;
 use deltalake::parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 use object_store::ObjectStoreExt;
@@ -12,6 +15,32 @@ use crate::Table;
 use crate::classify::foreign;
 use crate::files::path_of;
 
+/// What arrow's reader needs of a footer. Times of 96 bits, as Spark writes them, are read as microseconds:
+/// as nanoseconds, as arrow has it, years beyond 2262 would become others without a word.
+pub(crate) fn for_arrow(footer: Arc<ParquetMetaData>) -> Result<ArrowReaderMetadata, ParquetError> {
+    let read = ArrowReaderMetadata::try_new(Arc::clone(&footer), ArrowReaderOptions::new())?;
+    let descriptor = footer.file_metadata().schema_descr();
+    let is_wide = |name: &str| {
+        let mut columns = descriptor.columns().iter();
+        columns.any(|c| c.physical_type() == Type::INT96 && c.path().parts() == [name])
+    };
+    let fields = read.schema().fields().iter();
+    let fields: Vec<Field> = fields
+        .map(|field| match field.data_type() {
+            DataType::Timestamp(TimeUnit::Nanosecond, zone) if is_wide(field.name()) => {
+                let micros = DataType::Timestamp(TimeUnit::Microsecond, zone.clone());
+                field.as_ref().clone().with_data_type(micros)
+            }
+            _ => field.as_ref().clone(),
+        })
+        .collect();
+    let schema = Arc::new(Schema::new(fields));
+    if schema.fields() == read.schema().fields() {
+        return Ok(read);
+    }
+    ArrowReaderMetadata::try_new(footer, ArrowReaderOptions::new().with_schema(schema))
+}
+
 /// A footer is mostly no longer than this.
 const FOOTER_BYTES: u64 = 64 * 1024;
 /// Footers are kept up to so many bytes.
@@ -19,7 +48,7 @@ const KEPT_BYTES_MAX: usize = 32 << 20;
 
 #[derive(Default)]
 struct Kept {
-    by_file: HashMap<(String, String), Arc<ParquetMetaData>>,
+    by_file: HashMap<(String, String, u64), Arc<ParquetMetaData>>,
     bytes: usize,
 }
 
@@ -28,7 +57,7 @@ static KEPT: OnceLock<Mutex<Kept>> = OnceLock::new();
 impl Table {
     /// The footer of a data file of `size` bytes.
     pub(crate) async fn footer(&self, path: &str, size: u64) -> Result<Arc<ParquetMetaData>> {
-        let name = (self.uri.clone(), path.to_owned());
+        let name = (self.uri.clone(), path.to_owned(), size);
         let kept = KEPT.get_or_init(Mutex::default);
         let known = kept.lock().unwrap_or_else(PoisonError::into_inner).by_file.get(&name).cloned();
         if let Some(known) = known {

@@ -7,7 +7,7 @@
 mod bounds;
 mod encode;
 mod fetch;
-mod footers;
+pub(crate) mod footers;
 mod pages;
 pub mod scan;
 mod set;

@@ -11,9 +11,8 @@ use bytes::Bytes;
 use deltalake::parquet::basic::{Encoding, Type};
 use deltalake::parquet::column::page::{Page, PageReader};
 use deltalake::parquet::file::metadata::ColumnChunkMetaData;
+use deltalake::parquet::file::reader::ChunkReader;
 use deltalake::parquet::file::serialized_reader::SerializedPageReader;
-
-use super::fetch::Parts;
 
 /// A chunk that [`each_value`] may be able to read.
 pub(super) fn is_readable(column: &ColumnChunkMetaData) -> bool {
@@ -34,20 +33,23 @@ fn is_dictionary(encoding: Encoding) -> bool {
 pub(super) type Values<'a> = Vec<(u64, &'a [u8])>;
 
 /// Gives the values of a chunk of `rows` rows to `visit`, page by page. `None`: arrow's reader is to read it.
-pub(super) fn each_value(
-    parts: &Arc<Parts>,
+pub(super) fn each_value<R: ChunkReader + 'static>(
+    bytes: &Arc<R>,
     column: &ColumnChunkMetaData,
     rows: u64,
     mut visit: impl FnMut(&Values<'_>),
 ) -> Option<()> {
     let total = usize::try_from(rows).ok()?;
-    let mut pages = SerializedPageReader::new(Arc::clone(parts), column, total, None).ok()?;
+    let mut pages = SerializedPageReader::new(Arc::clone(bytes), column, total, None).ok()?;
     let has_nulls = column.column_descr().max_def_level() == 1;
     let mut dictionary: Option<(Bytes, Vec<(usize, usize)>)> = None;
     let mut first_row = 0;
     while let Some(page) = pages.get_next_page().ok()? {
         let (buffer, values, encoding, levels) = match page {
             Page::DictionaryPage { buf, num_values, .. } => {
+                if u64::from(num_values) > rows {
+                    return None;
+                }
                 let places = plain_places(&buf, num_values as usize)?;
                 dictionary = Some((buf, places));
                 continue;
@@ -75,6 +77,9 @@ pub(super) fn each_value(
                 (buf, num_values as usize, encoding, levels)
             }
         };
+        if values as u64 > rows - first_row {
+            return None;
+        }
         let places: Vec<u64> = match has_nulls {
             true => {
                 let defined = hybrid(buffer.get(levels.clone())?, 1, values)?;

@@ -9,20 +9,23 @@
 //! writers (NaN) or written with fewer digits than they have.
 
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use alluvium_protocol::{Error, Result};
+use alluvium_protocol::{Code, Error, Result};
 use deltalake::arrow::array::{ArrayRef, StringArray, UInt64Array, new_null_array};
 use deltalake::arrow::compute::{CastOptions, cast_with_options, take};
 use deltalake::arrow::datatypes::DataType;
 use deltalake::parquet::arrow::ProjectionMask;
 use deltalake::parquet::arrow::arrow_reader::{
-    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
+    ArrowReaderMetadata, ParquetRecordBatchReaderBuilder,
 };
+use deltalake::parquet::file::reader::ChunkReader;
 use futures::{StreamExt, TryStreamExt};
 use tokio::sync::Semaphore;
 
 use super::fetch::Parts;
+use super::footers::for_arrow;
 use super::pages::{each_value, is_readable};
 use super::set::KeySet;
 use crate::classify::foreign;
@@ -114,14 +117,25 @@ impl Scan<'_> {
             let (keys, file) = (Arc::clone(keys), &files[unit.file]);
             async move {
                 go_on()?;
+                let (at, path) = (unit.file, file.path.clone());
+                if let Some(local) = self.local_path(file)? {
+                    let _turn = decoding.acquire_owned().await.map_err(Error::internal)?;
+                    let work = move || {
+                        let open = || {
+                            std::fs::File::open(&local)
+                                .map_err(|e| foreign(format!("read {path}"), &e))
+                        };
+                        decode(unit, open, &keys, &path)
+                    };
+                    let hits = tokio::task::spawn_blocking(work).await;
+                    return Ok((at, hits.map_err(Error::internal)??));
+                }
                 let bytes: u64 = unit.ranges.iter().map(|range| range.end - range.start).sum();
                 let share = u32::try_from(bytes.div_ceil(MEBIBYTE)).unwrap_or(memory).min(memory);
                 let _share = fetching.acquire_many(share).await.map_err(Error::internal)?;
                 let parts = self.fetch(file, &unit.ranges).await?;
                 let _turn = decoding.acquire_owned().await.map_err(Error::internal)?;
-                let path = file.path.clone();
-                let at = unit.file;
-                let work = move || decode(unit, parts, &keys, &path);
+                let work = move || decode(unit, || Ok(parts.clone()), &keys, &path);
                 let hits = tokio::task::spawn_blocking(work).await.map_err(Error::internal)??;
                 Ok::<_, Error>((at, hits))
             }
@@ -151,12 +165,26 @@ impl Scan<'_> {
         rows_in_file: u64,
     ) -> Result<Option<Found>> {
         let deleted = self.table.deleted_rows(file.remove.deletion_vector.as_ref()).await?;
+        if deleted.max().is_some_and(|last| last >= rows_in_file) {
+            let text = format!(
+                "{} of {} has {rows_in_file} rows, and its deletion vector deletes others",
+                file.path,
+                self.table.uri()
+            );
+            return Err(Error::new(Code::TableUnreadable, text));
+        }
         hits.coming -= &deleted;
         hits.leaving -= &deleted;
         let coming = hits.coming.len();
         let rows = hits.coming | hits.leaving;
         let found = Found { file: file.clone(), rows_in_file, deleted, rows, coming };
         Ok((!found.rows.is_empty()).then_some(found))
+    }
+
+    /// A file of this machine, which is read page by page; `None`: its key columns are fetched.
+    fn local_path(&self, file: &LiveFile) -> Result<Option<PathBuf>> {
+        let Place::Local(root) = place_of(self.table.uri())? else { return Ok(None) };
+        Ok(file.has_plain_path().then(|| root.join(&file.path)))
     }
 
     async fn fetch(&self, file: &LiveFile, ranges: &[Range<u64>]) -> Result<Parts> {
@@ -194,8 +222,7 @@ impl Scan<'_> {
     ) -> Result<Vec<Unit>> {
         let doing = || format!("read {} of {}", file.path, self.table.uri());
         let footer = self.table.footer(&file.path, file.size).await?;
-        let footer = ArrowReaderMetadata::try_new(footer, ArrowReaderOptions::new())
-            .map_err(|e| foreign(doing(), &e))?;
+        let footer = for_arrow(footer).map_err(|e| foreign(doing(), &e))?;
         let (mut sources, mut roots) = (Vec::new(), Vec::new());
         for (name, constant) in self.key.iter().zip(partition) {
             if let Some(constant) = constant {
@@ -290,38 +317,53 @@ pub(crate) fn repeated(value: &ArrayRef, rows: usize) -> Result<ArrayRef> {
 }
 
 /// Reads a row group's keys: its rows with keys of the set, and the rows in its file.
-fn decode(unit: Unit, parts: Parts, keys: &KeySet, path: &str) -> Result<(Hits, u64)> {
+fn decode<R: ChunkReader + 'static>(
+    unit: Unit,
+    open: impl Fn() -> Result<R>,
+    keys: &KeySet,
+    path: &str,
+) -> Result<(Hits, u64)> {
     let rows = unit.footer.metadata().file_metadata().num_rows();
     let rows_in_file = u64::try_from(rows).map_err(Error::internal)?;
-    let hits = match decode_pages(&unit, &parts, keys) {
+    let hits = match decode_pages(&unit, &open, keys)? {
         Some(hits) => hits,
-        None => decode_arrays(unit, parts, keys, path)?,
+        None => decode_arrays(unit, open()?, keys, path)?,
     };
     Ok((hits, rows_in_file))
 }
 
 /// One text or binary column, straight from its pages; `None`: it is to be read as arrays.
-fn decode_pages(unit: &Unit, parts: &Parts, keys: &KeySet) -> Option<Hits> {
-    let [Source::Column(name)] = unit.sources.as_slice() else { return None };
+fn decode_pages<R: ChunkReader + 'static>(
+    unit: &Unit,
+    open: impl Fn() -> Result<R>,
+    keys: &KeySet,
+) -> Result<Option<Hits>> {
+    let [Source::Column(name)] = unit.sources.as_slice() else { return Ok(None) };
     let group = unit.footer.metadata().row_group(unit.group);
     let mut columns = group.columns().iter();
-    let column = columns.find(|column| column.column_path().parts() == [name.as_str()])?;
-    let held = unit.footer.schema().field_with_name(name).ok()?.data_type();
+    let column = columns.find(|column| column.column_path().parts() == [name.as_str()]);
+    let held = unit.footer.schema().field_with_name(name).map(|field| field.data_type());
+    let (Some(column), Ok(held)) = (column, held) else { return Ok(None) };
     let is_bytes = held.is_string() || held.is_binary();
     if !keys.is_bytes() || !is_bytes || !is_readable(column) {
-        return None;
+        return Ok(None);
     }
-    let rows = u64::try_from(group.num_rows()).ok()?;
+    let rows = u64::try_from(group.num_rows()).map_err(Error::internal)?;
     let mut hits = Hits::default();
-    each_value(&Arc::new(parts.clone()), column, rows, |values| {
+    let read = each_value(&Arc::new(open()?), column, rows, |values| {
         keys.find_bytes(values, |row, comes| hits.add(unit.first_row + row, comes));
-    })?;
-    Some(hits)
+    });
+    Ok(read.map(|()| hits))
 }
 
-fn decode_arrays(unit: Unit, parts: Parts, keys: &KeySet, path: &str) -> Result<Hits> {
+fn decode_arrays<R: ChunkReader + 'static>(
+    unit: Unit,
+    bytes: R,
+    keys: &KeySet,
+    path: &str,
+) -> Result<Hits> {
     let failed = |e: &(dyn std::error::Error + 'static)| foreign(format!("read keys of {path}"), e);
-    let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(parts, unit.footer)
+    let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes, unit.footer)
         .with_row_groups(vec![unit.group])
         .with_projection(unit.mask)
         .with_batch_size(BATCH_ROWS)
