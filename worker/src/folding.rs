@@ -57,6 +57,10 @@ impl Fold<'_> {
         let mut sorted = None;
         if self.is_fast && pipeline.content.mode == Mode::Upsert {
             let changes = raw::files_of(raw, self.changed).await?;
+            if changes.is_empty() {
+                // Main may not even have the key's columns so far.
+                return Ok(edit);
+            }
             let rows: u64 = changes.iter().filter_map(|file| file.rows).sum();
             let mut search = new_search(usize::try_from(rows).unwrap_or(0))?;
             let last = LastRows::find(raw, &rule, &changes, &mut search, permit).await?;
