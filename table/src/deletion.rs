@@ -328,13 +328,20 @@ mod tests {
         }
     }
 
-    /// The example of the protocol's own text.
+    /// Put together by the format's text: one bitmap of one array container.
     #[test]
-    fn a_vector_of_the_protocols_text_is_read() {
-        let text = "wi5b=000010000siXQKl0rr91000f55c8Xg0@@D72lkbi5=-{L";
-        let bytes = z85::decode(text).unwrap();
-        let rows: Vec<u64> = decode(&bytes).unwrap().iter().collect();
-        assert_eq!(rows, [3, 4, 7, 11, 18, 29]);
+    fn a_vector_of_another_writer_is_read() {
+        let rows: [u16; 6] = [3, 4, 7, 11, 18, 29];
+        let mut bytes = MAGIC.to_le_bytes().to_vec();
+        bytes.extend(1_u64.to_le_bytes());
+        // The upper half of the positions; the cookie without runs, one container at byte 16.
+        for number in [0, 12_346, 1, 5 << 16, 16_u32] {
+            bytes.extend(number.to_le_bytes());
+        }
+        bytes.extend(rows.iter().flat_map(|row| row.to_le_bytes()));
+        let found: Vec<u64> = decode(&bytes).unwrap().iter().collect();
+        assert_eq!(found, rows.map(u64::from));
+        assert_eq!(encode(&found.into_iter().collect()).unwrap(), bytes);
     }
 
     #[test]
