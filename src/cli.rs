@@ -62,6 +62,17 @@ pub(crate) enum Role {
     Worker,
 }
 
+/// A step that needs no epoch's folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OneStep {
+    /// Raw into main.
+    Merge,
+    /// Main's files.
+    Optimize,
+    /// What nothing names any more.
+    Cleanup,
+}
+
 /// How results look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
@@ -255,12 +266,12 @@ pub(crate) enum Verb {
         #[command(subcommand)]
         verb: AuditVerb,
     },
-    /// One merge of what raw holds and main does not, for scripts/bench
+    /// One step by itself, without queue, lock and ledger: for scripts/bench and for races in tests
     #[command(hide = true)]
-    BenchMerge {
-        /// An optimize task in its place
-        #[arg(long)]
-        optimize: bool,
+    Step {
+        /// Which; a merge takes all that raw holds and main does not
+        #[arg(value_enum)]
+        step: OneStep,
     },
     /// Measure the path of tasks through the queue, for scripts/bench
     #[command(hide = true)]
@@ -403,6 +414,14 @@ pub(crate) enum SchemaVerb {
 
 #[derive(Subcommand)]
 pub(crate) enum TablesVerb {
+    /// State of the files of raw and main: small ones, deleted rows, what a read costs, what optimize would do
+    #[command(after_help = HEALTH_EXAMPLES)]
+    Health {
+        /// The pipeline
+        pipeline: String,
+        #[command(flatten)]
+        output: OutputArgument,
+    },
     /// Versions of main, newest first: what made each, and which epochs it brought
     History {
         /// The pipeline
@@ -414,6 +433,14 @@ pub(crate) enum TablesVerb {
         output: OutputArgument,
     },
 }
+
+const HEALTH_EXAMPLES: &str = "\
+Examples:
+  alluvium tables health researchers
+  alluvium tables health researchers -o json
+
+`read cost` is an estimate: 100% when all files are new and none has rows marked as deleted.
+`overlap` says in how many files a key may be, on average: 1 when files do not overlap.";
 
 const QUERY_EXAMPLES: &str = "\
 Examples:

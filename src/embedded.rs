@@ -57,7 +57,8 @@ pub(crate) fn keeper(config: &Config) -> Result<Option<Keeper>> {
         return Ok(None);
     }
     let source = config.source();
-    Keeper::open(&config.state, source, config.sinks.clone()).map(Some)
+    let pipelines = config.select(None)?.into_iter().map(|pipeline| pipeline.id).collect();
+    Keeper::open(&config.state, source, config.sinks.clone(), pipelines).map(Some)
 }
 
 /// One process: only its disk can be looked at.

@@ -9,7 +9,7 @@ use alluvium_protocol::manifest::Reason;
 use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id};
 use alluvium_protocol::queue::Lane;
 use alluvium_protocol::state::{Event, State};
-use alluvium_protocol::task::{Step, Work};
+use alluvium_protocol::task::{MainFiles, Step, Work};
 use alluvium_protocol::{Epoch, Error, Pipeline, Result};
 use alluvium_table::{Table, upkeep};
 use chrono::{DateTime, Utc};
@@ -145,7 +145,7 @@ pub struct Book {
     /// Main exists.
     pub has_main: bool,
     /// Main's data files, and those that an optimize would write anew.
-    pub main_files: (u64, u64),
+    pub main_files: MainFiles,
     /// Small files at which optimize had nothing more to do.
     pub small_files_left: u64,
     /// Maintenance rests until then.
@@ -201,7 +201,7 @@ impl Book {
             entries: BTreeMap::new(),
             outstanding: HashMap::new(),
             has_main: false,
-            main_files: (0, 0),
+            main_files: MainFiles::default(),
             small_files_left: 0,
             maintenance_not_before: None,
             compared_at: None,
@@ -256,8 +256,8 @@ impl Book {
         self.last_arrival = raw.as_ref().and_then(|raw| newest_ingest(&self.markers, &id, raw));
         self.versions = (raw.as_ref().map(Table::version), main.as_ref().map(Table::version));
         if let Some(main) = &main {
-            let target = self.pipeline.sizes.target_file_bytes;
-            self.main_files = upkeep::counts(main.files().await?, target);
+            let health = upkeep::health(main.files().await?, upkeep::policy(&self.pipeline), None);
+            self.main_files = health.counts();
         }
         let contents = contents_of(raw.as_ref()).await?;
         let pinned = self.manifests.newest().await?;
@@ -394,7 +394,8 @@ impl Book {
             wants_restore: self.restoring.as_ref().map(|restoring| restoring.not_before),
             has_raw: self.versions.0.is_some(),
             has_main: self.has_main,
-            small_files: self.main_files.1,
+            small_files: self.main_files.main_small_files,
+            read_cost: self.main_files.main_read_cost,
             small_files_left: self.small_files_left,
             maintenance_not_before: self.maintenance_not_before,
             cleaned_at: self.cleaned_at,

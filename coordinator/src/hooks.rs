@@ -58,6 +58,8 @@ pub struct HookState {
     pub wanted: Option<i64>,
     /// Epochs that came since.
     pub epochs: Vec<Epoch>,
+    /// Epochs that a rollback took out since.
+    pub taken_out: Vec<Epoch>,
     /// It runs now.
     pub is_running: bool,
     /// Failures since the last success.
@@ -73,6 +75,7 @@ pub struct HookEnded {
     pipeline: String,
     version: i64,
     epochs: Vec<Epoch>,
+    taken_out: Vec<Epoch>,
     result: Result<()>,
 }
 
@@ -105,10 +108,22 @@ impl HookState {
     /// Main got new content.
     pub(crate) fn note(&mut self, version: Option<i64>, epochs: &[Epoch]) {
         self.wanted = version.max(self.wanted);
-        self.epochs.extend(epochs);
-        let excess = self.epochs.len().saturating_sub(EPOCHS_MAX);
-        self.epochs.drain(..excess);
+        self.taken_out.retain(|epoch| !epochs.contains(epoch));
+        extend(&mut self.epochs, epochs);
     }
+
+    /// A rollback took epochs out of main.
+    pub(crate) fn note_rollback(&mut self, version: Option<i64>, epochs: &[Epoch]) {
+        self.wanted = version.max(self.wanted);
+        self.epochs.retain(|epoch| !epochs.contains(epoch));
+        extend(&mut self.taken_out, epochs);
+    }
+}
+
+fn extend(known: &mut Vec<Epoch>, epochs: &[Epoch]) {
+    known.extend(epochs);
+    let excess = known.len().saturating_sub(EPOCHS_MAX);
+    known.drain(..excess);
 }
 
 /// Begins the call of a pipeline's hook, if one is due.
@@ -130,13 +145,19 @@ pub(crate) async fn begin(
     let Some(version) = state.wanted.filter(|_| state.is_due(now)) else { return };
     state.is_running = true;
     let epochs = std::mem::take(&mut state.epochs);
+    let taken_out = std::mem::take(&mut state.taken_out);
     let (pipeline, main) = (book.pipeline.id.clone(), book.pipeline.main.clone());
     let store = book.pipeline.state.clone();
     let ended = ended.clone();
     tokio::spawn(async move {
-        let result = run(&hook, &pipeline, &main, version, &epochs, &store).await;
+        let body = json!({
+            "event": if epochs.is_empty() && !taken_out.is_empty() { "rolled_back" } else { "merged" },
+            "pipeline": pipeline, "main": main, "main_version": version, "epochs": epochs,
+            "taken_out": taken_out,
+        });
+        let result = run(&hook, &pipeline, version, &body, &store).await;
         // Nobody listens any more: the next process calls it again.
-        let _ = ended.send(HookEnded { pipeline, version, epochs, result });
+        let _ = ended.send(HookEnded { pipeline, version, epochs, taken_out, result });
     });
 }
 
@@ -158,6 +179,8 @@ pub(crate) fn end(book: &mut Book, ended: HookEnded, now: DateTime<Utc>) {
             state.error = Some(error.to_string());
             state.not_before = chrono::Duration::from_std(pause).ok().map(|pause| now + pause);
             let later = std::mem::replace(&mut state.epochs, ended.epochs);
+            let later_out = std::mem::replace(&mut state.taken_out, ended.taken_out);
+            state.note_rollback(None, &later_out);
             state.note(None, &later);
         }
     }
@@ -173,15 +196,10 @@ impl HookEnded {
 async fn run(
     hook: &Hook,
     pipeline: &str,
-    main: &str,
     version: i64,
-    epochs: &[Epoch],
+    body: &serde_json::Value,
     state: &str,
 ) -> Result<()> {
-    let body = json!({
-        "event": "merged", "pipeline": pipeline, "main": main, "main_version": version,
-        "epochs": epochs,
-    });
     crash::point("hook.before_call")?;
     let failed = |text: String| {
         Error::new(
@@ -191,8 +209,8 @@ async fn run(
     };
     let call = async {
         match &hook.call {
-            Call::Url(url) => post(url, &body, hook.deadline).await,
-            Call::Command(words) => command(words, &body).await,
+            Call::Url(url) => post(url, body, hook.deadline).await,
+            Call::Command(words) => command(words, body).await,
         }
     };
     match tokio::time::timeout(hook.deadline, call).await {

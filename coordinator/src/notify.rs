@@ -42,39 +42,61 @@ fn refused(why: impl std::fmt::Display) -> Error {
     Error::new(Code::NotifyRefused, format!("notification: {why}"))
 }
 
-/// Reads a message that is no envelope, or the content of one.
+/// Envelopes in envelopes, at most: S3 to SNS to SQS to EventBridge Pipes.
+const DEPTH_MAX: usize = 6;
+
+/// Reads a message that is no envelope, or the content of one. What is understood of a batch counts.
 pub fn objects_of(message: &Value) -> Result<Said> {
-    if let Some(records) = message["Records"].as_array() {
-        let mut objects = Vec::new();
-        for record in records {
-            // A forwarder of SQS: the event is the text of its message.
-            if let Some(text) = record["body"].as_str() {
-                let inner =
-                    serde_json::from_str(text).map_err(|e| refused(format!("body: {e}")))?;
-                if let Said::Objects(found) = objects_of(&inner)? {
-                    objects.extend(found);
-                }
-                continue;
-            }
-            let s3 = &record["s3"];
-            let named = (s3["bucket"]["name"].as_str(), s3["object"]["key"].as_str());
-            if let (Some(bucket), Some(key)) = named {
-                objects.push((bucket.to_owned(), decoded(key)));
-            }
-        }
-        return Ok(Said::Objects(objects));
+    objects_within(message, DEPTH_MAX)
+}
+
+fn objects_within(message: &Value, depth: usize) -> Result<Said> {
+    if depth == 0 {
+        return Err(refused("envelopes in envelopes"));
+    }
+    let lists = [message, &message["Records"], &message["Messages"]];
+    if let Some(list) = lists.iter().find_map(|list| list.as_array()) {
+        return objects_of_all(list, depth);
+    }
+    // SQS (`body` where it is forwarded), SNS: the event is a text within.
+    let sns = if message["Sns"].is_object() { &message["Sns"] } else { message };
+    let texts = [&message["body"], &message["Body"], &sns["Message"]];
+    if let Some(text) = texts.iter().find_map(|text| text.as_str()) {
+        let inner = serde_json::from_str(text).map_err(|e| refused(format!("within: {e}")))?;
+        return objects_within(&inner, depth - 1);
     }
     if message["Event"] == "s3:TestEvent" {
         return Ok(Said::Nothing);
     }
-    let detail = &message["detail"];
-    if let (Some(bucket), Some(key)) =
-        (detail["bucket"]["name"].as_str(), detail["object"]["key"].as_str())
-    {
-        // EventBridge does not encode keys.
-        return Ok(Said::Objects(vec![(bucket.to_owned(), key.to_owned())]));
+    let named = |of: &Value| {
+        let (bucket, key) = (of["bucket"]["name"].as_str()?, of["object"]["key"].as_str()?);
+        Some((bucket.to_owned(), key.to_owned()))
+    };
+    if message["s3"].is_object() {
+        // One without an object is well formed.
+        let found = named(&message["s3"]).map(|(bucket, key)| (bucket, decoded(&key)));
+        return Ok(Said::Objects(found.into_iter().collect()));
     }
-    Err(refused("neither an S3 event (Records), nor EventBridge (detail), nor SNS (Type)"))
+    // EventBridge does not encode keys.
+    match named(&message["detail"]) {
+        Some(found) => Ok(Said::Objects(vec![found])),
+        None => Err(refused("neither an S3 event (Records), nor EventBridge (detail), nor SNS (Type)")),
+    }
+}
+
+fn objects_of_all(list: &[Value], depth: usize) -> Result<Said> {
+    let (mut objects, mut failed) = (Vec::new(), None);
+    for one in list {
+        match objects_within(one, depth - 1) {
+            Ok(Said::Objects(found)) => objects.extend(found),
+            Ok(_) => {}
+            Err(error) => failed = Some(error),
+        }
+    }
+    match failed {
+        Some(error) if objects.is_empty() => Err(error),
+        _ => Ok(Said::Objects(objects)),
+    }
 }
 
 /// Keys of S3 events are encoded as in a form.
@@ -252,6 +274,21 @@ mod tests {
         let test = json!({"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "b"});
         assert_eq!(objects_of(&test).unwrap(), Said::Nothing);
         assert!(objects_of(&json!({"hello": 1})).is_err());
+        let sns = json!({"Type": "Notification", "Message": bridge.to_string()});
+        for envelope in [
+            json!({"Records": [{"body": sns.to_string()}]}),
+            json!({"Records": [{"Sns": {"Message": bridge.to_string()}}]}),
+            json!({"Messages": [{"MessageId": "1", "Body": sns.to_string()}]}),
+            json!({"MessageId": "1", "Body": bridge.to_string()}),
+            json!([bridge, bridge]),
+            json!({"Records": [{"body": "no JSON"}, {"body": bridge.to_string()}]}),
+        ] {
+            let Said::Objects(mut found) = objects_of(&envelope).unwrap() else { panic!() };
+            found.dedup();
+            assert_eq!(Said::Objects(found), x, "{envelope}");
+        }
+        let deep = (0..20).fold(bridge, |inner, _| json!({"Body": inner.to_string()}));
+        assert!(objects_of(&deep).is_err());
     }
 
     #[test]

@@ -97,7 +97,7 @@ async fn note_restored(book: &mut Book, report: &Report) {
         book.processed.remove(epoch);
     }
     let version = report.main_version;
-    book.hook.iter_mut().for_each(|hook| hook.note(version, &report.taken_out));
+    book.hook.iter_mut().for_each(|hook| hook.note_rollback(version, &report.taken_out));
     if let Err(error) = book.read_tables().await {
         // Nothing goes out until the next discovery has read them.
         book.error = Some(error);

@@ -162,7 +162,7 @@ fn done(
             note_main(book, report);
             book.maintenance_failures = Some(0);
             if report.already {
-                book.small_files_left = book.main_files.1;
+                book.small_files_left = book.main_files.main_small_files;
             }
             Ok(Vec::new())
         }
@@ -179,9 +179,9 @@ fn done(
 
 fn note_main(book: &mut Book, report: &Report) {
     book.versions.1 = report.main_version.or(book.versions.1);
-    if !report.already || report.main_files > 0 {
-        book.main_files = (report.main_files, report.main_small_files);
-        book.small_files_left = book.small_files_left.min(report.main_small_files);
+    if !report.already || report.main.main_files > 0 {
+        book.main_files = report.main;
+        book.small_files_left = book.small_files_left.min(report.main.main_small_files);
     }
 }
 
@@ -200,7 +200,7 @@ fn failed(
         let rest = chrono::Duration::from_std(MAINTENANCE_REST).unwrap_or_default();
         book.maintenance_not_before = Some(now + rest);
         if step == Step::Optimize {
-            book.small_files_left = book.main_files.1;
+            book.small_files_left = book.main_files.main_small_files;
         }
         if error.class() == Class::Stopping {
             return Ok(Vec::new());

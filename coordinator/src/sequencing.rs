@@ -52,6 +52,8 @@ pub struct PipelineView<'a> {
     pub has_main: bool,
     /// Small files of main.
     pub small_files: u64,
+    /// What a read of main costs, in percent of a table's that is all new.
+    pub read_cost: u32,
     /// Small files at which the last optimize found nothing more to do or failed.
     pub small_files_left: u64,
     /// When maintenance may run again after a failure.
@@ -259,9 +261,10 @@ fn plan_maintenance(view: &PipelineView<'_>, now: DateTime<Utc>, plan: &mut Plan
     // A merge that waits goes first; once it is out, the main table is taken.
     let is_free = !view.is_rewriting && plan.merge.is_none();
     let threshold = view.pipeline.sizes.small_files as u64;
+    let is_dear = view.read_cost >= view.pipeline.sizes.read_cost_max;
     plan.optimize = view.pipeline.optimize
         && is_free
-        && view.small_files >= threshold.max(2)
+        && (view.small_files >= threshold.max(2) || is_dear)
         && view.small_files > view.small_files_left;
     plan.cleanup = !view.is_cleaning
         && view.pipeline.cleanup_every.is_some_and(|every| {

@@ -59,8 +59,10 @@ pub struct PipelineStanding {
     pub main_version: Option<i64>,
     /// Main's data files.
     pub main_files: u64,
-    /// Small ones among them.
+    /// Those of them that gain by being written anew.
     pub main_small_files: u64,
+    /// What a read of main costs, in percent of what it costs when all files are new: an estimate.
+    pub main_read_cost: u32,
     /// Names in the source that are no epochs.
     pub junk: usize,
     /// The first few of these names.
@@ -209,8 +211,9 @@ pub fn standing_of(book: &Book, plan: &Plan) -> PipelineStanding {
         epochs,
         raw_version: book.versions.0,
         main_version: book.versions.1,
-        main_files: book.main_files.0,
-        main_small_files: book.main_files.1,
+        main_files: book.main_files.main_files,
+        main_small_files: book.main_files.main_small_files,
+        main_read_cost: book.main_files.main_read_cost,
         junk: book.junk.1,
         junk_names: book.junk.0.iter().cloned().collect(),
         settled_folders: book.settled_folders,

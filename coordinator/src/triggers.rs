@@ -30,8 +30,8 @@ impl Schedule {
         }
     }
 
-    /// The next moment after `now`. An hour that the clock jumps over runs right after the jump; one
-    /// that it repeats runs once.
+    /// The next moment after `now`. A time of day that the clock jumps over comes right after the jump (of
+    /// a time that comes every so many minutes that hour's are left out); one that it repeats comes once.
     pub fn next_after(&self, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
         let next = self.cron.find_next_occurrence(&now.with_timezone(&self.zone), false).ok()?;
         Some(next.with_timezone(&Utc))

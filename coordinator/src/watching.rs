@@ -26,13 +26,14 @@ const UNIX_SECONDS: std::ops::Range<i64> = 1_000_000_000..4_000_000_000;
 const UNIX_MILLIS: std::ops::Range<i64> = 1_000_000_000_000..4_000_000_000_000;
 
 /// Gauges that only who leads can set.
-const OF_LEADER: [&str; 11] = [
+const OF_LEADER: [&str; 12] = [
     "epoch_lag_seconds",
     "oldest_waiting_seconds",
     "epochs",
     "table_version",
     "table_files",
     "table_small_files",
+    "table_read_cost_ratio",
     "leading",
     "alerts_open",
     "queue_messages",
@@ -171,4 +172,5 @@ fn show(book: &Book, now: DateTime<Utc>) {
     }
     metrics().set("table_files", &id, standing.main_files as f64);
     metrics().set("table_small_files", &id, standing.main_small_files as f64);
+    metrics().set("table_read_cost_ratio", &id, f64::from(standing.main_read_cost) / 100.0);
 }

@@ -3,7 +3,8 @@
 //! Free unless asked for. `ALLUVIUM_CRASH=name:2` kills the process (SIGKILL, as `kill -9` does) the
 //! second time the point is passed; `ALLUVIUM_FAIL=name:2` makes that passing return a transient
 //! error instead, as if the effect had happened and its reply were lost; `name:2-9` the second to the
-//! ninth time. Tests walk [`POINTS`].
+//! ninth time; `ALLUVIUM_STOP=name` stops the process there (SIGSTOP) until somebody lets it go on.
+//! Tests walk [`POINTS`].
 
 use std::ops::RangeInclusive;
 use std::sync::OnceLock;
@@ -88,15 +89,21 @@ pub fn miscount(step: &'static str) -> u64 {
     u64::from(asked.as_deref() == Some(step))
 }
 
-/// Passes the crash point `point`: nothing, a kill, or a lost reply.
+/// Passes the crash point `point`: nothing, a kill, a stop, or a lost reply.
 pub fn point(point: &'static str) -> Result<()> {
     static CRASH: OnceLock<Option<Armed>> = OnceLock::new();
     static FAIL: OnceLock<Option<Armed>> = OnceLock::new();
+    static STOP: OnceLock<Option<Armed>> = OnceLock::new();
     debug_assert!(POINTS.contains(&point), "crash point {point} is not in POINTS");
+    // The error is of no use: a process that cannot send itself a signal goes on.
+    let signal = |signal| {
+        let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
+    };
     if is_due(CRASH.get_or_init(|| armed("ALLUVIUM_CRASH")), point) {
-        // The error is of no use: a process that cannot kill itself goes on.
-        let _ =
-            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        signal(rustix::process::Signal::KILL);
+    }
+    if is_due(STOP.get_or_init(|| armed("ALLUVIUM_STOP")), point) {
+        signal(rustix::process::Signal::STOP);
     }
     if is_due(FAIL.get_or_init(|| armed("ALLUVIUM_FAIL")), point) {
         return Err(Error::new(Code::StorageUnavailable, format!("injected failure at {point}")));

@@ -44,13 +44,14 @@ pub struct Metrics {
 }
 
 /// Gauges: name (without the prefix), and what it says.
-const GAUGES: [(&str, &str); 15] = [
+const GAUGES: [(&str, &str); 16] = [
     ("epoch_lag_seconds", "Now less the newest epoch that is in main with all lower known ones"),
     ("oldest_waiting_seconds", "For how long the oldest epoch that is not in main has waited"),
     ("epochs", "Known epochs by state"),
     ("table_version", "Version of a table"),
     ("table_files", "Data files of main"),
-    ("table_small_files", "Small data files of main"),
+    ("table_small_files", "Data files of main that gain by being written anew"),
+    ("table_read_cost_ratio", "What a read of main costs beside one of all new files, estimated"),
     ("queue_messages", "Messages that nobody has in hand, by queue"),
     ("dead_letters", "Messages that nobody could understand"),
     ("workers", "Living workers"),

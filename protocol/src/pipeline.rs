@@ -265,12 +265,20 @@ pub struct Sizes {
     pub batch_bytes: u64,
     /// Files below a quarter of the target size that make an optimize worthwhile.
     pub small_files: usize,
+    /// From this cost of a read on, in percent of a table's that is all new, files with marks of deleted
+    /// rows are written anew.
+    #[serde(default = "read_cost_max")]
+    pub read_cost_max: u32,
     /// Bytes of small files that one optimize commit rewrites at most.
     pub bin_bytes: u64,
     /// Age after which an unreferenced file is deleted.
     pub vacuum_retention: Duration,
     /// Memory that one task's sorting and joining may use before it spills to disk.
     pub memory_bytes: usize,
+}
+
+fn read_cost_max() -> u32 {
+    225
 }
 
 /// One pipeline: a source prefix and the tables it feeds.

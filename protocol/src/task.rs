@@ -203,10 +203,9 @@ pub struct Report {
     pub bytes_written: u64,
     /// The merge could not take the fast path.
     pub reconciled: bool,
-    /// Data files of main after a merge or optimize.
-    pub main_files: u64,
-    /// Those of them that are small.
-    pub main_small_files: u64,
+    /// Main after a merge or optimize.
+    #[serde(flatten)]
+    pub main: MainFiles,
     /// Commits that lost a race before this one won.
     pub conflicts: u64,
     /// Main is held: nothing was done.
@@ -215,6 +214,18 @@ pub struct Report {
     /// Epochs that a restore took out of main; they merge again after `resume`.
     #[serde(default)]
     pub taken_out: Vec<Epoch>,
+}
+
+/// Main's data files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MainFiles {
+    /// How many there are.
+    pub main_files: u64,
+    /// Those of them that gain by being written anew.
+    pub main_small_files: u64,
+    /// What a read costs, in percent of what it costs when all are new: an estimate.
+    #[serde(default)]
+    pub main_read_cost: u32,
 }
 
 /// A worker's answer.

@@ -2,7 +2,6 @@
 
 mod act;
 mod alerts;
-mod bench_merge;
 mod bench_queue;
 mod configuration;
 mod demo;
@@ -19,6 +18,8 @@ pub(crate) mod run;
 mod schema;
 pub(crate) mod signals;
 mod stand;
+mod step;
+mod tables;
 
 use alluvium_coordinator::requests::Verb as Asked;
 use alluvium_protocol::{Result, crash};
@@ -90,6 +91,9 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
         Verb::Schema { verb: SchemaVerb::History { pipeline, output } } => {
             schema::history(file, &pipeline, output.output).await
         }
+        Verb::Tables { verb: TablesVerb::Health { pipeline, output } } => {
+            tables::of_files(file, &pipeline, output.output).await
+        }
         Verb::Tables { verb: TablesVerb::History { pipeline, limit, output } } => {
             history::of_table(file, &pipeline, limit, output.output).await
         }
@@ -111,7 +115,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
         Verb::Audit { verb: AuditVerb::List { output } } => {
             history::audit(file, output.output).await
         }
-        Verb::BenchMerge { optimize } => bench_merge::bench_merge(file, optimize).await,
+        Verb::Step { step } => step::step(file, step).await,
         Verb::BenchQueue { tasks, samples } => bench_queue::bench_queue(file, tasks, samples).await,
         Verb::CrashPoints => {
             printer::data(&crash::POINTS.join("\n"));

@@ -145,11 +145,11 @@ async fn list_points(main: &Table, output: Output) -> Result<Exit> {
         let at = u64::try_from(point.version).ok();
         let files = match Table::open_at(main.uri(), at).await {
             Ok(Some(then)) => {
-                let paths: Vec<String> = then.adds().await?.into_keys().collect();
-                let count = paths.len();
-                match main.missing_files(paths).await?.len() {
+                let adds = then.adds().await?;
+                let count = adds.len();
+                match main.missing_of(&adds.values().collect::<Vec<_>>()).await?.len() {
                     0 => format!("all {count} there"),
-                    missing => format!("{missing} of {count} MISSING"),
+                    missing => format!("{missing} MISSING for {count} files"),
                 }
             }
             Ok(None) | Err(_) => "its log is MISSING".to_owned(),

@@ -471,6 +471,10 @@ fn pipeline(source: &Source, name: &str, state: &str, memory: u64) -> Pipeline {
             batch_epochs: size(section.number("merge.batch_epochs")),
             batch_bytes: section.bytes("merge.batch_bytes"),
             small_files: size(section.number("optimize.small_files")),
+            read_cost_max: section
+                .ratio("optimize.read_cost")
+                .and_then(|hundredths| u32::try_from(hundredths / 100).ok())
+                .unwrap_or(u32::MAX),
             bin_bytes: section.bytes("optimize.bin_size"),
             vacuum_retention: section.duration("cleanup.retention"),
             memory_bytes: usize::try_from(memory).unwrap_or(usize::MAX),

@@ -1,14 +1,17 @@
 //! The live data files of a snapshot, read from the log when somebody asks.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 
 use alluvium_protocol::Result;
 use deltalake::kernel::{Add, Remove};
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use object_store::{ObjectStoreExt, path::Path};
+use serde_json::Value;
 
 use crate::Table;
 use crate::classify::foreign;
+use crate::store::{Place, place_of};
 
 /// Files looked for at a time.
 const LOOKS_AT_ONCE: usize = 16;
@@ -33,6 +36,31 @@ pub struct LiveFile {
 }
 
 impl LiveFile {
+    /// The file that an action names.
+    pub fn of(add: &Add) -> Self {
+        let stats = add.stats.as_deref().and_then(|text| serde_json::from_str::<Value>(text).ok());
+        Self {
+            path: add.path.clone(),
+            size: u64::try_from(add.size).unwrap_or(0),
+            rows: stats.and_then(|stats| stats["numRecords"].as_u64()),
+            partition: add.partition_values.clone(),
+            remove: Remove {
+                path: add.path.clone(),
+                data_change: true,
+                deletion_timestamp: None,
+                extended_file_metadata: Some(true),
+                partition_values: Some(add.partition_values.clone()),
+                size: Some(add.size),
+                deletion_vector: add.deletion_vector.clone(),
+                tags: None,
+                base_row_id: None,
+                default_row_commit_version: None,
+            },
+            stats: add.stats.clone(),
+            modified: add.modification_time,
+        }
+    }
+
     /// Rows that readers see: without those a deletion vector marks.
     pub fn live_rows(&self) -> Option<u64> {
         let deleted = self.remove.deletion_vector.as_ref().map_or(0, |dv| dv.cardinality);
@@ -45,6 +73,14 @@ impl LiveFile {
     pub fn has_plain_path(&self) -> bool {
         let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "_-=./".contains(letter);
         self.path.chars().all(is_plain)
+    }
+}
+
+impl Table {
+    /// Where a data file is on this machine, to be read page by page; `None`: it is fetched.
+    pub(crate) fn local_path(&self, file: &LiveFile) -> Result<Option<PathBuf>> {
+        let Place::Local(root) = place_of(&self.uri)? else { return Ok(None) };
+        Ok(file.has_plain_path().then(|| root.join(&file.path)))
     }
 }
 

@@ -1,5 +1,6 @@
 //! The rows of one data file, in its order, as the table's columns.
 
+use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -9,7 +10,9 @@ use deltalake::arrow::array::{ArrayRef, BooleanArray, RecordBatch, RecordBatchOp
 use deltalake::arrow::compute::filter_record_batch;
 use deltalake::arrow::datatypes::{Field, Schema, SchemaRef};
 use deltalake::parquet::arrow::ProjectionMask;
-use deltalake::parquet::arrow::arrow_reader::{ArrowReaderOptions, RowSelection};
+use deltalake::parquet::arrow::arrow_reader::{
+    ArrowReaderBuilder, ArrowReaderOptions, ParquetRecordBatchReaderBuilder, RowSelection,
+};
 use deltalake::parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuilder};
 use deltalake::parquet::errors::{ParquetError, Result as ParquetResult};
 use deltalake::parquet::file::metadata::ParquetMetaData;
@@ -50,29 +53,36 @@ impl Table {
     ) -> Result<BoxStream<'static, Result<RecordBatch>>> {
         let doing = format!("read {} of {}", file.path, self.uri);
         let metadata = self.footer(&file.path, file.size).await?;
-        let reader = Reader {
-            store: self.store(),
-            path: path_of(&file.path),
-            metadata: Arc::clone(&metadata),
-        };
         let rows_in_file = metadata.file_metadata().num_rows();
-        let footer = for_arrow(metadata).map_err(|e| foreign(&doing, &e))?;
+        let footer = for_arrow(Arc::clone(&metadata)).map_err(|e| foreign(&doing, &e))?;
         let roots = schema.fields().iter().filter_map(|f| find_column(footer.schema(), f.name()));
         let mask = ProjectionMask::roots(footer.parquet_schema(), roots);
-        let mut reading = ParquetRecordBatchStreamBuilder::new_with_metadata(reader, footer)
-            .with_batch_size(BATCH_ROWS)
-            .with_projection(mask);
-        let without = match pick {
-            Pick::Without(gone) => gone,
+        let (mut without, mut only) = (RowSet::new(), None);
+        match pick {
+            Pick::Without(gone) => without = gone,
             Pick::Only(rows) => {
                 let rows_in_file = usize::try_from(rows_in_file).map_err(Error::internal)?;
                 let ranges = ranges_of(&rows).into_iter();
-                let selection = RowSelection::from_consecutive_ranges(ranges, rows_in_file);
-                reading = reading.with_row_selection(selection);
-                RowSet::new()
+                only = Some(RowSelection::from_consecutive_ranges(ranges, rows_in_file));
+            }
+        }
+        let rows = match self.local_path(file)? {
+            // Page by page: what is in memory does not grow with the row groups.
+            Some(local) => {
+                let opened = File::open(local).map_err(|e| foreign(&doing, &e))?;
+                let reading = ParquetRecordBatchReaderBuilder::new_with_metadata(opened, footer);
+                let rows = picked(reading, mask, only).build();
+                let rows = rows.map_err(|e| foreign(&doing, &e))?;
+                futures::stream::iter(rows.map(|batch| batch.map_err(ParquetError::from))).boxed()
+            }
+            None => {
+                let (store, path) = (self.store(), path_of(&file.path));
+                let reader = Reader { store, path, metadata };
+                let reading = ParquetRecordBatchStreamBuilder::new_with_metadata(reader, footer);
+                let rows = picked(reading, mask, only).build();
+                rows.map_err(|e| foreign(&doing, &e))?.boxed()
             }
         };
-        let rows = reading.build().map_err(|e| foreign(&doing, &e))?;
         let partition = self.partition_fields(file, schema)?;
         let schema = Arc::clone(schema);
         let mut first_row: u64 = 0;
@@ -104,6 +114,19 @@ impl Table {
             fields.push((field, value));
         }
         Ok(fields)
+    }
+}
+
+/// A reader of these columns and rows.
+fn picked<T>(
+    reading: ArrowReaderBuilder<T>,
+    columns: ProjectionMask,
+    rows: Option<RowSelection>,
+) -> ArrowReaderBuilder<T> {
+    let reading = reading.with_batch_size(BATCH_ROWS).with_projection(columns);
+    match rows {
+        Some(rows) => reading.with_row_selection(rows),
+        None => reading,
     }
 }
 

@@ -1,6 +1,7 @@
 //! A spool: rows that are read more than once, in memory while they are few, on disk beyond.
 
 use std::fs::File;
+use std::io::{BufReader, BufWriter};
 use std::sync::Arc;
 
 use alluvium_protocol::Result;
@@ -21,22 +22,29 @@ use tempfile::NamedTempFile;
 
 use crate::classify::foreign;
 
-/// Rows in memory take at most this many bytes; then all go to a file.
+/// Rows in memory take at most this many bytes, where nobody says otherwise.
 const MEMORY_BYTES_MAX: usize = 64 << 20;
 
 /// Rows collected once and read as often as needed.
 pub struct Spool {
     schema: SchemaRef,
+    /// Beyond it all rows go to a file.
+    memory_bytes: usize,
     rows: usize,
     bytes: usize,
     batches: Vec<RecordBatch>,
-    file: Option<(NamedTempFile, FileWriter<File>)>,
+    file: Option<(NamedTempFile, FileWriter<BufWriter<File>>)>,
 }
 
 impl Spool {
     /// An empty spool for rows of `schema`.
     pub fn new(schema: SchemaRef) -> Self {
-        Self { schema, rows: 0, bytes: 0, batches: Vec::new(), file: None }
+        Self::within(schema, MEMORY_BYTES_MAX)
+    }
+
+    /// An empty spool that keeps at most so many bytes in memory.
+    pub fn within(schema: SchemaRef, memory_bytes: usize) -> Self {
+        Self { schema, memory_bytes, rows: 0, bytes: 0, batches: Vec::new(), file: None }
     }
 
     /// Collects a whole stream.
@@ -56,7 +64,7 @@ impl Spool {
             return writer.write(&batch).map_err(|e| foreign("spill rows to disk", &e));
         }
         self.batches.push(batch);
-        if self.bytes > MEMORY_BYTES_MAX {
+        if self.bytes > self.memory_bytes {
             self.spill()?;
         }
         Ok(())
@@ -67,7 +75,7 @@ impl Spool {
         let file = NamedTempFile::new().map_err(|e| foreign(doing, &e))?;
         let handle = file.reopen().map_err(|e| foreign(doing, &e))?;
         let mut writer =
-            FileWriter::try_new(handle, &self.schema).map_err(|e| foreign(doing, &e))?;
+            FileWriter::try_new(BufWriter::new(handle), &self.schema).map_err(|e| foreign(doing, &e))?;
         for batch in self.batches.drain(..) {
             writer.write(&batch).map_err(|e| foreign(doing, &e))?;
         }
@@ -152,12 +160,25 @@ impl Spooled {
 
     /// The rows in order.
     pub fn batches(&self) -> Result<Batches> {
+        self.batches_from(0)
+    }
+
+    /// The rows in order, without so many batches in the beginning.
+    pub fn batches_from(&self, first: usize) -> Result<Batches> {
         let doing = "read spooled rows";
         match &self.kept {
-            Kept::Memory(batches) => Ok(Box::new(batches.clone().into_iter().map(Ok))),
+            Kept::Memory(batches) => {
+                let batches = batches.get(first..).unwrap_or_default().to_vec();
+                Ok(Box::new(batches.into_iter().map(Ok)))
+            }
             Kept::Disk(file) => {
                 let handle = file.reopen().map_err(|e| foreign(doing, &e))?;
-                let reader = FileReader::try_new(handle, None).map_err(|e| foreign(doing, &e))?;
+                let reader = FileReader::try_new(BufReader::new(handle), None);
+                let mut reader = reader.map_err(|e| foreign(doing, &e))?;
+                if first >= reader.num_batches() {
+                    return Ok(Box::new(std::iter::empty()));
+                }
+                reader.set_index(first).map_err(|e| foreign(doing, &e))?;
                 Ok(Box::new(reader.map(move |batch| batch.map_err(|e| foreign(doing, &e)))))
             }
         }

@@ -13,7 +13,7 @@ use deltalake::parquet::basic::{Compression, ZstdLevel};
 use deltalake::parquet::file::properties::{EnabledStatistics, WriterProperties};
 use deltalake::parquet::schema::types::ColumnPath;
 use deltalake::table::config::TablePropertiesExt;
-use futures::StreamExt;
+use futures::{Stream, StreamExt};
 use object_store::prefix::PrefixStore;
 use tracing::Instrument;
 
@@ -33,6 +33,10 @@ fn misleads(kind: &DataType) -> bool {
 
 /// Rows given to the encoder at a time.
 const BATCH_ROWS: usize = 8192;
+
+/// A row group is in memory while it is written: it ends with so many rows, or bytes.
+const GROUP_ROWS_MAX: usize = 256 << 10;
+const GROUP_BYTES_MAX: usize = 16 << 20;
 
 /// A dictionary that grows larger is given up: to look up each value in it costs more than it saves.
 const DICTIONARY_BYTES_MAX: usize = 128 << 10;
@@ -73,6 +77,8 @@ impl FileWriter {
         let level = ZstdLevel::try_new(1).map_err(Error::internal)?;
         let mut properties = WriterProperties::builder()
             .set_compression(Compression::ZSTD(level))
+            .set_max_row_group_row_count(Some(GROUP_ROWS_MAX))
+            .set_max_row_group_bytes(Some(GROUP_BYTES_MAX))
             .set_dictionary_page_size_limit(DICTIONARY_BYTES_MAX);
         for field in schema.fields().iter().filter(|field| misleads(field.data_type())) {
             let column = ColumnPath::new(vec![field.name().clone()]);
@@ -111,17 +117,28 @@ impl FileWriter {
 
     /// Writes a whole stream. On an error what was begun is taken back.
     pub async fn write_all(self, stream: SendableRecordBatchStream) -> Result<Written> {
-        let span = part_of_task!("delta.write", delta.table = self.uri);
-        self.write_stream(stream).instrument(span).await
+        let doing = format!("compute rows for {}", self.uri);
+        self.write_rows(stream.map(move |batch| batch.map_err(|e| foreign(&doing, &e)))).await
     }
 
-    async fn write_stream(mut self, mut stream: SendableRecordBatchStream) -> Result<Written> {
-        while let Some(batch) = stream.next().await {
+    /// The same of rows that have no DataFusion behind them.
+    pub async fn write_rows(
+        self,
+        rows: impl Stream<Item = Result<RecordBatch>> + Unpin,
+    ) -> Result<Written> {
+        let span = part_of_task!("delta.write", delta.table = self.uri);
+        self.write_stream(rows).instrument(span).await
+    }
+
+    async fn write_stream(
+        mut self,
+        mut rows: impl Stream<Item = Result<RecordBatch>> + Unpin,
+    ) -> Result<Written> {
+        while let Some(batch) = rows.next().await {
             match batch {
                 // A writer that failed cannot be asked anything more, not even to give up.
                 Ok(batch) => self.write(&batch).await?,
                 Err(error) => {
-                    let error = foreign(format!("compute rows for {}", self.uri), &error);
                     self.abort().await;
                     return Err(error);
                 }

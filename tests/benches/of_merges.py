@@ -230,7 +230,7 @@ def compare(workload: Workload, arguments: argparse.Namespace, folder: Path) -> 
 
     def ours() -> Cost:
         copied(lake / "waiting", lake / "main")
-        return measured([arguments.binary, "bench-merge"], lake)
+        return measured([arguments.binary, "step", "merge"], lake)
 
     def rival(way: str) -> Callable[[], Cost]:
         def run() -> Cost:

@@ -24,6 +24,7 @@ use alluvium_table::{Action, Add, LiveFile, Remove, Table};
 use futures::{StreamExt, TryStreamExt};
 use tracing::Instrument;
 
+use crate::checks::agree;
 use crate::search::{Search, Searched, comes, key_in};
 use crate::sorted::LastRows;
 use crate::winners::{self, Rule};
@@ -223,7 +224,7 @@ impl Editing<'_> {
             let file = found.file.clone();
             copying.push(async move {
                 permit.check()?;
-                let copy = async move { main.copy_without(&file, gone, target).await };
+                let copy = async move { main.copy_without(&file, &main.schema(), gone, target).await };
                 tokio::spawn(copy.in_current_span()).await.map_err(Error::internal)?
             });
         }
@@ -238,20 +239,11 @@ impl Editing<'_> {
 
 /// Writes those of the rows that come, as they are.
 async fn write_upserts(main: Table, last: Arc<LastRows>, target: u64) -> Result<Written> {
-    let mut rows = last.rows().await?;
-    let mut writer = FileWriter::new(&main, target)?;
-    while let Some(batch) = rows.next().await {
-        let batch = match batch {
-            Ok(batch) => batch,
-            Err(error) => {
-                writer.abort().await;
-                return Err(error);
-            }
-        };
-        let batch = filter_record_batch(&batch, &comes(&batch)?).map_err(Error::internal)?;
-        writer.write(&batch).await?;
-    }
-    writer.finish().await
+    let rows = last.rows().await?.map(|batch| {
+        let batch = batch?;
+        filter_record_batch(&batch, &comes(&batch)?).map_err(Error::internal)
+    });
+    FileWriter::new(&main, target)?.write_rows(rows).await
 }
 
 /// A column of `winner_keys`: the key has rows that come.
@@ -267,6 +259,22 @@ impl Edit {
     pub(crate) fn removes(&self) -> Vec<Remove> {
         let touched = self.touched.iter().map(|found| &found.file);
         touched.chain(&self.whole).map(|file| file.remove.clone()).collect()
+    }
+
+    /// The files that go and come make main as many rows larger as were counted.
+    pub(crate) fn check_counts(&self, uri: &str) -> Result<()> {
+        let of_adds = self.marked.iter().map(|add| LiveFile::of(add).live_rows());
+        let gone = self.touched.iter().map(|found| &found.file).chain(&self.whole);
+        let gone: Option<u64> = gone.map(LiveFile::live_rows).sum();
+        // An adopted table may have files without statistics.
+        let (Some(before), Some(gone), Some(marked)) =
+            (self.rows_before, gone, of_adds.sum::<Option<u64>>())
+        else {
+            return Ok(());
+        };
+        let expected = (before + self.upserts).saturating_sub(self.hits);
+        let after = (before + marked + self.written.rows).saturating_sub(gone);
+        agree("merge", "rows of main", expected, after, uri)
     }
 
     /// How many files go for good.

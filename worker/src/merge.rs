@@ -10,9 +10,9 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id, floor_app_id};
+use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id, floor_app_id, hold_app_id};
 use alluvium_protocol::pipeline::{DeletionVectors, Mode};
-use alluvium_protocol::task::{Report, Task};
+use alluvium_protocol::task::{MainFiles, Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema};
 use alluvium_table::classify::foreign;
@@ -20,7 +20,7 @@ use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
 use alluvium_table::pause::Pauses;
 use alluvium_table::schema::{find_column, widens_to};
 use alluvium_table::session::{quoted_list, work_session};
-use alluvium_table::upkeep::counts;
+use alluvium_table::upkeep::{health, policy};
 use alluvium_table::{Action, CHANGE_FEED, DELETION_VECTORS, LiveFile, Table, TableSpec, query};
 
 use crate::checks::{agree, read_back};
@@ -154,6 +154,8 @@ impl<'a> Attempt<'a> {
         permit.check()?;
         read_back("merge.files", &self.main, &edit.written.adds, edit.written.rows).await?;
 
+        edit.check_counts(self.main.uri())?;
+
         check_age(started, pipeline)?;
         let report = self.report(&edit, rows_read, !is_fast);
         let change = self.change(&edit, &report);
@@ -167,21 +169,31 @@ impl<'a> Attempt<'a> {
         if let Err(error) = self.main.checkpoint_if_due().await {
             tracing::warn!(%error, "no checkpoint; the next one makes up for it");
         }
-        let (main_files, main_small_files) = self.check_main(&edit).await?;
+        let main = match self.check_main(&edit).await {
+            Err(error) if error.code == Code::CountsDisagree => {
+                // It is in main already: nothing more goes in until somebody looked.
+                hold(&mut self.main, pipeline).await?;
+                return Err(error.with_help(format!(
+                    "nothing more is merged: look at {}, then `alluvium resume {}`",
+                    pipeline.main, pipeline.id
+                )));
+            }
+            checked => checked?,
+        };
         let main_version = Some(self.main.version());
-        Ok(Ok(Report { main_version, main_files, main_small_files, ..report }))
+        Ok(Ok(Report { main_version, main, ..report }))
     }
 
-    /// Main, read back after its commit, gained and lost what was counted. Its files, and small ones.
-    async fn check_main(&self, edit: &Edit) -> Result<(u64, u64)> {
+    /// Main, read back after its commit, gained and lost what was counted. Its files.
+    async fn check_main(&self, edit: &Edit) -> Result<MainFiles> {
         let files = self.main.files().await?;
         let rows = files.iter().map(LiveFile::live_rows).sum::<Option<u64>>();
         // Without edits nothing was counted; an adopted table may have files without statistics.
         if let (Some(before), Some(rows)) = (edit.rows_before, rows) {
             let expected = (before + edit.upserts).saturating_sub(edit.hits);
-            agree("merge", "rows of main, read back", expected, rows, self.main.uri())?;
+            agree("merge.landed", "rows of main, read back", expected, rows, self.main.uri())?;
         }
-        Ok(counts(files, self.task.pipeline.sizes.target_file_bytes))
+        Ok(health(files, policy(&self.task.pipeline), None).counts())
     }
 
     /// Without the older epochs' rows a late epoch's values would overwrite newer ones.
@@ -262,9 +274,37 @@ pub(crate) fn check_age(started: Instant, pipeline: &Pipeline) -> Result<()> {
     Ok(())
 }
 
-/// Data files of main, and those of them that an optimize would write anew.
-pub async fn count_files(main: &Table, pipeline: &Pipeline) -> Result<(u64, u64)> {
-    Ok(counts(main.files().await?, pipeline.sizes.target_file_bytes))
+/// Pauses the pipeline by a marker in main.
+async fn hold(main: &mut Table, pipeline: &Pipeline) -> Result<()> {
+    let mut pauses = Pauses::for_at_most(COMMIT_PATIENCE);
+    loop {
+        let markers = Markers::of_pipeline(&pipeline.id, main.transactions());
+        if markers.is_held() {
+            return Ok(());
+        }
+        let change = Change {
+            operation: Operation::Merge,
+            adds: Vec::new(),
+            removes: Vec::new(),
+            others: Vec::new(),
+            markers: vec![Marker {
+                app_id: hold_app_id(&pipeline.id),
+                version: markers.hold + 1,
+            }],
+            info: serde_json::json!({"pipeline": pipeline.id, "step": "hold", "hold": true}),
+        };
+        crash::point("hold.before_commit")?;
+        match main.commit(change).await? {
+            CommitOutcome::Landed => crash::point("hold.after_commit")?,
+            CommitOutcome::Lost(error) if !pauses.wait().await => return Err(error),
+            CommitOutcome::Lost(_) => main.refresh().await?,
+        }
+    }
+}
+
+/// Main's files, counted.
+pub async fn count_files(main: &Table, pipeline: &Pipeline) -> Result<MainFiles> {
+    Ok(health(main.files().await?, policy(pipeline), None).counts())
 }
 
 async fn open_raw(workshop: &Workshop, pipeline: &Pipeline) -> Result<Table> {

@@ -1,48 +1,65 @@
 //! Optimize: one bin of main's small and worn files becomes larger files sorted by key. No row changes.
+//!
+//! A merge that gets in between is no reason to begin again: rows that it marked as deleted in files of the
+//! bin are looked for by their keys in the new files, and marked there.
 
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Instant;
 
 use alluvium_protocol::marker::{Markers, maintenance_app_id};
+use alluvium_protocol::pipeline::Mode;
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Code, Error, Pipeline, Result, crash};
-use alluvium_table::classify::foreign;
+use alluvium_table::arrow::datatypes::{Field, Schema};
 use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
-use alluvium_table::session::{quoted_list, work_session};
-use alluvium_table::upkeep::{BIN_FILES_MIN, candidates};
-use alluvium_table::write::FileWriter;
-use alluvium_table::{LiveFile, Table};
+use alluvium_table::deletion::{Mark, RowSet, version_of};
+use alluvium_table::keys::{KeySet, Scan};
+use alluvium_table::rows::Pick;
+use alluvium_table::schema::find_column;
+use alluvium_table::upkeep::{BIN_FILES_MIN, candidates, policy, saving};
+use alluvium_table::{Add, LiveFile, Table};
+use futures::TryStreamExt;
 
+use crate::compact::Compaction;
 use crate::ingest::table_names;
 use crate::merge::{check_age, count_files};
+use crate::search::KEYS_SHARE;
 use crate::{Permit, Workshop};
+
+/// So often a bin that lost to another commit is fitted to what that one did.
+const REBASES_MAX: u32 = 10;
 
 /// Carries out an optimize task: at most one bin.
 pub async fn optimize(workshop: &Workshop, task: &Task, permit: &Permit) -> Result<Report> {
     let pipeline = &task.pipeline;
     let _turn = workshop.tables.turn(&pipeline.main).await;
-    let Some(mut main) = workshop.tables.open(&pipeline.main).await? else {
+    let Some(mut table) = workshop.tables.open(&pipeline.main).await? else {
         return Ok(Report { already: true, ..Report::default() });
     };
-    let key = table_names(&main, &pipeline.content.key);
-    let bin = pick_bin(&main, pipeline).await?;
+    let key = table_names(&table, &pipeline.content.key);
+    let bin = pick_bin(&table, pipeline).await?;
     if bin.is_empty() {
-        let (main_files, main_small_files) = count_files(&main, pipeline).await?;
-        return Ok(Report { already: true, main_files, main_small_files, ..Report::default() });
+        let main = count_files(&table, pipeline).await?;
+        return Ok(Report { already: true, main, ..Report::default() });
     }
     let report =
-        rewrite(&mut main, pipeline, task.work.step().as_str(), &bin, &key, permit).await?;
-    workshop.tables.remember(&main);
-    let (main_files, main_small_files) = count_files(&main, pipeline).await?;
-    Ok(Report { main_files, main_small_files, ..report })
+        rewrite(&mut table, pipeline, task.work.step().as_str(), &bin, &key, permit).await?;
+    workshop.tables.remember(&table);
+    Ok(Report { main: count_files(&table, pipeline).await?, ..report })
 }
 
-/// Candidates of the partition that has most of them, smallest first, up to the bin's size.
+/// Candidates of the partition where most is to be saved, those that save most for their bytes first, up
+/// to the bin's size.
 async fn pick_bin(table: &Table, pipeline: &Pipeline) -> Result<Vec<LiveFile>> {
-    let by_partition = candidates(table.files().await?, pipeline.sizes.target_file_bytes);
-    let Some(mut most) = by_partition.into_iter().max_by_key(Vec::len) else {
-        return Ok(Vec::new());
-    };
-    most.sort_by_key(|file| (file.size, file.path.clone()));
+    let by_partition = candidates(table.files().await?, policy(pipeline));
+    let of_all = |files: &Vec<LiveFile>| files.iter().map(saving).sum::<f64>();
+    let most = by_partition.into_iter().max_by(|one, other| of_all(one).total_cmp(&of_all(other)));
+    let Some(mut most) = most else { return Ok(Vec::new()) };
+    let of_byte = |file: &LiveFile| saving(file) / file.size.max(1) as f64;
+    most.sort_by(|one, other| {
+        of_byte(other).total_cmp(&of_byte(one)).then_with(|| one.path.cmp(&other.path))
+    });
     let mut bytes = 0;
     let mut bin = Vec::new();
     for file in most {
@@ -55,8 +72,8 @@ async fn pick_bin(table: &Table, pipeline: &Pipeline) -> Result<Vec<LiveFile>> {
     Ok(bin)
 }
 
-/// Writes the rows of `bin` anew, sorted by `key`, and commits for exactly this snapshot. A lost
-/// race drops the bin: the next task picks one on the newer snapshot.
+/// Writes the rows of `bin` anew, sorted by `key`, and commits for exactly the snapshot that they were
+/// read of, or that they were fitted to.
 pub(crate) async fn rewrite(
     table: &mut Table,
     pipeline: &Pipeline,
@@ -65,50 +82,28 @@ pub(crate) async fn rewrite(
     key: &[String],
     permit: &Permit,
 ) -> Result<Report> {
-    let doing = "rewrite small files";
     let started = Instant::now();
-    let session = work_session(pipeline.sizes.memory_bytes);
-    let paths: Vec<String> = bin.iter().map(|file| file.path.clone()).collect();
-    table.register(&session, "bin", Some(&paths)).await?;
-    let order = match key.is_empty() {
-        true => String::new(),
-        false => format!(" ORDER BY {}", quoted_list(key.iter().map(String::as_str))),
-    };
-    let sql = format!("SELECT * FROM bin{order}");
-    let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-    let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
-    let writer = FileWriter::new(table, pipeline.sizes.target_file_bytes)?;
-    let mut written = writer.write_all(stream).await?;
+    let (memory, target) = (pipeline.sizes.memory_bytes, pipeline.sizes.target_file_bytes);
+    let written = Compaction::new(table, key, memory, target, permit)?.write(bin).await?;
     crash::point("optimize.after_write")?;
-    permit.check()?;
     let before: Option<u64> = bin.iter().map(LiveFile::live_rows).sum();
     if before.is_some_and(|before| before != written.rows) {
         return Err(Error::internal(format!("{} rows of {before:?} rewritten", written.rows)));
     }
-    for add in &mut written.adds {
-        add.data_change = false;
-    }
-    let removes = bin.iter().map(|file| {
-        let mut remove = file.remove.clone();
-        remove.data_change = false;
-        remove
-    });
-    let maintenance = Markers::of_pipeline(&pipeline.id, table.transactions()).maintenance;
-    let change = Change {
-        operation: Operation::Merge,
-        adds: written.adds.clone(),
-        removes: removes.collect(),
-        others: Vec::new(),
-        markers: vec![Marker {
-            app_id: maintenance_app_id(&pipeline.id),
-            version: maintenance + 1,
-        }],
-        info: serde_json::json!({"pipeline": pipeline.id, "step": step}),
-    };
-    check_age(started, pipeline)?;
-    crash::point("optimize.before_commit")?;
-    if let CommitOutcome::Lost(error) = table.commit(change).await? {
-        return Err(Error::new(Code::TableMovedOn, error.message));
+    let mut fitted = Fitted { adds: written.adds.clone(), bin: bin.to_vec() };
+    let mut conflicts = 0;
+    loop {
+        permit.check()?;
+        check_age(started, pipeline)?;
+        let change = fitted.change(table, pipeline, step);
+        crash::point("optimize.before_commit")?;
+        let CommitOutcome::Lost(lost) = table.commit(change).await? else { break };
+        table.refresh().await?;
+        match fitted.to(table, pipeline, key, &written.adds, bin, permit).await? {
+            Fit::Landed => break,
+            Fit::Again if conflicts < u64::from(REBASES_MAX) => conflicts += 1,
+            Fit::Again | Fit::Not => return Err(Error::new(Code::TableMovedOn, lost.message)),
+        }
     }
     crash::point("optimize.after_commit")?;
     if let Err(error) = table.checkpoint_if_due().await {
@@ -121,6 +116,147 @@ pub(crate) async fn rewrite(
         files_added: written.adds.len() as u64,
         files_removed: bin.len() as u64,
         bytes_written: alluvium_table::bytes_of(&written.adds),
+        conflicts,
         ..Report::default()
     })
+}
+
+/// A bin's new and old files, as a snapshot is to have and has them.
+struct Fitted {
+    adds: Vec<Add>,
+    bin: Vec<LiveFile>,
+}
+
+/// How a bin stands to a newer snapshot.
+enum Fit {
+    /// It is in there already: the commit's reply was lost.
+    Landed,
+    /// It is fitted, and can be committed for it.
+    Again,
+    /// Its files are no longer what was read.
+    Not,
+}
+
+impl Fitted {
+    fn change(&self, table: &Table, pipeline: &Pipeline, step: &str) -> Change {
+        let silent = |add: &Add| Add { data_change: false, ..add.clone() };
+        let removes = self.bin.iter().map(|file| {
+            let mut remove = file.remove.clone();
+            remove.data_change = false;
+            remove
+        });
+        let maintenance = Markers::of_pipeline(&pipeline.id, table.transactions()).maintenance;
+        Change {
+            operation: Operation::Merge,
+            adds: self.adds.iter().map(silent).collect(),
+            removes: removes.collect(),
+            others: Vec::new(),
+            markers: vec![Marker {
+                app_id: maintenance_app_id(&pipeline.id),
+                version: maintenance + 1,
+            }],
+            info: serde_json::json!({"pipeline": pipeline.id, "step": step}),
+        }
+    }
+
+    /// Fits the files `adds`, which have the rows of `bin` as they were read, to a newer snapshot.
+    async fn to(
+        &mut self,
+        table: &Table,
+        pipeline: &Pipeline,
+        key: &[String],
+        adds: &[Add],
+        bin: &[LiveFile],
+        permit: &Permit,
+    ) -> Result<Fit> {
+        let live = table.files().await?;
+        let live: HashMap<&str, &LiveFile> = live.iter().map(|f| (f.path.as_str(), f)).collect();
+        if adds.iter().any(|add| live.contains_key(add.path.as_str())) {
+            return Ok(Fit::Landed);
+        }
+        let (mut now, mut gone) = (Vec::new(), Vec::new());
+        for file in bin {
+            let Some(held) = live.get(file.path.as_str()) else { return Ok(Fit::Not) };
+            now.push((*held).clone());
+            let version = |file: &LiveFile| {
+                version_of(file.remove.deletion_vector.as_ref())
+                    .map(|(path, offset)| (path.to_owned(), offset))
+            };
+            if version(file) == version(held) {
+                continue;
+            }
+            let before = table.deleted_rows(file.remove.deletion_vector.as_ref()).await?;
+            let deleted = table.deleted_rows(held.remove.deletion_vector.as_ref()).await?;
+            if !before.is_subset(&deleted) {
+                // A rollback brought rows back.
+                return Ok(Fit::Not);
+            }
+            gone.push((file, deleted - before));
+        }
+        self.adds = if gone.is_empty() {
+            adds.to_vec()
+        } else {
+            // A key is in one row, then, by which that row is found again.
+            let has_keys = matches!(pipeline.content.mode, Mode::Upsert | Mode::Snapshot);
+            if !has_keys || key.is_empty() || !table.marks_rows() {
+                return Ok(Fit::Not);
+            }
+            match without(table, pipeline, key, adds, gone, permit).await? {
+                Some(adds) => adds,
+                None => return Ok(Fit::Not),
+            }
+        };
+        self.bin = now;
+        Ok(Fit::Again)
+    }
+}
+
+/// The new files with marks at the rows that are `gone` from files of the bin; `None`: they are not all
+/// found.
+async fn without(
+    table: &Table,
+    pipeline: &Pipeline,
+    key: &[String],
+    adds: &[Add],
+    gone: Vec<(&LiveFile, RowSet)>,
+    permit: &Permit,
+) -> Result<Option<Vec<Add>>> {
+    let schema = table.schema();
+    let mut fields: Vec<Field> = Vec::with_capacity(key.len());
+    for name in key {
+        let at = find_column(&schema, name).ok_or_else(|| Error::internal(name))?;
+        fields.push(schema.field(at).clone());
+    }
+    let kinds: Vec<_> = fields.iter().map(|field| field.data_type().clone()).collect();
+    let fields = Arc::new(Schema::new(fields));
+    let partitions = table.partition_columns();
+    let apart: Vec<usize> = (0..key.len()).filter(|at| partitions.contains(&key[*at])).collect();
+    let mut keys = KeySet::new(&kinds, 0, &apart)?;
+    let mut expected = 0;
+    for (file, rows) in gone {
+        expected += rows.len();
+        let mut batches = table.rows_of(file, &fields, Pick::Only(rows)).await?;
+        while let Some(batch) = batches.try_next().await? {
+            keys.add(batch.columns(), &|_| false)?;
+        }
+    }
+    let files: Vec<LiveFile> = adds.iter().map(LiveFile::of).collect();
+    let memory_bytes = pipeline.sizes.memory_bytes / KEYS_SHARE;
+    let scan = Scan { table, key, memory_bytes };
+    let found = scan.find(&files, &Arc::new(keys), &|| permit.check()).await?;
+    if found.iter().map(|found| found.rows.len()).sum::<u64>() != expected {
+        return Ok(None);
+    }
+    let marks: Vec<Mark<'_>> = found
+        .iter()
+        .map(|found| Mark {
+            file: &found.file,
+            rows_in_file: found.rows_in_file,
+            deleted: found.rows.clone(),
+        })
+        .collect();
+    let mut fitted = table.mark_deleted(&marks).await?;
+    let is_touched = |add: &&Add| found.iter().any(|found| found.file.path == add.path);
+    fitted.extend(adds.iter().filter(|add| !is_touched(add)).cloned());
+    Ok(Some(fitted))
 }

@@ -100,9 +100,9 @@ pub async fn restore(
         if let Err(error) = main.checkpoint_if_due().await {
             tracing::warn!(%error, "no checkpoint; the next one makes up for it");
         }
-        let (main_files, main_small_files) = count_files(&main, pipeline).await?;
+        let files = count_files(&main, pipeline).await?;
         let main_version = Some(main.version());
-        return Ok(Report { main_version, conflicts, main_files, main_small_files, ..report });
+        return Ok(Report { main_version, conflicts, main: files, ..report });
     }
 }
 

@@ -4,11 +4,8 @@
 use alluvium_protocol::{Epoch, Error, Pipeline, Result, crash};
 use alluvium_table::Table;
 use alluvium_table::arrow::datatypes::{Field, Schema};
-use alluvium_table::classify::foreign;
 use alluvium_table::commit::{Change, CommitOutcome, Operation};
 use alluvium_table::schema::{find_column, widens_to};
-use alluvium_table::session::{quoted_list, work_session};
-use alluvium_table::write::FileWriter;
 
 use crate::Permit;
 
@@ -30,7 +27,6 @@ pub(crate) async fn widen(
     columns: &[Field],
     ingest: Option<(Epoch, &Permit)>,
 ) -> Result<CommitOutcome> {
-    let doing = "write files with wider columns";
     let held = table.schema();
     let fields: Vec<Field> = held
         .fields()
@@ -41,18 +37,12 @@ pub(crate) async fn widen(
         })
         .collect();
     let schema = std::sync::Arc::new(Schema::new(fields));
-    let names = quoted_list(schema.fields().iter().map(|field| field.name().as_str()));
     let (mut adds, mut removes) = (Vec::new(), Vec::new());
     // File by file: a table of a thousand epochs has a thousand partitions, one writer each.
     for file in table.files().await? {
         ingest.map_or(Ok(()), |(_, permit)| permit.check())?;
-        let session = work_session(pipeline.sizes.memory_bytes);
-        table.register(&session, "narrow", Some(std::slice::from_ref(&file.path))).await?;
-        let frame = session.sql(&format!("SELECT {names} FROM narrow")).await;
-        let stream = frame.map_err(|e| foreign(doing, &e))?.execute_stream().await;
-        let stream = stream.map_err(|e| foreign(doing, &e))?;
-        let writer = FileWriter::with_schema(table, std::sync::Arc::clone(&schema), u64::MAX)?;
-        let written = writer.write_all(stream).await?;
+        let deleted = table.deleted_rows(file.remove.deletion_vector.as_ref()).await?;
+        let written = table.copy_without(&file, &schema, deleted, u64::MAX).await?;
         if file.live_rows().is_some_and(|rows| rows != written.rows) {
             return Err(Error::internal(format!(
                 "{} rows of {:?} written anew",

@@ -43,6 +43,7 @@ fn pipeline(folder: &std::path::Path) -> Pipeline {
             batch_epochs: 1,
             batch_bytes: 1 << 20,
             small_files: 2,
+            read_cost_max: 225,
             bin_bytes: 1 << 20,
             vacuum_retention: Duration::from_secs(3600),
             memory_bytes: 64 << 20,

@@ -38,10 +38,12 @@ struct Look<'a> {
     seen: Vec<String>,
 }
 
-/// Looks at everything. `incidents` remembers since when things wait.
+/// Looks at everything. `incidents` remembers since when things wait; `is_configured`: there is such a
+/// pipeline, be it one that this process does not work on.
 pub fn look(
     books: &[Book],
     around: &Around,
+    is_configured: &dyn Fn(&str) -> bool,
     incidents: &mut Incidents,
     now: DateTime<Utc>,
 ) -> Found {
@@ -50,9 +52,11 @@ pub fn look(
         look.at_pipeline(book);
     }
     look.at_cluster(around);
-    // Pipelines of another process, or of another selection, are not judged here.
+    // Pipelines of another selection are not judged here; those that nobody has any more have no trouble.
     let known = |pipeline: &str| {
-        pipeline.is_empty() || books.iter().any(|book| book.pipeline.id == pipeline)
+        pipeline.is_empty()
+            || books.iter().any(|book| book.pipeline.id == pipeline)
+            || !is_configured(pipeline)
     };
     let foreign: Vec<Key> = look
         .incidents

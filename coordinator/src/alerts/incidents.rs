@@ -88,7 +88,8 @@ impl Incidents {
     }
 }
 
-fn event(change: Change, incident: &Incident, now: DateTime<Utc>) -> Event {
+/// What people are to be told of an incident.
+pub(super) fn event(change: Change, incident: &Incident, now: DateTime<Utc>) -> Event {
     Event { id: Uuid::new_v4().to_string(), change, at: now, incident: incident.clone() }
 }
 

@@ -19,9 +19,9 @@ use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use super::conditions::{Around, look};
-use super::incidents::Incidents;
+use super::incidents::{Incidents, event};
 use super::sinks::Sink;
-use super::{Event, Kind};
+use super::{Change, Event, Incident, Kind};
 use crate::book::Book;
 
 /// Pause between two looks into the outbox.
@@ -32,6 +32,8 @@ const DOCUMENT: &str = "alerts/incidents.json";
 const GIVE_UP_AFTER: chrono::Duration = chrono::Duration::hours(24);
 /// The pauses between attempts: 5 s, doubled up to this.
 const PAUSE_MAX: Duration = Duration::from_secs(600);
+/// A message that the receiver understands and does not want is given up after so many attempts.
+const REFUSALS_MAX: u32 = 5;
 /// Messages that wait at most: older ones go first, and are told in the log.
 const OUTBOX_MAX: usize = 1000;
 
@@ -47,6 +49,9 @@ pub struct Stored {
     /// Messages that nobody took so far.
     #[serde(default)]
     pub outbox: Vec<Pending>,
+    /// The sinks that were told so far.
+    #[serde(default)]
+    pub sinks: Vec<String>,
 }
 
 /// A message to one sink.
@@ -64,6 +69,9 @@ pub struct Pending {
     pub attempts: u32,
     /// Not before then.
     pub not_before: DateTime<Utc>,
+    /// The receiver takes others, and not this one: they do not wait for it.
+    #[serde(default)]
+    pub steps_aside: bool,
     /// What the receiver said last.
     #[serde(default)]
     pub error: Option<String>,
@@ -93,6 +101,8 @@ pub struct Keeper {
     state: String,
     source: String,
     sinks: Arc<Vec<Sink>>,
+    /// All pipelines of the configuration: an incident of another one is over.
+    pipelines: Arc<Vec<String>>,
     /// `None`: not read so far.
     held: Arc<Mutex<Option<Held>>>,
     /// One sends at a time: a message that is on its way is not sent by the last words, too.
@@ -107,12 +117,17 @@ struct Held {
 }
 
 impl Keeper {
-    /// A keeper for these sinks. `source` names this installation in messages.
-    pub fn open(state: &str, source: String, sinks: Vec<Sink>) -> Result<Self> {
+    /// A keeper for these sinks and pipelines. `source` names this installation in messages.
+    pub fn open(
+        state: &str,
+        source: String,
+        sinks: Vec<Sink>,
+        pipelines: Vec<String>,
+    ) -> Result<Self> {
         let (store, state) = (object_store_at(state)?, state.to_owned());
         let held = Arc::new(Mutex::new(None));
-        let (sinks, sending) = (Arc::new(sinks), Arc::default());
-        Ok(Self { store, state, source, sinks, held, sending })
+        let (sinks, pipelines, sending) = (Arc::new(sinks), Arc::new(pipelines), Arc::default());
+        Ok(Self { store, state, source, sinks, pipelines, held, sending })
     }
 
     /// Looks at everything and stores what is to be told; sends nothing. Err: it is kept in memory and
@@ -124,10 +139,15 @@ impl Keeper {
         }
         let Some(held) = slot.as_mut() else { return Ok(()) };
         let before = held.stored.clone();
-        let found = look(books, around, &mut held.stored.incidents, now);
+        let is_configured = |id: &str| self.pipelines.iter().any(|known| known == id);
+        let found = look(books, around, &is_configured, &mut held.stored.incidents, now);
         let events = held.stored.incidents.take(&found, now);
         show(&held.stored.incidents);
-        self.post(&mut held.stored, &events, now);
+        self.introduce(&mut held.stored, &events, now);
+        for sink in self.sinks.iter() {
+            post(sink, &mut held.stored, &events, now);
+        }
+        cut(&mut held.stored);
         held.is_unwritten |= held.stored != before;
         self.write(held).await
     }
@@ -140,27 +160,27 @@ impl Keeper {
         Ok(())
     }
 
-    /// Puts events into the outbox, grouped by sink.
-    fn post(&self, stored: &mut Stored, events: &[Event], now: DateTime<Utc>) {
-        for sink in self.sinks.iter() {
-            let wanted: Vec<Event> = events.iter().filter(|e| sink.wants(e)).cloned().collect();
-            let groups: Vec<Vec<Event>> = match sink.groups() {
-                true => wanted.chunks(EVENTS_MAX).map(<[Event]>::to_vec).collect(),
-                false => wanted.into_iter().map(|event| vec![event]).collect(),
-            };
-            stored.outbox.extend(groups.into_iter().map(|events| Pending {
-                id: Uuid::new_v4().to_string(),
-                sink: sink.name.clone(),
-                events,
-                since: now,
-                attempts: 0,
-                not_before: now,
-                error: None,
-            }));
+    /// A sink that is new is told of what is open already; those that are gone are told nothing more.
+    fn introduce(&self, stored: &mut Stored, events: &[Event], now: DateTime<Utc>) {
+        let is_open = |incident: &&Incident| {
+            let mut told = events.iter();
+            told.all(|event| event.incident.id != incident.id)
+        };
+        let open: Vec<Event> = stored
+            .incidents
+            .open
+            .iter()
+            .filter(is_open)
+            .map(|incident| event(Change::Opened, incident, now))
+            .collect();
+        let names = self.sinks.iter().map(|sink| sink.name.clone()).collect();
+        let told = std::mem::replace(&mut stored.sinks, names);
+        for sink in self.sinks.iter().filter(|sink| !told.contains(&sink.name)) {
+            post(sink, stored, &open, now);
         }
-        let excess = stored.outbox.len().saturating_sub(OUTBOX_MAX);
-        for lost in stored.outbox.drain(..excess) {
-            tracing::error!(sink = lost.sink, "too many alerts wait; one was given up");
+        let known = |pending: &Pending| self.sinks.iter().any(|sink| sink.name == pending.sink);
+        for lost in stored.outbox.extract_if(.., |pending| !known(pending)) {
+            tracing::warn!(sink = lost.sink, "a message to a sink that is no longer configured");
         }
     }
 
@@ -193,8 +213,11 @@ impl Keeper {
         for pending in self.held.lock().await.iter().flat_map(|held| &held.stored.outbox) {
             by_sink.entry(pending.sink.clone()).or_default().push(pending.clone());
         }
-        // The first one waits: the others come after it.
-        by_sink.retain(|_, waiting| waiting.first().is_some_and(|first| first.not_before <= now));
+        let by_sink: HashMap<String, Vec<Pending>> = by_sink
+            .into_iter()
+            .map(|(sink, waiting)| (sink, due(waiting, now)))
+            .filter(|(_, due)| !due.is_empty())
+            .collect();
         if by_sink.is_empty() {
             return Ok(());
         }
@@ -228,9 +251,9 @@ impl Keeper {
                 let due = {
                     let held = self.held.lock().await;
                     let outbox = held.iter().flat_map(|held| &held.stored.outbox);
-                    // A sink's first message; the others come after it.
+                    // A sink's first message that the others come after.
                     let mut first: HashMap<&str, DateTime<Utc>> = HashMap::new();
-                    for pending in outbox {
+                    for pending in outbox.filter(|pending| !pending.steps_aside) {
                         first.entry(&pending.sink).or_insert(pending.not_before);
                     }
                     first.into_values().min()
@@ -248,6 +271,47 @@ impl Keeper {
             tracing::warn!("{left} alert(s) were not taken so far; the next process sends them");
         }
     }
+}
+
+/// Puts events into the outbox, as the sink groups them.
+fn post(sink: &Sink, stored: &mut Stored, events: &[Event], now: DateTime<Utc>) {
+    let wanted: Vec<Event> = events.iter().filter(|e| sink.wants(e)).cloned().collect();
+    let groups: Vec<Vec<Event>> = match sink.groups() {
+        true => wanted.chunks(EVENTS_MAX).map(<[Event]>::to_vec).collect(),
+        false => wanted.into_iter().map(|event| vec![event]).collect(),
+    };
+    stored.outbox.extend(groups.into_iter().map(|events| Pending {
+        id: Uuid::new_v4().to_string(),
+        sink: sink.name.clone(),
+        events,
+        since: now,
+        attempts: 0,
+        not_before: now,
+        steps_aside: false,
+        error: None,
+    }));
+}
+
+/// Gives up what waits longest when too much waits.
+fn cut(stored: &mut Stored) {
+    let excess = stored.outbox.len().saturating_sub(OUTBOX_MAX);
+    for lost in stored.outbox.drain(..excess) {
+        tracing::error!(sink = lost.sink, "too many alerts wait; one was given up");
+    }
+}
+
+/// Those of a sink's messages that are due: up to one that waits for the receiver, which all others
+/// come after. What the receiver refuses as such holds up nothing.
+fn due(messages: Vec<Pending>, now: DateTime<Utc>) -> Vec<Pending> {
+    let mut due = Vec::new();
+    for pending in messages {
+        if pending.not_before <= now {
+            due.push(pending);
+        } else if !pending.steps_aside {
+            break;
+        }
+    }
+    due
 }
 
 /// Sends one sink's messages until one is not taken. What is left of each: `None` is done with.
@@ -281,7 +345,8 @@ async fn deliver(
         };
         metrics().alert(&sink.name, "failed");
         tracing::warn!(error = %refusal.error, "an alert was not taken");
-        if refusal.is_final || now - pending.since > GIVE_UP_AFTER {
+        let is_refused = refusal.is_of_message && pending.attempts + 1 >= REFUSALS_MAX;
+        if refusal.is_final || is_refused || now - pending.since > GIVE_UP_AFTER {
             tracing::error!(sink = sink.name, error = %refusal.error, "an alert was given up");
             ended.push((pending.id, None));
             continue;
@@ -292,12 +357,15 @@ async fn deliver(
         let left = Pending {
             attempts: pending.attempts + 1,
             not_before,
+            steps_aside: refusal.is_of_message,
             error: Some(refusal.error.message),
             ..pending
         };
         ended.push((left.id.clone(), Some(left)));
-        // The others would fail, too, and come after it.
-        break;
+        if !refusal.is_of_message {
+            // The others would fail, too, and come after it.
+            break;
+        }
     }
     ended
 }

@@ -154,7 +154,9 @@ pub(super) fn teams(events: &[Event]) -> Value {
 pub(super) fn pager_duty(event: &Event, key: &str, source: &str) -> Value {
     let Incident { kind, pipeline, subjects, help, id, .. } = &event.incident;
     let action = if event.change == Change::Resolved { "resolve" } else { "trigger" };
-    let dedup = format!("alluvium/{source}/{}/{pipeline}/{id}", kind.as_str());
+    // The same when the incidents of before are forgotten: what is triggered again can be resolved.
+    let of = if event.change == Change::Test { id } else { pipeline };
+    let dedup = format!("alluvium/{source}/{}/{of}", kind.as_str());
     json!({
         "routing_key": key,
         "event_action": action,

@@ -80,11 +80,13 @@ pub struct Refusal {
     pub after: Option<Duration>,
     /// Never again: the receiver is gone for good.
     pub is_final: bool,
+    /// It is this message that the receiver does not want; it may take others.
+    pub is_of_message: bool,
 }
 
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
-        Self { error, after: None, is_final: false }
+        Self { error, after: None, is_final: false, is_of_message: false }
     }
 }
 
@@ -130,7 +132,7 @@ impl Sink {
                 let body = render::pager_duty(first, &key, source);
                 self.post(body, "application/json", false).await
             }
-            SinkKind::Email => Ok(self.mail(events, first).await?),
+            SinkKind::Email => self.mail(events, first).await,
         }
     }
 
@@ -162,10 +164,17 @@ impl Sink {
             return Ok(format!("{status} {said}"));
         }
         let error = self.error(format!("the receiver answered {status} {said}"));
-        Err(Refusal { error, after, is_final: status == StatusCode::GONE })
+        let is_of_message = matches!(
+            status,
+            StatusCode::BAD_REQUEST
+                | StatusCode::PAYLOAD_TOO_LARGE
+                | StatusCode::UNSUPPORTED_MEDIA_TYPE
+                | StatusCode::UNPROCESSABLE_ENTITY
+        );
+        Err(Refusal { error, after, is_final: status == StatusCode::GONE, is_of_message })
     }
 
-    async fn mail(&self, events: &[Event], first: &Event) -> Result<String> {
+    async fn mail(&self, events: &[Event], first: &Event) -> Result<String, Refusal> {
         let address = |text: &str| {
             text.parse::<Mailbox>().map_err(|e| self.error(format!("{text:?} is no address: {e}")))
         };
@@ -188,7 +197,10 @@ impl Sink {
             .build();
         let sending = tokio::time::timeout(TIMEOUT, transport.send(message)).await;
         let sent = sending.map_err(|_| self.error("the mail server took too long"))?;
-        let answer = sent.map_err(|e| self.error(e))?;
+        let answer = sent.map_err(|e| Refusal {
+            is_of_message: e.is_permanent(),
+            ..Refusal::from(self.error(e))
+        })?;
         Ok(format!("{} {}", answer.code(), answer.message().collect::<Vec<_>>().join(" ")))
     }
 }

@@ -9,7 +9,6 @@
 //! writers (NaN) or written with fewer digits than they have.
 
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use alluvium_protocol::{Code, Error, Result};
@@ -118,7 +117,7 @@ impl Scan<'_> {
             async move {
                 go_on()?;
                 let (at, path) = (unit.file, file.path.clone());
-                if let Some(local) = self.local_path(file)? {
+                if let Some(local) = self.table.local_path(file)? {
                     let _turn = decoding.acquire_owned().await.map_err(Error::internal)?;
                     let work = move || {
                         let open = || {
@@ -127,7 +126,7 @@ impl Scan<'_> {
                         };
                         decode(unit, open, &keys, &path)
                     };
-                    let hits = tokio::task::spawn_blocking(work).await;
+                    let hits = tokio::spawn(async { work() }).await;
                     return Ok((at, hits.map_err(Error::internal)??));
                 }
                 let bytes: u64 = unit.ranges.iter().map(|range| range.end - range.start).sum();
@@ -136,7 +135,7 @@ impl Scan<'_> {
                 let parts = self.fetch(file, &unit.ranges).await?;
                 let _turn = decoding.acquire_owned().await.map_err(Error::internal)?;
                 let work = move || decode(unit, || Ok(parts.clone()), &keys, &path);
-                let hits = tokio::task::spawn_blocking(work).await.map_err(Error::internal)??;
+                let hits = tokio::spawn(async { work() }).await.map_err(Error::internal)??;
                 Ok::<_, Error>((at, hits))
             }
         });
@@ -179,12 +178,6 @@ impl Scan<'_> {
         let rows = hits.coming | hits.leaving;
         let found = Found { file: file.clone(), rows_in_file, deleted, rows, coming };
         Ok((!found.rows.is_empty()).then_some(found))
-    }
-
-    /// A file of this machine, which is read page by page; `None`: its key columns are fetched.
-    fn local_path(&self, file: &LiveFile) -> Result<Option<PathBuf>> {
-        let Place::Local(root) = place_of(self.table.uri())? else { return Ok(None) };
-        Ok(file.has_plain_path().then(|| root.join(&file.path)))
     }
 
     async fn fetch(&self, file: &LiveFile, ranges: &[Range<u64>]) -> Result<Parts> {

@@ -1,7 +1,5 @@
-//! Hidden: one merge of all that raw holds and main does not, for `scripts/bench merge`.
-//!
-//! The worker's own merge step, without discovery, queue and ledger, so that it stands beside a MERGE of
-//! another tool.
+//! Hidden: one of the worker's own steps without discovery, queue, lock and ledger, so that a merge stands
+//! beside a MERGE of another tool (`scripts/bench merge`), and two processes race (`tests/races.py`).
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,11 +15,12 @@ use chrono::Utc;
 use serde_json::json;
 use uuid::Uuid;
 
+use crate::cli::OneStep;
 use crate::config;
 use crate::printer::{self, Exit};
 
-/// Carries out `bench-merge`.
-pub(crate) async fn bench_merge(file: Option<&Path>, optimize: bool) -> Result<Exit> {
+/// Carries out `step`.
+pub(crate) async fn step(file: Option<&Path>, step: OneStep) -> Result<Exit> {
     let config = config::load(file)?;
     let pipeline = config.select(None)?.remove(0);
     let raw = Table::open(&pipeline.raw).await?.ok_or_else(|| {
@@ -29,7 +28,11 @@ pub(crate) async fn bench_merge(file: Option<&Path>, optimize: bool) -> Result<E
     })?;
     let markers = Markers::of_pipeline(&pipeline.id, raw.transactions());
     let epochs = markers.ingest.keys().copied().collect();
-    let work = if optimize { Work::Optimize } else { Work::Merge { epochs } };
+    let work = match step {
+        OneStep::Merge => Work::Merge { epochs },
+        OneStep::Optimize => Work::Optimize,
+        OneStep::Cleanup => Work::Cleanup,
+    };
     let task = Task {
         format: FORMAT_MAJOR,
         id: Uuid::new_v4(),

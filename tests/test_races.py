@@ -1,0 +1,104 @@
+"""A few races of each kind (`races.py`), and some in which one process stands still in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from races import MOVED_ON, RACES, Ground, is_fine, race
+
+ROUNDS = 12
+
+
+@pytest.mark.parametrize("name", RACES)
+@pytest.mark.parametrize("vectors", ["auto", "off"])
+def test_no_row_is_lost_or_doubled(name: str, vectors: str, tmp_path: Path):
+    ground = Ground(tmp_path, seed=len(name), more=f'merge = {{ deletion_vectors = "{vectors}" }}')
+    for number in range(ROUNDS):
+        race(ground, RACES[name], number)
+
+
+def stands_still(process) -> None:
+    """Waits until the process has stopped itself."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T":
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not stop")
+
+
+def ended(process) -> tuple[int, str]:
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
+
+
+def test_an_optimize_that_a_merge_overtook_is_fitted_to_it(tmp_path: Path):
+    ground = Ground(tmp_path, seed=5)
+    ground.begin()
+    files = len(list(ground.main.glob("*.parquet")))
+    optimize = ground.step("optimize", ALLUVIUM_STOP="optimize.before_commit")
+    stands_still(optimize)
+    assert ended(ground.step("merge"))[0] == 0
+    ground.holds(ground.after)
+    os.kill(optimize.pid, signal.SIGCONT)
+    out, err = optimize.communicate(timeout=120)
+    assert optimize.returncode == 0, err
+    assert '"conflicts":1' in out, out
+    ground.holds(ground.after)
+    assert len(list(ground.main.glob("*.parquet"))) > files
+
+
+def test_without_marks_an_overtaken_optimize_is_given_up(tmp_path: Path):
+    ground = Ground(tmp_path, seed=6, more='merge = { deletion_vectors = "off" }')
+    ground.begin()
+    optimize = ground.step("optimize", ALLUVIUM_STOP="optimize.before_commit")
+    stands_still(optimize)
+    assert ended(ground.step("merge"))[0] == 0
+    os.kill(optimize.pid, signal.SIGCONT)
+    code, err = ended(optimize)
+    assert code == 1 and MOVED_ON in err, (code, err)
+    ground.holds(ground.after)
+
+
+@pytest.mark.parametrize("point", ["merge.after_plan", "merge.before_commit"])
+def test_a_merge_that_an_optimize_overtook_plans_again(point: str, tmp_path: Path):
+    ground = Ground(tmp_path, seed=7)
+    ground.begin()
+    merge = ground.step("merge", ALLUVIUM_STOP=point)
+    stands_still(merge)
+    assert ended(ground.step("optimize"))[0] == 0
+    ground.holds(ground.before)
+    os.kill(merge.pid, signal.SIGCONT)
+    assert ended(merge)[0] == 0
+    ground.holds(ground.after)
+
+
+def test_an_optimize_that_another_overtook_is_given_up(tmp_path: Path):
+    ground = Ground(tmp_path, seed=8)
+    ground.begin()
+    slow = ground.step("optimize", ALLUVIUM_STOP="optimize.before_commit")
+    stands_still(slow)
+    assert ended(ground.step("optimize"))[0] == 0
+    os.kill(slow.pid, signal.SIGCONT)
+    assert is_fine(*ended(slow))
+    ground.holds(ground.before)
+    assert ended(ground.step("merge"))[0] == 0
+    ground.holds(ground.after)
+
+
+@pytest.mark.parametrize("step", ["merge", "optimize"])
+def test_files_of_a_step_that_stands_still_are_not_cleaned_away(step: str, tmp_path: Path):
+    ground = Ground(tmp_path, seed=9)
+    ground.begin()
+    slow = ground.step(step, ALLUVIUM_STOP=f"{step}.before_commit")
+    stands_still(slow)
+    assert ended(ground.step("cleanup"))[0] == 0
+    assert not list(ground.main.glob("*left-behind*"))
+    os.kill(slow.pid, signal.SIGCONT)
+    assert ended(slow)[0] == 0
+    ground.holds(ground.after if step == "merge" else ground.before)
