@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -335,3 +336,64 @@ def test_what_a_receiver_says_is_one_line_of_the_log(tmp_path: Path):
         done = lake.alluvium("alerts", "test", "team")
         assert done.code != 0 and "\x1b" not in done.err
         assert "oops  [31mred  second line" in done.err, done.err
+
+
+def test_a_pipeline_that_is_configured_no_more_has_no_trouble(tmp_path: Path):
+    with HttpReceiver() as receiver:
+        lake = Lake(tmp_path).pipeline("p").pipeline("q")
+        lake.configure(webhook(receiver.url))
+        lake.deliver(10, [("a", 1, "U")], name="p")
+        (lake.folder(10, "p") / "part-0.parquet").write_bytes(b"no parquet")
+        lake.run(code=1)
+        del lake.pipelines["p"]
+        lake.configure(webhook(receiver.url))
+        lake.run()
+        assert changes(receiver, "blocked") == ["opened", "resolved"]
+        assert lake.alluvium("alerts", "list", "-o", "json").json() == []
+
+
+def test_a_sink_under_a_new_name_is_told_of_what_is_open(tmp_path: Path):
+    with HttpReceiver(answers=[503]) as down, HttpReceiver() as receiver:
+        lake = Lake(tmp_path).pipeline()
+        lake.configure(webhook(down.url))
+        lake.deliver(10, [("a", 1, "U")])
+        (lake.folder(10) / "part-0.parquet").write_bytes(b"no parquet")
+        lake.run(code=1)
+        assert stored(lake)["outbox"], "nobody took it"
+        lake.configure(webhook(receiver.url).replace("alert.team", "alert.oncall"))
+        lake.run(code=1)
+        assert changes(receiver, "blocked") == ["opened"]
+        # Told once: the name is known now.
+        lake.run(code=1)
+        assert changes(receiver, "blocked") == ["opened"]
+        assert stored(lake)["outbox"] == []
+
+
+def test_a_message_that_is_refused_holds_up_no_other(tmp_path: Path):
+    """The receiver does not want to hear of one pipeline, for ever; of the other it does."""
+    with HttpReceiver(answers=[422, 200]) as receiver:
+        lake = Lake(tmp_path).pipeline("p").pipeline("q")
+        lake.configure(webhook(receiver.url))
+        for name in ("p", "q"):
+            lake.deliver(10, [("a", 1, "U")], name=name)
+            (lake.folder(10, name) / "part-0.parquet").write_bytes(b"no parquet")
+        lake.run(code=1)
+        first, second = (event["data"]["pipeline"] for event in receiver.events()[:2])
+        assert {first, second} == {"p", "q"}, "the refused one came again before the other"
+
+
+def test_a_pager_is_told_of_the_end_although_the_incident_is_forgotten(tmp_path: Path):
+    with HttpReceiver() as receiver:
+        lake = Lake(tmp_path).pipeline()
+        lake.configure(f'[alert.pager]\ntype = "pagerduty"\nurl = "{receiver.url}"\nkey = "k"\n')
+        lake.deliver(10, [("a", 1, "U")])
+        good = (lake.folder(10) / "part-0.parquet").read_bytes()
+        (lake.folder(10) / "part-0.parquet").write_bytes(b"no parquet")
+        lake.run(code=1)
+        shutil.rmtree(tmp_path / "state")
+        lake.run(code=1)
+        (lake.folder(10) / "part-0.parquet").write_bytes(good)
+        lake.run()
+        told = [(event["event_action"], event["dedup_key"]) for event in receiver.events()]
+        assert [action for action, _ in told] == ["trigger", "trigger", "resolve"]
+        assert len({key for _, key in told}) == 1

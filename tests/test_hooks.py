@@ -76,3 +76,16 @@ def test_a_rollback_is_told_too(tmp_path: Path):
             lake.run()
         assert lake.alluvium("rollback", "p", "--to-epoch", "1", "--yes").code == 0
         wait_for(lambda: receiver.events()[-1]["main_version"] == lake.version("main"), "told", 10)
+
+
+def test_a_rollback_is_told_as_one(tmp_path: Path):
+    with HttpReceiver() as receiver:
+        lake = Lake(tmp_path).pipeline(more=f'after_merge = {{ url = "{receiver.url}" }}')
+        for epoch in (10, 20):
+            lake.deliver(epoch, [("a", epoch, "U")])
+            lake.run()
+        assert lake.alluvium("rollback", "p", "--to-epoch", "10", "--yes").code == 0
+        lake.run()
+        told = receiver.events()[-1]
+        assert (told["event"], told["epochs"], told["taken_out"]) == ("rolled_back", [], [20])
+        assert told["main_version"] == lake.version("main")

@@ -186,8 +186,23 @@ def test_a_missing_file_of_a_point_is_told(tmp_path: Path):
     assert listed.code == 3 and "MISSING" in listed.out
 
 
+def test_a_missing_deletion_vector_of_a_point_is_told(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more="optimize.enabled = false")
+    rows = [(f"k{number:05}", 1, "U") for number in range(5000)]
+    lake.deliver(10, rows)
+    lake.run()
+    lake.deliver(20, [(key, 2, "U") for key, _, _ in rows[::3]])
+    lake.run()
+    assert lake.alluvium("rollback-point", "add", "p", "good").code == 0
+    assert lake.alluvium("rollback-point", "list", "p").code == 0
+    [vectors] = (tmp_path / "p/main/_dv").glob("*.bin")
+    vectors.unlink()
+    listed = lake.alluvium("rollback-point", "list", "p")
+    assert listed.code == 3 and "MISSING" in listed.out
+
+
 def test_counts_that_disagree_block_the_epoch(tmp_path: Path):
-    """The checks after each step: nothing is committed, or the epoch is blocked after it."""
+    """The checks before each commit: nothing is committed."""
     for step in ("ingest", "ingest.files", "merge", "merge.files"):
         root = tmp_path / step
         root.mkdir()
@@ -195,6 +210,21 @@ def test_counts_that_disagree_block_the_epoch(tmp_path: Path):
         lake.deliver(10, [("a", 1, "U"), (None, 1, "U")])
         result = lake.run(code=1, env={"ALLUVIUM_MISCOUNT": step})
         assert "AL-0410" in result.err, step
-        assert lake.states() == {10: "blocked"} or step == "merge"
+        assert lake.states() == {10: "blocked"}, step
         lake.run()
         assert lake.main() == {"a": 1} and lake.states() == {10: "processed"}, step
+
+
+def test_rows_of_main_that_are_not_what_was_committed_stop_the_pipeline_for_good(tmp_path: Path):
+    """It is in main already: no later process merges more before somebody looked."""
+    lake = Lake(tmp_path).pipeline()
+    lake.deliver(10, [("a", 1, "U")])
+    result = lake.run(code=1, env={"ALLUVIUM_MISCOUNT": "merge.landed"})
+    assert "AL-0410" in result.err and "alluvium resume p" in result.err
+    lake.deliver(20, [("b", 2, "U")])
+    lake.run()
+    assert lake.main() == {"a": 1} and lake.states()[20] != "processed"
+    assert lake.alluvium("status", "-o", "json").json()[0]["health"] == "paused"
+    assert lake.alluvium("resume", "p").code == 0
+    lake.run()
+    assert lake.main() == {"a": 1, "b": 2}

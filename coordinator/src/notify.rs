@@ -80,7 +80,9 @@ fn objects_within(message: &Value, depth: usize) -> Result<Said> {
     // EventBridge does not encode keys.
     match named(&message["detail"]) {
         Some(found) => Ok(Said::Objects(vec![found])),
-        None => Err(refused("neither an S3 event (Records), nor EventBridge (detail), nor SNS (Type)")),
+        None => {
+            Err(refused("neither an S3 event (Records), nor EventBridge (detail), nor SNS (Type)"))
+        }
     }
 }
 

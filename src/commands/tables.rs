@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use alluvium_protocol::{Error, Pipeline, Result};
-use alluvium_table::upkeep::{BIN_FILES_MIN, Health, health, policy};
 use alluvium_table::schema::find_column;
+use alluvium_table::upkeep::{BIN_FILES_MIN, Health, health, policy};
 use alluvium_table::{LiveFile, Table};
 use serde_json::{Value, json};
 

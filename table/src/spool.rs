@@ -1,7 +1,8 @@
 //! A spool: rows that are read more than once, in memory while they are few, on disk beyond.
 
 use std::fs::File;
-use std::io::{BufReader, BufWriter};
+use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use alluvium_protocol::Result;
@@ -18,7 +19,6 @@ use deltalake::datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use deltalake::datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use deltalake::datafusion::physical_plan::streaming::PartitionStream;
 use futures::StreamExt;
-use tempfile::NamedTempFile;
 
 use crate::classify::foreign;
 
@@ -33,7 +33,7 @@ pub struct Spool {
     rows: usize,
     bytes: usize,
     batches: Vec<RecordBatch>,
-    file: Option<(NamedTempFile, FileWriter<BufWriter<File>>)>,
+    file: Option<(File, FileWriter<BufWriter<File>>)>,
 }
 
 impl Spool {
@@ -72,10 +72,11 @@ impl Spool {
 
     fn spill(&mut self) -> Result<()> {
         let doing = "spill rows to disk";
-        let file = NamedTempFile::new().map_err(|e| foreign(doing, &e))?;
-        let handle = file.reopen().map_err(|e| foreign(doing, &e))?;
-        let mut writer =
-            FileWriter::try_new(BufWriter::new(handle), &self.schema).map_err(|e| foreign(doing, &e))?;
+        // Without a name: when the process is killed, it is gone.
+        let file = tempfile::tempfile().map_err(|e| foreign(doing, &e))?;
+        let handle = file.try_clone().map_err(|e| foreign(doing, &e))?;
+        let mut writer = FileWriter::try_new(BufWriter::new(handle), &self.schema)
+            .map_err(|e| foreign(doing, &e))?;
         for batch in self.batches.drain(..) {
             writer.write(&batch).map_err(|e| foreign(doing, &e))?;
         }
@@ -99,7 +100,7 @@ impl Spool {
             None => Kept::Memory(self.batches),
             Some((file, mut writer)) => {
                 writer.finish().map_err(|e| foreign("spill rows to disk", &e))?;
-                Kept::Disk(file)
+                Kept::Disk(Arc::new(file))
             }
         };
         Ok(Spooled { schema: self.schema, rows: self.rows, kept })
@@ -122,7 +123,34 @@ pub struct Spooled {
 #[derive(Debug)]
 enum Kept {
     Memory(Vec<RecordBatch>),
-    Disk(NamedTempFile),
+    Disk(Arc<File>),
+}
+
+/// A file that several read at a time, each at its own position.
+struct ReadAt {
+    file: Arc<File>,
+    position: u64,
+}
+
+impl Read for ReadAt {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.file.read_at(buffer, self.position)?;
+        self.position += read as u64;
+        Ok(read)
+    }
+}
+
+impl Seek for ReadAt {
+    fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
+        let position = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::End(by) => self.file.metadata()?.len().checked_add_signed(by),
+            SeekFrom::Current(by) => self.position.checked_add_signed(by),
+        };
+        let before = || std::io::Error::new(std::io::ErrorKind::InvalidInput, "before the file");
+        self.position = position.ok_or_else(before)?;
+        Ok(self.position)
+    }
 }
 
 /// Batches of one reading.
@@ -172,8 +200,8 @@ impl Spooled {
                 Ok(Box::new(batches.into_iter().map(Ok)))
             }
             Kept::Disk(file) => {
-                let handle = file.reopen().map_err(|e| foreign(doing, &e))?;
-                let reader = FileReader::try_new(BufReader::new(handle), None);
+                let file = BufReader::new(ReadAt { file: Arc::clone(file), position: 0 });
+                let reader = FileReader::try_new(file, None);
                 let mut reader = reader.map_err(|e| foreign(doing, &e))?;
                 if first >= reader.num_batches() {
                     return Ok(Box::new(std::iter::empty()));

@@ -181,9 +181,12 @@ impl ChangeWriter {
         FileWriter::in_store(table, store, schema, u64::MAX).map(Self)
     }
 
-    /// Writes a whole stream. Returns the actions that name the files.
-    pub async fn write_all(self, stream: SendableRecordBatchStream) -> Result<Vec<Action>> {
-        let written = self.0.write_all(stream).await?;
+    /// Writes all rows. Returns the actions that name the files.
+    pub async fn write_rows(
+        self,
+        rows: impl Stream<Item = Result<RecordBatch>> + Unpin,
+    ) -> Result<Vec<Action>> {
+        let written = self.0.write_rows(rows).await?;
         let action = |add: Add| {
             Action::Cdc(AddCDCFile {
                 path: format!("{CHANGE_FOLDER}/{}", add.path),

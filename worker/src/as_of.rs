@@ -5,13 +5,13 @@ use std::collections::BTreeSet;
 use alluvium_protocol::marker::Markers;
 use alluvium_protocol::pipeline::Mode;
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result};
+use alluvium_table::LiveFile;
 use alluvium_table::Table;
 use alluvium_table::classify::foreign;
 use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::schema::find_column;
 use alluvium_table::session::quoted;
 
-use crate::edit::paths;
 use crate::folding::top_of;
 use crate::merge::BASE_VERSION;
 use crate::raw;
@@ -96,7 +96,7 @@ async fn compute(
         let none = none.map_err(|e| foreign(doing, &e))?.into_view();
         session.register_table("applied", none).map_err(|e| foreign(doing, &e))?;
     } else {
-        raw.register(session, "applied", Some(&paths(&files))).await?;
+        raw.register(session, "applied", Some(&paths_of(&files))).await?;
     }
     let base = main.properties().get(BASE_VERSION).and_then(|text| text.parse().ok());
     if let Some(version) = base {
@@ -122,4 +122,9 @@ async fn compute(
         session.deregister_table(helper).map_err(|e| foreign(doing, &e))?;
     }
     Ok(())
+}
+
+/// Paths of files, as the log spells them.
+fn paths_of(files: &[LiveFile]) -> Vec<String> {
+    files.iter().map(|file| file.path.clone()).collect()
 }

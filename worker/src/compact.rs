@@ -105,11 +105,7 @@ impl Compaction {
     }
 
     /// New files of the rows in ranges that follow one another.
-    async fn write_ranges(
-        self: Arc<Self>,
-        runs: Arc<Runs>,
-        ranges: Vec<Keys>,
-    ) -> Result<Written> {
+    async fn write_ranges(self: Arc<Self>, runs: Arc<Runs>, ranges: Vec<Keys>) -> Result<Written> {
         let most = self.target_file_bytes.saturating_mul(LARGER_THAN_FORESEEN);
         let writer = FileWriter::new(&self.table, most)?;
         let permit = self.permit.clone();

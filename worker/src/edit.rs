@@ -12,12 +12,13 @@ use std::sync::Arc;
 
 use alluvium_protocol::pipeline::{DeletionVectors, Mode, same_name};
 use alluvium_protocol::{Epoch, Error, Pipeline, Result};
+use alluvium_table::arrow::array::{AsArray, BooleanArray, RecordBatch};
 use alluvium_table::arrow::compute::filter_record_batch;
-use alluvium_table::classify::foreign;
-use alluvium_table::datafusion::execution::context::SessionContext;
+use alluvium_table::arrow::datatypes::{Field, Schema, SchemaRef};
 use alluvium_table::deletion::Mark;
 use alluvium_table::keys::Found;
-use alluvium_table::session::{quoted, quoted_list};
+use alluvium_table::rows::Pick;
+use alluvium_table::schema::find_column;
 use alluvium_table::spool::{Spool, Spooled};
 use alluvium_table::write::{FileWriter, Written};
 use alluvium_table::{Action, Add, LiveFile, Remove, Table};
@@ -25,15 +26,13 @@ use futures::{StreamExt, TryStreamExt};
 use tracing::Instrument;
 
 use crate::checks::agree;
-use crate::search::{Search, Searched, comes, key_in};
+use crate::ordered::{Cursor, Picks, Seen, side_by_side, with_columns};
+use crate::search::{Search, Searched, comes};
+use crate::slowly::VALIDITY;
 use crate::sorted::LastRows;
-use crate::winners::{self, Rule};
+use crate::sorter::{Plan, Runs, Sorter};
+use crate::winners::Rule;
 use crate::{Permit, feed, raw};
-
-/// Paths of files, as the log spells them.
-pub(crate) fn paths(files: &[LiveFile]) -> Vec<String> {
-    files.iter().map(|file| file.path.clone()).collect()
-}
 
 /// What happens to main's files.
 #[derive(Default)]
@@ -87,7 +86,6 @@ impl Winners {
 
 /// What an edit is made with.
 pub(crate) struct Editing<'a> {
-    pub(crate) session: &'a SessionContext,
     pub(crate) main: &'a Table,
     pub(crate) rule: &'a Rule,
     pub(crate) pipeline: &'a Pipeline,
@@ -107,7 +105,7 @@ impl Editing<'_> {
         if pipeline.content.skip_unchanged && rule.mode != Mode::Scd2 {
             edit.take(search.finish().await?);
             if !edit.touched.is_empty() {
-                let changed = self.changed_ones(edit, &winners.spooled().await?).await?;
+                let changed = self.changed_ones(edit, winners.spooled().await?.as_ref()).await?;
                 let live = edit.touched.drain(..).map(|found| found.file).collect();
                 let mut search = Search::new(main, rule, pipeline, live, permit, changed.rows())?;
                 search.add_rows(&changed).await?;
@@ -126,38 +124,76 @@ impl Editing<'_> {
         permit.check()?;
         self.take_out(edit).await?;
         if main.tells_changes() && !edit.touched.is_empty() {
-            winners.spooled().await?.register(self.session, "winners")?;
-            register_keys(self.session, rule).await?;
-            main.register(self.session, "touched", Some(&edit.touched_paths())).await?;
-            edit.feed = feed::write(self.session, main, rule, &self.coming()).await?;
-            self.forget("winners")?;
+            edit.feed = feed::write(self, &edit.touched, winners.spooled().await?.as_ref()).await?;
         }
         Ok(())
     }
 
-    fn forget(&self, table: &str) -> Result<()> {
-        let forgotten = self.session.deregister_table(table);
-        forgotten.map(drop).map_err(|e| foreign("put a helper table away", &e))
+    /// Rows of main that were found, with these columns, as the plan orders them.
+    pub(crate) async fn rows_that_go(
+        &self,
+        found: &[Found],
+        columns: &SchemaRef,
+        plan: &Plan,
+    ) -> Result<Runs> {
+        let mut sorter = Sorter::new(plan)?;
+        for found in found {
+            let pick = Pick::Only(found.rows.clone());
+            let mut rows = self.main.rows_of(&found.file, columns, pick).await?;
+            while let Some(batch) = rows.try_next().await? {
+                self.permit.check()?;
+                sorter.push(batch)?;
+            }
+        }
+        sorter.finish()
     }
 
     /// The winners that are not as main has them.
-    async fn changed_ones(&self, edit: &Edit, rows: &Arc<Spooled>) -> Result<Arc<Spooled>> {
-        rows.register(self.session, "winners")?;
-        self.main.register(self.session, "main", Some(&edit.touched_paths())).await?;
-        let changed = changed_ones(self.session, self.main, self.rule).await?;
-        self.forget("winners")?;
-        self.forget("main")?;
-        Ok(Arc::new(changed))
-    }
-
-    /// SQL of the rows that come, with main's columns.
-    fn coming(&self) -> String {
-        format!(
-            "SELECT {} FROM winners WHERE {} = '{}'",
-            padded_columns(self.main, self.rule),
-            quoted(raw::OP),
-            raw::UPSERT
-        )
+    async fn changed_ones(&self, edit: &Edit, rows: &Spooled) -> Result<Arc<Spooled>> {
+        // Main's types and further columns, which are NULL in what comes; the rule's names.
+        let wide = self.main.schema();
+        let is_known =
+            |name: &str| rows.schema().fields().iter().any(|f| same_name(f.name(), name));
+        let mut fields: Vec<Field> = Vec::new();
+        for field in rows.schema().fields() {
+            let kind = find_column(&wide, field.name()).map(|at| wide.field(at).data_type());
+            let kind = kind.unwrap_or(field.data_type()).clone();
+            fields.push(Field::new(field.name(), kind, true));
+        }
+        fields.extend(
+            wide.fields().iter().filter(|f| !is_known(f.name())).map(|f| f.as_ref().clone()),
+        );
+        let all = Arc::new(Schema::new(fields));
+        let key = &self.rule.key;
+        let values: Vec<String> = all.fields().iter().map(|field| field.name().clone()).collect();
+        let values: Vec<String> = values
+            .into_iter()
+            .filter(|name| name != raw::OP && self.rule.key_name(name).is_none())
+            .collect();
+        let plan = Plan::new(&all, key, self.pipeline.sizes.memory_bytes)?;
+        let held = self.rows_that_go(&edit.touched, &all, &plan).await?;
+        let mut coming = Sorter::new(&plan)?;
+        for batch in with_columns(rows.batches()?, &all, None) {
+            self.permit.check()?;
+            coming.push(batch?)?;
+        }
+        let cursor = |rows| Cursor::new(rows, &all, key)?.comparing(&all, &values);
+        let coming = cursor(Box::new(coming.finish()?.batches()))?;
+        let held = cursor(Box::new(held.batches()))?;
+        let (mut picks, mut spool) = (Picks::default(), Spool::new(Arc::clone(&all)));
+        side_by_side(coming, held, |comes, is, cursor| {
+            let Some(comes) = comes else { return Ok(()) };
+            let is_kept = is.is_some_and(|is| is_upsert(comes) && cursor.is_same(comes, is));
+            if !is_kept {
+                picks.pick(&comes.batch, comes.row);
+            }
+            if picks.is_full() {
+                picks.take()?.map_or(Ok(()), |rows| spool.push(rows))?;
+            }
+            Ok(())
+        })?;
+        picks.take()?.map_or(Ok(()), |rows| spool.push(rows))?;
+        Ok(Arc::new(spool.finish()?))
     }
 
     /// Writes the rows that come, by key.
@@ -175,12 +211,19 @@ impl Editing<'_> {
                 return written.map_err(Error::internal)?;
             }
         };
-        rows.register(self.session, "winners")?;
-        let order = quoted_list(key_in(main, self.rule).iter().map(String::as_str));
-        let sql = format!("{} ORDER BY {order}", self.coming());
-        let written = written(self.session, main, &sql, target).await;
-        self.forget("winners")?;
-        written
+        let mut order = self.rule.key.clone();
+        if self.rule.mode == Mode::Scd2 {
+            order.push(VALIDITY[0].to_owned());
+        }
+        let plan = Plan::new(rows.schema(), &order, self.pipeline.sizes.memory_bytes)?;
+        let mut sorter = Sorter::new(&plan)?;
+        for batch in rows.batches()? {
+            self.permit.check()?;
+            sorter.push(only_coming(&batch?)?)?;
+        }
+        let permit = self.permit.clone();
+        let rows = sorter.finish()?.batches().map(move |batch| permit.check().and(batch));
+        FileWriter::new(main, target)?.write_rows(futures::stream::iter(rows)).await
     }
 
     /// Marks the rows that go, or writes their files anew without them.
@@ -224,7 +267,8 @@ impl Editing<'_> {
             let file = found.file.clone();
             copying.push(async move {
                 permit.check()?;
-                let copy = async move { main.copy_without(&file, &main.schema(), gone, target).await };
+                let copy =
+                    async move { main.copy_without(&file, &main.schema(), gone, target).await };
                 tokio::spawn(copy.in_current_span()).await.map_err(Error::internal)?
             });
         }
@@ -239,15 +283,26 @@ impl Editing<'_> {
 
 /// Writes those of the rows that come, as they are.
 async fn write_upserts(main: Table, last: Arc<LastRows>, target: u64) -> Result<Written> {
-    let rows = last.rows().await?.map(|batch| {
-        let batch = batch?;
-        filter_record_batch(&batch, &comes(&batch)?).map_err(Error::internal)
-    });
+    let rows = last.rows().await?.map(|batch| only_coming(&batch?));
     FileWriter::new(&main, target)?.write_rows(rows).await
 }
 
-/// A column of `winner_keys`: the key has rows that come.
-const COMES: &str = "_alluvium_comes";
+/// Those of the rows that come.
+pub(crate) fn only_coming(batch: &RecordBatch) -> Result<RecordBatch> {
+    filter_record_batch(batch, &comes(batch)?).map_err(Error::internal)
+}
+
+fn without_reverts(batch: &RecordBatch) -> Result<RecordBatch> {
+    let op = batch.column_by_name(raw::OP).and_then(|op| op.as_string_opt::<i32>());
+    let op = op.ok_or_else(|| Error::internal("no _op"))?;
+    let stays: BooleanArray = op.iter().map(|op| Some(op != Some(raw::REVERT))).collect();
+    filter_record_batch(batch, &stays).map_err(Error::internal)
+}
+
+fn is_upsert(row: &Seen) -> bool {
+    let op = row.batch.column_by_name(raw::OP).and_then(|op| op.as_string_opt::<i32>());
+    op.is_some_and(|op| op.value(row.row) == raw::UPSERT)
+}
 
 impl Edit {
     /// The files that become live.
@@ -263,27 +318,27 @@ impl Edit {
 
     /// The files that go and come make main as many rows larger as were counted.
     pub(crate) fn check_counts(&self, uri: &str) -> Result<()> {
-        let of_adds = self.marked.iter().map(|add| LiveFile::of(add).live_rows());
+        let of_touched = self.touched.iter().map(|found| found.rows_in_file - found.deleted.len());
+        let of_whole = self.whole.iter().filter_map(LiveFile::live_rows);
+        let gone: u64 = of_touched.chain(of_whole).sum();
+        let after = self.written.rows + self.marked_rows();
+        agree("merge", "rows of main", self.upserts + gone, after + self.hits, uri)
+    }
+
+    /// Rows of main afterwards, as statistics will tell them.
+    pub(crate) fn rows_after(&self) -> Option<u64> {
         let gone = self.touched.iter().map(|found| &found.file).chain(&self.whole);
-        let gone: Option<u64> = gone.map(LiveFile::live_rows).sum();
-        // An adopted table may have files without statistics.
-        let (Some(before), Some(gone), Some(marked)) =
-            (self.rows_before, gone, of_adds.sum::<Option<u64>>())
-        else {
-            return Ok(());
-        };
-        let expected = (before + self.upserts).saturating_sub(self.hits);
-        let after = (before + marked + self.written.rows).saturating_sub(gone);
-        agree("merge", "rows of main", expected, after, uri)
+        let gone: u64 = gone.map(LiveFile::live_rows).sum::<Option<u64>>()?;
+        Some((self.rows_before? + self.marked_rows() + self.written.rows).saturating_sub(gone))
+    }
+
+    fn marked_rows(&self) -> u64 {
+        self.marked.iter().filter_map(|add| LiveFile::of(add).live_rows()).sum()
     }
 
     /// How many files go for good.
     pub(crate) fn files_removed(&self) -> u64 {
         (self.touched.len() + self.whole.len() - self.marked.len()) as u64
-    }
-
-    fn touched_paths(&self) -> Vec<String> {
-        self.touched.iter().map(|found| found.file.path.clone()).collect()
     }
 
     fn take(&mut self, searched: Searched) {
@@ -294,13 +349,12 @@ impl Edit {
         self.updated = self.touched.iter().map(|found| found.coming).sum();
     }
 
-    /// Mode append: main's partitions of the epochs are those of `added`, or empty without it.
+    /// Mode append: main's partitions of the epochs are those of `added`.
     pub(crate) async fn replace_epochs(
         &mut self,
-        session: &SessionContext,
         main: &Table,
-        rule: &Rule,
         epochs: &BTreeSet<Epoch>,
+        added: Runs,
         target_file_bytes: u64,
     ) -> Result<()> {
         let live = main.files().await?;
@@ -308,84 +362,10 @@ impl Edit {
         let is_of = |file: &LiveFile| raw::epoch_of(file).is_some_and(|e| epochs.contains(&e));
         self.whole = live.into_iter().filter(is_of).collect();
         self.hits = self.whole.iter().filter_map(LiveFile::live_rows).sum();
-        if session.table_exist("added").map_err(Error::internal)? {
-            let sql = format!(
-                "SELECT {} FROM (SELECT * FROM added WHERE {} <> '{}') ORDER BY {}",
-                padded_columns(main, rule),
-                quoted(raw::OP),
-                raw::REVERT,
-                quoted_list([raw::EPOCH, raw::FILE, raw::ROW]),
-            );
-            self.written = written(session, main, &sql, target_file_bytes).await?;
-        }
+        let rows = futures::stream::iter(added.batches().map(|batch| without_reverts(&batch?)));
+        self.written = FileWriter::new(main, target_file_bytes)?.write_rows(rows).await?;
         self.upserts = self.written.rows;
         self.keys = self.written.rows;
         Ok(())
     }
-}
-
-/// The distinct keys of `winners`, as table `winner_keys`.
-async fn register_keys(session: &SessionContext, rule: &Rule) -> Result<()> {
-    let doing = "find the keys of the epochs";
-    let sql = format!(
-        "SELECT {key}, bool_or({op} = '{upsert}') AS {COMES} FROM winners GROUP BY {key}",
-        key = rule.key_list(),
-        op = quoted(raw::OP),
-        upsert = raw::UPSERT,
-    );
-    let view = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?.into_view();
-    session.register_table("winner_keys", view).map_err(|e| foreign(doing, &e))?;
-    Ok(())
-}
-
-/// The rows of `winners` that are not as main has them.
-async fn changed_ones(session: &SessionContext, main: &Table, rule: &Rule) -> Result<Spooled> {
-    let same: Vec<String> = main
-        .schema()
-        .fields()
-        .iter()
-        .filter(|field| rule.key_name(field.name()).is_none())
-        .map(|field| {
-            let known = rule.output.iter().find(|c| same_name(c, field.name()));
-            let coming = known.map_or_else(|| "NULL".to_owned(), |c| format!("w.{}", quoted(c)));
-            format!("(m.{} IS NOT DISTINCT FROM {coming})", quoted(field.name()))
-        })
-        .collect();
-    let sql = format!(
-        "SELECT w.* FROM winners w LEFT ANTI JOIN main m ON {keys} AND w.{op} = '{upsert}' AND {same}",
-        keys = rule.keys_equal("w", "m"),
-        op = quoted(raw::OP),
-        upsert = raw::UPSERT,
-        same = if same.is_empty() { "TRUE".to_owned() } else { same.join(" AND ") },
-    );
-    winners::collect(session, &sql).await?.finish()
-}
-
-async fn written(
-    session: &SessionContext,
-    main: &Table,
-    sql: &str,
-    target_file_bytes: u64,
-) -> Result<Written> {
-    let doing = "compute main's new rows";
-    let frame = session.sql(sql).await.map_err(|e| foreign(doing, &e))?;
-    let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
-    FileWriter::new(main, target_file_bytes)?.write_all(stream).await
-}
-
-/// Main's columns out of the winners: an adopted table may have more than raw.
-fn padded_columns(main: &Table, rule: &Rule) -> String {
-    let columns: Vec<String> = main
-        .schema()
-        .fields()
-        .iter()
-        .map(|field| {
-            let known = rule.output.iter().find(|c| same_name(c, field.name()));
-            match known {
-                Some(column) => format!("{} AS {}", quoted(column), quoted(field.name())),
-                None => format!("NULL AS {}", quoted(field.name())),
-            }
-        })
-        .collect();
-    columns.join(", ")
 }

@@ -13,17 +13,14 @@ use std::sync::Arc;
 
 use alluvium_protocol::pipeline::Mode;
 use alluvium_protocol::{Epoch, Pipeline, Result};
-use alluvium_table::classify::foreign;
-use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::spool::Spool;
 use alluvium_table::{LiveFile, Table};
 
-use crate::edit::{Edit, Editing, Winners, paths};
+use crate::edit::{Edit, Editing, Winners};
 use crate::ground::Ground;
-use crate::ingest::table_names;
 use crate::search::Search;
 use crate::sorted::LastRows;
-use crate::winners::{self, Rule, Scope};
+use crate::winners::Rule;
 use crate::{Permit, raw};
 
 /// A change of what is applied, on exactly these snapshots.
@@ -41,14 +38,16 @@ pub(crate) struct Fold<'a> {
 
 impl Fold<'_> {
     /// Computes and writes main's new files.
-    pub(crate) async fn edit(&self, session: &SessionContext, permit: &Permit) -> Result<Edit> {
+    pub(crate) async fn edit(&self, permit: &Permit) -> Result<Edit> {
         let rule = Rule::new(self.pipeline, self.raw);
         let mut edit = Edit::default();
         let (main, raw, pipeline) = (self.main, self.raw, self.pipeline);
+        let ground = Ground { main, raw, rule: &rule, pipeline, permit };
         if pipeline.content.mode == Mode::Append {
-            self.register_rows(session, "added").await?;
+            let coming = self.changed.intersection(self.applied).copied().collect();
+            let added = ground.all_rows(&raw::files_of(raw, &coming).await?).await?;
             let target = pipeline.sizes.target_file_bytes;
-            edit.replace_epochs(session, main, &rule, self.changed, target).await?;
+            edit.replace_epochs(main, self.changed, added, target).await?;
             return Ok(edit);
         }
         let live = main.files().await?;
@@ -69,77 +68,43 @@ impl Fold<'_> {
         let (winners, search) = match sorted {
             Some(found) => found,
             None => {
-                let Some(rows) = self.by_sql(session, &rule, permit).await? else {
-                    return Ok(edit);
-                };
+                let Some(rows) = self.computed(&ground).await? else { return Ok(edit) };
                 let rows = Arc::new(rows.finish()?);
                 let mut search = new_search(rows.rows())?;
                 search.add_rows(&rows).await?;
                 (Winners::Computed(rows), search)
             }
         };
-        let editing = Editing { session, main, rule: &rule, pipeline, permit };
+        let editing = Editing { main, rule: &rule, pipeline, permit };
         editing.carry_out(&mut edit, winners, search).await?;
         Ok(edit)
     }
 
-    /// The rows that decide, in no order; `None`: main stays as it is.
-    async fn by_sql(
-        &self,
-        session: &SessionContext,
-        rule: &Rule,
-        permit: &Permit,
-    ) -> Result<Option<Spool>> {
-        let (pipeline, main, raw) = (self.pipeline, self.main, self.raw);
+    /// The rows that decide; `None`: main stays as it is.
+    async fn computed(&self, ground: &Ground<'_>) -> Result<Option<Spool>> {
+        let (pipeline, raw) = (self.pipeline, self.raw);
         if pipeline.content.mode == Mode::Snapshot {
-            return self.of_snapshot(session, rule).await;
+            let top = self.top().await?;
+            let is_below = |epoch: &Epoch| top.as_ref().is_some_and(|(top, _)| epoch < top);
+            if self.changed.iter().all(is_below) {
+                // The newest snapshot stays what it is.
+                return Ok(None);
+            }
+            let files = top.map(|(_, files)| files).unwrap_or_default();
+            return ground.snapshot(&files).await.map(Some);
         }
         let changes = raw::files_of(raw, self.changed).await?;
         if changes.is_empty() {
             return Ok(None);
         }
-        raw.register(session, "changes", Some(&paths(&changes))).await?;
-        if self.is_fast && pipeline.content.mode != Mode::Scd2 {
-            return winners::compute(session, rule, &Scope::Fast).await.map(Some);
-        }
-        let ground = Ground { session, main, raw, rule, pipeline, permit };
         let applied = raw::files_of(raw, self.applied).await?;
-        let scope = ground.register(&changes, &applied).await?;
         let rows = match pipeline.content.mode {
             // What main was adopted with has no place in this mode.
-            Mode::Scd2 => winners::collect(session, &rule.version_rows()).await?,
-            _ => winners::compute(session, rule, &scope).await?,
+            Mode::Scd2 => ground.versions(&changes, &applied).await?,
+            _ if self.is_fast => ground.last_rows(&changes).await?,
+            _ => ground.reconciled(&changes, &applied).await?,
         };
         Ok(Some(rows))
-    }
-
-    /// The rows of the newest snapshot, and deletes of main's other keys.
-    async fn of_snapshot(&self, session: &SessionContext, rule: &Rule) -> Result<Option<Spool>> {
-        let top = self.top().await?;
-        let is_below = |epoch: &Epoch| top.as_ref().is_some_and(|(top, _)| epoch < top);
-        if self.changed.iter().all(is_below) {
-            // The newest snapshot stays what it is.
-            return Ok(None);
-        }
-        self.main.register(session, "main", None).await?;
-        if let Some((_, files)) = &top {
-            self.raw.register(session, "top", Some(&paths(files))).await?;
-        }
-        let main_key = table_names(self.main, &self.pipeline.content.key);
-        let sql = rule.snapshot_rows(top.is_some(), &main_key);
-        let rows = winners::collect(session, &sql).await?;
-        session.deregister_table("main").map_err(|e| foreign("read main", &e))?;
-        Ok(Some(rows))
-    }
-
-    /// The changed epochs' rows that are to be in main, as table `name`, if there are any.
-    async fn register_rows(&self, session: &SessionContext, name: &str) -> Result<()> {
-        let coming: BTreeSet<Epoch> = self.changed.intersection(self.applied).copied().collect();
-        let files = raw::files_of(self.raw, &coming).await?;
-        if files.is_empty() {
-            return Ok(());
-        }
-        self.raw.register(session, name, Some(&paths(&files))).await
     }
 
     /// The highest applied epoch that has content, with its files.

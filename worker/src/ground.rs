@@ -1,32 +1,40 @@
-//! What the formula is computed over: the rows of all applied epochs, and of the base, with keys of the
-//! epochs that change. They are found by their key columns; the other rows are not read.
+//! What main is to hold for the keys of the epochs that change, computed over the rows of all applied
+//! epochs, and of the base, with these keys. They are found by their key columns; other rows are not read.
+//!
+//! ```text
+//!  changed epochs ─► their keys ───────────────────► sorted ─┐  by key, side by side:
+//!        │ looked for in                                     │   the last row that is no revert,
+//!        ├─► raw's files of applied epochs ─► rows ─► sorted ─┼─► else the base's row,
+//!        └─► the base's files ──────────────► rows ─► sorted ─┘   else a delete
+//! ```
+//! Sorting spills to disk: memory does not grow with the rows.
 
 use std::sync::Arc;
 
+use alluvium_protocol::pipeline::same_name;
 use alluvium_protocol::{Error, Pipeline, Result};
-use alluvium_table::arrow::array::ArrayRef;
+use alluvium_table::arrow::array::RecordBatch;
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
-use alluvium_table::classify::foreign;
-use alluvium_table::datafusion::execution::context::SessionContext;
-use alluvium_table::deletion::RowSet;
 use alluvium_table::keys::{KeySet, Scan};
 use alluvium_table::rows::Pick;
 use alluvium_table::schema::find_column;
-use alluvium_table::session::quoted;
 use alluvium_table::spool::Spool;
 use alluvium_table::{LiveFile, Table};
 use futures::TryStreamExt;
 
-use crate::Permit;
-use crate::edit::paths;
+use crate::edit::only_coming;
 use crate::merge::BASE_VERSION;
-use crate::raw;
-use crate::search::KEYS_SHARE;
-use crate::winners::{Rule, Scope};
+use crate::ordered::{Cursor, LastOfEach, Layers, with_columns};
+use crate::search::{KEYS_SHARE, key_in};
+use crate::sorter::{Plan, Runs, Sorter};
+use crate::winners::Rule;
+use crate::{Permit, raw, slowly};
+
+/// One of so many parts of the memory sorts one kind of rows: keys, raw's, the base's.
+const SORT_SHARE: usize = 2;
 
 /// The two tables, on exactly these snapshots.
 pub(crate) struct Ground<'a> {
-    pub(crate) session: &'a SessionContext,
     pub(crate) main: &'a Table,
     pub(crate) raw: &'a Table,
     pub(crate) rule: &'a Rule,
@@ -35,67 +43,174 @@ pub(crate) struct Ground<'a> {
 }
 
 impl Ground<'_> {
-    /// Registers `applied`, and `base` where main was adopted, for the keys of `changes`.
-    pub(crate) async fn register(
+    /// The last row of each key of these files, by key; deletes, too.
+    pub(crate) async fn last_rows(&self, files: &[LiveFile]) -> Result<Spool> {
+        let output = self.output()?;
+        let rows = self.last_of(files, None, &output).await?;
+        collected(rows, &output, self.permit)
+    }
+
+    /// What main is to hold for each key of `changes`: a row, or that the key goes.
+    pub(crate) async fn reconciled(
         &self,
         changes: &[LiveFile],
         applied: &[LiveFile],
-    ) -> Result<Scope> {
+    ) -> Result<Spool> {
+        let output = self.output()?;
         let keys = self.keys_of(changes).await?;
-        self.register_applied(applied, keys.as_ref()).await?;
-        let base = self.main.properties().get(BASE_VERSION).and_then(|text| text.parse().ok());
-        let Some(version) = base else { return Ok(Scope::Reconcile { has_base: false }) };
-        let base = Table::open_at(self.main.uri(), Some(version)).await?;
-        let base = base.ok_or_else(|| Error::internal("the base version is gone"))?;
-        match &keys {
-            None => base.register(self.session, "base_version", None).await?,
-            Some(keys) => {
-                let files = base.files().await?;
-                let rows = self.rows_with(&base, &files, keys).await?;
-                rows.register(self.session, "base_version")?;
+        let rows = self.last_of(applied, keys.as_ref(), &output).await?;
+        let rows = Cursor::new(with_columns(rows, &output, None), &output, &self.rule.key)?;
+        let base = match self.base().await? {
+            None => None,
+            Some(base) => {
+                let columns = without_op(&output);
+                let (files, plan) = (base.files().await?, self.plan(&columns, &self.rule.key)?);
+                let sorted = self.sorted(&base, &files, keys.as_ref(), &plan, &columns).await?;
+                let rows = with_columns(sorted.batches(), &output, Some(raw::UPSERT));
+                Some(Cursor::new(rows, &output, &self.rule.key)?)
             }
-        }
-        self.register_base(&base).await?;
-        Ok(Scope::Reconcile { has_base: true })
+        };
+        drop(keys);
+        let going = self.going(self.raw, changes, &output).await?;
+        collected(Layers::new(going, rows, base, false), &output, self.permit)
     }
 
-    async fn register_applied(&self, files: &[LiveFile], keys: Option<&Arc<KeySet>>) -> Result<()> {
-        if files.is_empty() {
-            let doing = "read the applied epochs";
-            let none = self.session.sql("SELECT * FROM changes WHERE FALSE").await;
-            let none = none.map_err(|e| foreign(doing, &e))?.into_view();
-            self.session.register_table("applied", none).map_err(|e| foreign(doing, &e))?;
-            return Ok(());
-        }
-        match keys {
-            None => self.raw.register(self.session, "applied", Some(&paths(files))).await,
-            Some(keys) => {
-                let rows = self.rows_with(self.raw, files, keys).await?;
-                rows.register(self.session, "applied")
+    /// The rows of the newest snapshot, `top`, and deletes of main's other keys.
+    pub(crate) async fn snapshot(&self, top: &[LiveFile]) -> Result<Spool> {
+        let output = self.output()?;
+        let rows = self.last_of(top, None, &output).await?;
+        // A key that the snapshot deletes is one that it does not have.
+        let rows = rows.map(|batch| only_coming(&batch?));
+        let rows = Cursor::new(with_columns(rows, &output, None), &output, &self.rule.key)?;
+        let main = self.main.files().await?;
+        let going = self.going(self.main, &main, &output).await?;
+        collected(Layers::new(going, rows, None, true), &output, self.permit)
+    }
+
+    /// A delete for each key of these files, by key.
+    async fn going(&self, table: &Table, files: &[LiveFile], output: &SchemaRef) -> Result<Cursor> {
+        let columns = columns_of(output, &self.rule.key)?;
+        let plan = self.plan(&columns, &self.rule.key)?;
+        let sorted = self.sorted(table, files, None, &plan, &columns).await?;
+        let keys = Cursor::new(Box::new(sorted.batches()), &columns, &self.rule.key)?;
+        let keys = LastOfEach::new(keys, &columns);
+        let going = with_columns(keys, output, Some(raw::DELETE));
+        Cursor::new(going, output, &self.rule.key)
+    }
+
+    /// The last row of each key, of those of `keys` or of all, by key.
+    async fn last_of(
+        &self,
+        files: &[LiveFile],
+        keys: Option<&Arc<KeySet>>,
+        output: &SchemaRef,
+    ) -> Result<impl Iterator<Item = Result<RecordBatch>> + Send + 'static> {
+        let (columns, sorted) = self.in_order(files, keys, output).await?;
+        let rows = Cursor::new(Box::new(sorted.batches()), &columns, &self.rule.key)?;
+        Ok(LastOfEach::new(rows, &columns))
+    }
+
+    /// Rows of `keys`, or all, by key and then in the order in which they apply: `output`, and what decides.
+    async fn in_order(
+        &self,
+        files: &[LiveFile],
+        keys: Option<&Arc<KeySet>>,
+        output: &SchemaRef,
+    ) -> Result<(SchemaRef, Runs)> {
+        let schema = self.raw.schema();
+        let mut fields = output.fields().to_vec();
+        let within = self.rule.order_within_epoch();
+        for name in within.iter().map(String::as_str).chain([raw::EPOCH]) {
+            if fields.iter().all(|field| !same_name(field.name(), name)) {
+                let at = find_column(&schema, name).ok_or_else(|| Error::internal(name))?;
+                fields.push(Arc::new(schema.field(at).clone()));
             }
         }
+        let columns = Arc::new(Schema::new(fields));
+        let order = [self.rule.key.clone(), vec![raw::EPOCH.to_owned()], within].concat();
+        let plan = self.plan(&columns, &order)?;
+        let sorted = self.sorted(self.raw, files, keys, &plan, &columns).await?;
+        Ok((columns, sorted))
+    }
+
+    /// The live rows of files, those with one of these keys or all, as the plan orders them.
+    async fn sorted(
+        &self,
+        table: &Table,
+        files: &[LiveFile],
+        keys: Option<&Arc<KeySet>>,
+        plan: &Plan,
+        columns: &SchemaRef,
+    ) -> Result<Runs> {
+        let mut picks = Vec::with_capacity(files.len());
+        if let Some(keys) = keys {
+            let key = key_in(table, self.rule);
+            let scan = Scan { table, key: &key, memory_bytes: self.memory() };
+            let found = scan.find(files, keys, &|| self.permit.check()).await?;
+            picks.extend(found.into_iter().map(|found| (found.file, Pick::Only(found.rows))));
+        } else {
+            for file in files {
+                let deleted = table.deleted_rows(file.remove.deletion_vector.as_ref()).await?;
+                picks.push((file.clone(), Pick::Without(deleted)));
+            }
+        }
+        let mut sorter = Sorter::new(plan)?;
+        for (file, pick) in picks {
+            let mut rows = table.rows_of(&file, columns, pick).await?;
+            while let Some(batch) = rows.try_next().await? {
+                self.permit.check()?;
+                sorter.push(batch)?;
+            }
+        }
+        sorter.finish()
+    }
+
+    /// The version of main that was adopted.
+    async fn base(&self) -> Result<Option<Table>> {
+        let base = self.main.properties().get(BASE_VERSION).and_then(|text| text.parse().ok());
+        let Some(version) = base else { return Ok(None) };
+        let base = Table::open_at(self.main.uri(), Some(version)).await?;
+        base.map(Some).ok_or_else(|| Error::internal("the base version is gone"))
+    }
+
+    /// The columns that main gets out of raw, with main's types, which are as wide as raw's and as the
+    /// base's; and `_op`.
+    fn output(&self) -> Result<SchemaRef> {
+        let (schema, wide) = (self.raw.schema(), self.main.schema());
+        let mut fields = Vec::with_capacity(self.rule.columns.len() + 1);
+        for name in self.rule.columns.iter().map(String::as_str).chain([raw::OP]) {
+            let at = find_column(&schema, name).ok_or_else(|| Error::internal(name))?;
+            let kind = match find_column(&wide, name) {
+                Some(at) => wide.field(at).data_type(),
+                None => schema.field(at).data_type(),
+            };
+            fields.push(Field::new(name, kind.clone(), true));
+        }
+        Ok(Arc::new(Schema::new(fields)))
+    }
+
+    fn plan(&self, columns: &SchemaRef, order: &[String]) -> Result<Plan> {
+        Plan::new(columns, order, self.pipeline.sizes.memory_bytes / SORT_SHARE)
+    }
+
+    fn memory(&self) -> usize {
+        self.pipeline.sizes.memory_bytes / KEYS_SHARE
     }
 
     /// The keys of these files; `None`: they are too many for the memory there is.
     async fn keys_of(&self, files: &[LiveFile]) -> Result<Option<Arc<KeySet>>> {
-        // Main's types are as wide as raw's, and as the base's.
-        let schema = self.main.schema();
-        let kind = |name: &String| {
-            let at = find_column(&schema, name).ok_or_else(|| Error::internal(name))?;
-            Ok(schema.field(at).data_type().clone())
-        };
-        let types = self.rule.key.iter().map(kind).collect::<Result<Vec<DataType>>>()?;
-        let mut keys = KeySet::new(&types, 0, &[])?;
-        let columns = self.columns(self.raw, &self.rule.key)?;
-        let memory = self.pipeline.sizes.memory_bytes / KEYS_SHARE;
+        let output = self.output()?;
+        let columns = columns_of(&output, &self.rule.key)?;
+        let kinds: Vec<DataType> =
+            columns.fields().iter().map(|field| field.data_type().clone()).collect();
+        let mut keys = KeySet::new(&kinds, 0, &[])?;
         for file in files {
-            self.permit.check()?;
-            let all = Pick::Without(RowSet::new());
-            let mut rows = self.raw.rows_of(file, &columns, all).await?;
+            let deleted = self.raw.deleted_rows(file.remove.deletion_vector.as_ref()).await?;
+            let mut rows = self.raw.rows_of(file, &columns, Pick::Without(deleted)).await?;
             while let Some(batch) = rows.try_next().await? {
-                let values: Vec<ArrayRef> = batch.columns().to_vec();
-                keys.add(&values, &|_| false)?;
-                if keys.bytes() > memory {
+                self.permit.check()?;
+                keys.add(batch.columns(), &|_| false)?;
+                if keys.bytes() > self.memory() {
                     return Ok(None);
                 }
             }
@@ -103,59 +218,79 @@ impl Ground<'_> {
         Ok(Some(Arc::new(keys)))
     }
 
-    /// These columns of a table, in this order.
-    fn columns(&self, table: &Table, names: &[String]) -> Result<SchemaRef> {
-        let schema = table.schema();
-        let field = |name: &String| -> Result<Field> {
-            let at = find_column(&schema, name).ok_or_else(|| Error::internal(name))?;
-            Ok(schema.field(at).clone())
-        };
-        let fields = names.iter().map(field).collect::<Result<Vec<Field>>>()?;
-        Ok(Arc::new(Schema::new(fields)))
+    /// All rows of these files but reverts, with main's columns, by epoch and place.
+    pub(crate) async fn all_rows(&self, files: &[LiveFile]) -> Result<Runs> {
+        let (schema, mut fields) = (self.raw.schema(), self.main.schema().fields().to_vec());
+        for name in [raw::EPOCH, raw::FILE, raw::ROW, raw::OP] {
+            if fields.iter().all(|field| !same_name(field.name(), name)) {
+                let at = find_column(&schema, name).ok_or_else(|| Error::internal(name))?;
+                fields.push(Arc::new(schema.field(at).clone()));
+            }
+        }
+        let columns = Arc::new(Schema::new(fields));
+        let plan = self.plan(&columns, &[raw::EPOCH, raw::FILE, raw::ROW].map(str::to_owned))?;
+        self.sorted(self.raw, files, None, &plan, &columns).await
     }
 
-    /// The rows of files with these keys.
-    async fn rows_with(
+    /// Mode scd2: all versions of each key of `changes`, and a delete of each, as what main has goes.
+    pub(crate) async fn versions(
         &self,
-        table: &Table,
-        files: &[LiveFile],
-        keys: &Arc<KeySet>,
+        changes: &[LiveFile],
+        applied: &[LiveFile],
     ) -> Result<Spool> {
-        let schema = table.schema();
-        let mut spool = Spool::new(Arc::clone(&schema));
-        let spelled = |name: &String| {
-            let at = find_column(&schema, name);
-            at.map_or_else(|| name.clone(), |at| schema.field(at).name().clone())
-        };
-        let key: Vec<String> = self.rule.key.iter().map(spelled).collect();
-        let memory_bytes = self.pipeline.sizes.memory_bytes / KEYS_SHARE;
-        let scan = Scan { table, key: &key, memory_bytes };
-        for found in scan.find(files, keys, &|| self.permit.check()).await? {
+        let output = self.output()?;
+        let keys = self.keys_of(changes).await?;
+        let (columns, sorted) = self.in_order(applied, keys.as_ref(), &output).await?;
+        drop(keys);
+        let of_epoch = [self.rule.key.clone(), vec![raw::EPOCH.to_owned()]].concat();
+        let rows = Cursor::new(Box::new(sorted.batches()), &columns, &of_epoch)?;
+        let rows = LastOfEach::new(rows, &columns);
+        let values = self.rule.columns.iter().filter(|name| self.rule.key_name(name).is_none());
+        let values: Vec<String> = values.cloned().chain([raw::OP.to_owned()]).collect();
+        let rows = Cursor::new(Box::new(rows), &columns, &self.rule.key)?;
+        let rows = rows.comparing(&columns, &values)?;
+        let versions = slowly::Versions::new(rows, &columns)?;
+        let fields =
+            [output.fields().to_vec(), slowly::fields().into_iter().map(Arc::new).collect()];
+        let output = Arc::new(Schema::new(fields.concat()));
+        let mut spool = Spool::new(Arc::clone(&output));
+        for batch in with_columns(versions, &output, None) {
             self.permit.check()?;
-            let mut rows = table.rows_of(&found.file, &schema, Pick::Only(found.rows)).await?;
-            while let Some(batch) = rows.try_next().await? {
-                spool.push(batch)?;
-            }
+            spool.push(only_coming(&batch?)?)?;
+        }
+        let mut going = self.going(self.raw, changes, &output).await?;
+        while let Some(batch) = going.next_batch()? {
+            spool.push(batch.as_ref().clone())?;
         }
         Ok(spool)
     }
+}
 
-    /// The base, with a NULL for each of raw's data columns that it lacks.
-    async fn register_base(&self, base: &Table) -> Result<()> {
-        let doing = "read the base version";
-        let schema = base.schema();
-        let columns: Vec<String> = raw::data_fields(&self.raw.schema())
-            .iter()
-            .map(|field| match find_column(&schema, field.name()) {
-                Some(at) => {
-                    format!("{} AS {}", quoted(schema.field(at).name()), quoted(field.name()))
-                }
-                None => format!("NULL AS {}", quoted(field.name())),
-            })
-            .collect();
-        let sql = format!("SELECT {} FROM base_version", columns.join(", "));
-        let frame = self.session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-        self.session.register_table("base", frame.into_view()).map_err(|e| foreign(doing, &e))?;
-        Ok(())
+/// Some columns of a schema.
+pub(crate) fn columns_of(schema: &SchemaRef, names: &[String]) -> Result<SchemaRef> {
+    let field = |name: &String| -> Result<Field> {
+        let at = find_column(schema, name).ok_or_else(|| Error::internal(name))?;
+        Ok(schema.field(at).clone())
+    };
+    Ok(Arc::new(Schema::new(names.iter().map(field).collect::<Result<Vec<Field>>>()?)))
+}
+
+fn without_op(schema: &SchemaRef) -> SchemaRef {
+    let fields = schema.fields().iter().filter(|field| field.name() != raw::OP);
+    Arc::new(Schema::new(fields.cloned().collect::<Vec<_>>()))
+}
+
+/// All rows, kept to be read more than once.
+fn collected(
+    rows: impl Iterator<Item = Result<RecordBatch>>,
+    columns: &SchemaRef,
+    permit: &Permit,
+) -> Result<Spool> {
+    let mut spool = Spool::new(Arc::clone(columns));
+    for batch in rows {
+        permit.check()?;
+        let batch = alluvium_table::schema::conform(&batch?, columns).map_err(Error::internal)?;
+        spool.push(batch)?;
     }
+    Ok(spool)
 }

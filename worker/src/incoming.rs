@@ -22,7 +22,9 @@ use alluvium_table::arrow::datatypes::{
     TimestampNanosecondType,
 };
 use alluvium_table::classify::foreign;
+use alluvium_table::datafusion::catalog::TableProvider;
 use alluvium_table::datafusion::catalog::streaming::StreamingTable;
+use alluvium_table::datafusion::datasource::empty::EmptyTable;
 use alluvium_table::datafusion::error::DataFusionError;
 use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::datafusion::execution::{SendableRecordBatchStream, TaskContext};
@@ -31,6 +33,7 @@ use alluvium_table::datafusion::physical_plan::streaming::PartitionStream;
 use alluvium_table::schema::find_column;
 use futures::StreamExt;
 
+use crate::Permit;
 use crate::aside::{Aside, AsideRef, CAME, MALFORMED, NULL_KEY, SELECT, line_as_json, texts_of};
 use crate::raw::{FILE, ROW};
 use crate::selecting::Selection;
@@ -64,6 +67,8 @@ pub struct Reading {
     pub on_mismatch: OnBad,
     /// Rows that somebody corrected.
     pub repairs: Repairs,
+    /// Asked for before each piece.
+    pub permit: Permit,
 }
 
 /// Rows of one epoch, ready to be read.
@@ -163,11 +168,16 @@ impl Incoming {
                 }) as Arc<dyn PartitionStream>
             })
             .collect();
-        let table = StreamingTable::try_new(Arc::clone(schema), partitions);
-        let table = table.map_err(|e| foreign("read the folder", &e))?;
-        session
-            .register_table(name, Arc::new(table))
-            .map_err(|e| foreign("read the folder", &e))?;
+        let doing = "read the folder";
+        let table: Arc<dyn TableProvider> = match partitions.is_empty() {
+            // A streaming table without partitions makes DataFusion 55 panic when columns are left out.
+            true => Arc::new(EmptyTable::new(Arc::clone(schema))),
+            false => {
+                let table = StreamingTable::try_new(Arc::clone(schema), partitions);
+                Arc::new(table.map_err(|e| foreign(doing, &e))?)
+            }
+        };
+        session.register_table(name, table).map_err(|e| foreign(doing, &e))?;
         Ok(())
     }
 }
@@ -206,7 +216,7 @@ impl PartitionStream for FileRows {
             Err(error) => futures::stream::once(async move { Err(error) }).boxed(),
         };
         let batches = pieces.map(move |piece| {
-            let made = piece.and_then(|piece| this.take(piece));
+            let made = this.reading.permit.check().and(piece).and_then(|piece| this.take(piece));
             made.map_err(|error| DataFusionError::External(Box::new(error)))
         });
         Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.schema), batches))

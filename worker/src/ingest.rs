@@ -18,13 +18,13 @@ use alluvium_table::Table;
 use alluvium_table::arrow::datatypes::{Field, Schema, SchemaRef};
 use alluvium_table::classify::foreign;
 use alluvium_table::commit::CommitOutcome;
-use alluvium_table::datafusion::dataframe::DataFrame;
 use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::pause::Pauses;
 use alluvium_table::schema::{find_column, widens_to};
-use alluvium_table::session::{quoted, quoted_list, work_session};
+use alluvium_table::session::{quoted, work_session};
 use alluvium_table::store::object_store_at;
 use alluvium_table::write::{FileWriter, Written};
+use futures::StreamExt;
 use object_store::ObjectStoreExt;
 
 use crate::aside::{self, AsideRef};
@@ -33,7 +33,9 @@ use crate::columns::{self, Columns, NamedSchema, check_columns, names_of};
 use crate::incoming::{Incoming, Reading};
 use crate::raw_commit::{Prepared, RawCommit, already, partition_paths};
 use crate::refusals::{Judged, judge, read_through};
+use crate::reverts::revert_rows;
 use crate::selecting::{Selection, input_of};
+use crate::sorter::{Plan, Runs, Sorter};
 use crate::source::SourceFile;
 use crate::widening::{narrower, widen};
 use crate::{Permit, Workshop, gates, quarantine, raw};
@@ -77,8 +79,14 @@ pub async fn ingest(
         // Main was there before raw: its columns and their types stand.
         None => workshop.tables.open(&pipeline.main).await?.map(|main| main.schema()),
     };
-    let (incoming, columns) =
-        incoming_of(pipeline, &manifest, opened.files, schema.as_ref(), present.is_none()).await?;
+    let (incoming, columns) = incoming_of(
+        pipeline,
+        &manifest,
+        opened.files,
+        (schema.as_ref(), present.is_none()),
+        permit,
+    )
+    .await?;
     crash::point("ingest.after_read")?;
     permit.check()?;
 
@@ -86,7 +94,8 @@ pub async fn ingest(
     gates::check(pipeline, &manifest, present.as_ref(), &incoming, &judged).await?;
     let table =
         prepare_table(workshop, pipeline, present, &columns, (manifest.epoch, permit)).await?;
-    let prepared = write_files(workshop, task, wanted, &table, &incoming, &judged).await?;
+    let prepared =
+        write_files(workshop, task, wanted, &table, (&incoming, &judged), permit).await?;
     crash::point("ingest.after_write")?;
     permit.check()?;
 
@@ -136,8 +145,8 @@ async fn incoming_of(
     pipeline: &Pipeline,
     manifest: &Manifest,
     files: Vec<SourceFile>,
-    table: Option<&SchemaRef>,
-    is_first_raw: bool,
+    (table, is_first_raw): (Option<&SchemaRef>, bool),
+    permit: &Permit,
 ) -> Result<(Incoming, Columns)> {
     let content = &pipeline.content;
     let mut schemas: Vec<NamedSchema> =
@@ -185,6 +194,7 @@ async fn incoming_of(
         columns: Arc::new(Schema::new(columns.read())),
         on_mismatch: content.on_mismatch,
         repairs: repairs.collect(),
+        permit: permit.clone(),
     };
     Ok((Incoming::new(&manifest.folder, files, reading), columns))
 }
@@ -312,8 +322,8 @@ async fn write_files(
     task: &Task,
     wanted: &Wanted<'_>,
     table: &Table,
-    incoming: &Incoming,
-    judged: &Judged,
+    (incoming, judged): (&Incoming, &Judged),
+    permit: &Permit,
 ) -> Result<Prepared> {
     let pipeline = &task.pipeline;
     let session = work_session(pipeline.sizes.memory_bytes);
@@ -323,18 +333,15 @@ async fn write_files(
     // Read once with the aside: rows without a key go there.
     read_with(&session, incoming, judged, &aside).await?;
     let now = workshop.clock.now().timestamp_micros();
-    let own = format!(
-        "CAST({} AS BIGINT) AS {}, CAST({now} AS BIGINT) AS {}, CAST({} AS BIGINT) AS {}",
-        wanted.generation,
-        quoted(raw::GENERATION),
-        quoted(raw::INGESTED_AT),
-        wanted.epoch,
-        quoted(raw::EPOCH),
-    );
+    let own = [
+        (raw::GENERATION, wanted.generation),
+        (raw::INGESTED_AT, now),
+        (raw::EPOCH, wanted.epoch.value()),
+    ];
     let mut written = match incoming.has_content() {
         true => {
             let delete_when = judged.delete_when();
-            content_rows(&session, pipeline, table, delete_when, &own).await?
+            content_rows(&session, pipeline, table, delete_when, &own, permit).await?
         }
         false => {
             read_through(&session).await?;
@@ -346,8 +353,8 @@ async fn write_files(
     if !previous.is_empty() && !pipeline.content.key.is_empty() {
         // Read again only for the keys; what it refuses was kept by the first reading.
         read_with(&session, incoming, judged, &aside::new()).await?;
-        table.register(&session, "previous", Some(&previous)).await?;
-        let reverts = revert_rows(&session, pipeline, table, &own).await?;
+        let own = (wanted.epoch, own.as_slice());
+        let reverts = revert_rows(&session, pipeline, table, own, permit).await?;
         written.adds.extend(reverts.adds);
         written.rows += reverts.rows;
     }
@@ -372,66 +379,47 @@ async fn content_rows(
     pipeline: &Pipeline,
     table: &Table,
     delete_when: Option<&str>,
-    own: &str,
+    own: &[(&str, i64)],
+    permit: &Permit,
 ) -> Result<Written> {
     let content = &pipeline.content;
+    let own = own.iter().map(|(n, value)| format!("CAST({value} AS BIGINT) AS {}", quoted(n)));
+    let own = own.collect::<Vec<_>>().join(", ");
     let op = match delete_when {
         Some(condition) => {
             format!("CASE WHEN {condition} THEN '{}' ELSE '{}' END", raw::DELETE, raw::UPSERT)
         }
         None => format!("'{}'", raw::UPSERT),
     };
-    let key = table_names(table, &content.key);
-    let mut order: Vec<String> = key.iter().map(|name| quoted(name)).collect();
-    let sequence = content.sequence_by.iter();
-    order.extend(
-        sequence.map(|name| format!("{} ASC NULLS FIRST", quoted(&table_name(table, name)))),
-    );
-    order.push(quoted_list([raw::FILE, raw::ROW]));
-    let sql = format!(
-        "SELECT *, {op} AS {}, {own} FROM accepted ORDER BY {}",
-        quoted(raw::OP),
-        order.join(", ")
-    );
-    let doing = "sort the folder's rows";
-    let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-    write_rows(frame, doing, pipeline, table).await
-}
-
-/// A revert row for each key of the previous content that the new one lacks.
-async fn revert_rows(
-    session: &SessionContext,
-    pipeline: &Pipeline,
-    table: &Table,
-    own: &str,
-) -> Result<Written> {
-    let names = table_names(table, &pipeline.content.key);
-    let key = quoted_list(names.iter().map(String::as_str));
-    let on: Vec<String> = names.iter().map(|n| format!("p.{0} = i.{0}", quoted(n))).collect();
-    let sql = format!(
-        "SELECT p.*, '{revert}' AS {op}, '' AS {file}, CAST(0 AS BIGINT) AS {row}, {own} \
-         FROM (SELECT DISTINCT {key} FROM previous) p \
-         LEFT ANTI JOIN accepted i ON {on} ORDER BY {key}",
-        revert = raw::REVERT,
-        op = quoted(raw::OP),
-        file = quoted(raw::FILE),
-        row = quoted(raw::ROW),
-        on = on.join(" AND "),
-    );
-    let doing = "find the keys that vanished";
-    let frame = session.sql(&sql).await.map_err(|e| foreign(doing, &e))?;
-    write_rows(frame, doing, pipeline, table).await
-}
-
-async fn write_rows(
-    frame: DataFrame,
-    doing: &str,
-    pipeline: &Pipeline,
-    table: &Table,
-) -> Result<Written> {
-    let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
+    let mut order = table_names(table, &content.key);
+    order.extend(content.sequence_by.iter().map(|name| table_name(table, name)));
+    order.extend([raw::FILE, raw::ROW].map(str::to_owned));
+    let sql = format!("SELECT *, {op} AS {}, {own} FROM accepted", quoted(raw::OP));
+    let sorted = sorted(session, &sql, &order, pipeline, permit).await?;
     let writer = FileWriter::new(table, pipeline.sizes.target_file_bytes)?;
-    writer.write_all(stream).await
+    let permit = permit.clone();
+    let rows = sorted.batches().map(move |batch| permit.check().and(batch));
+    writer.write_rows(futures::stream::iter(rows)).await
+}
+
+/// The rows of a query by these columns.
+pub(crate) async fn sorted(
+    session: &SessionContext,
+    sql: &str,
+    order: &[String],
+    pipeline: &Pipeline,
+    permit: &Permit,
+) -> Result<Runs> {
+    let doing = "sort the folder's rows";
+    let frame = session.sql(sql).await.map_err(|e| foreign(doing, &e))?;
+    let mut rows = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
+    let plan = Plan::new(&rows.schema(), order, pipeline.sizes.memory_bytes)?;
+    let mut sorter = Sorter::new(&plan)?;
+    while let Some(batch) = rows.next().await {
+        permit.check()?;
+        sorter.push(batch.map_err(|e| foreign(doing, &e))?)?;
+    }
+    sorter.finish()
 }
 
 /// A column's name as the table spells it.

@@ -10,7 +10,9 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use alluvium_protocol::marker::{EpochMarker, Generation, Markers, epoch_app_id, floor_app_id, hold_app_id};
+use alluvium_protocol::marker::{
+    EpochMarker, Generation, Markers, epoch_app_id, floor_app_id, hold_app_id,
+};
 use alluvium_protocol::pipeline::{DeletionVectors, Mode};
 use alluvium_protocol::task::{MainFiles, Report, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
@@ -132,7 +134,6 @@ impl<'a> Attempt<'a> {
     ) -> Result<Result<Report, Error>> {
         let started = Instant::now();
         let pipeline = &self.task.pipeline;
-        let session = work_session(pipeline.sizes.memory_bytes);
         let epochs: BTreeSet<Epoch> = self.targets.iter().map(|(epoch, _)| *epoch).collect();
         let changed = raw::files_of(&self.raw, &epochs).await?;
         let rows_read = changed.iter().filter_map(|file| file.rows).sum();
@@ -149,7 +150,7 @@ impl<'a> Attempt<'a> {
         applied.extend(&epochs);
         let (main, raw) = (&self.main, &self.raw);
         let fold = Fold { pipeline, main, raw, changed: &epochs, applied: &applied, is_fast };
-        let edit = fold.edit(&session, permit).await?;
+        let edit = fold.edit(permit).await?;
         crash::point("merge.after_write")?;
         permit.check()?;
         read_back("merge.files", &self.main, &edit.written.adds, edit.written.rows).await?;
@@ -189,8 +190,7 @@ impl<'a> Attempt<'a> {
         let files = self.main.files().await?;
         let rows = files.iter().map(LiveFile::live_rows).sum::<Option<u64>>();
         // Without edits nothing was counted; an adopted table may have files without statistics.
-        if let (Some(before), Some(rows)) = (edit.rows_before, rows) {
-            let expected = (before + edit.upserts).saturating_sub(edit.hits);
+        if let (Some(expected), Some(rows)) = (edit.rows_after(), rows) {
             agree("merge.landed", "rows of main, read back", expected, rows, self.main.uri())?;
         }
         Ok(health(files, policy(&self.task.pipeline), None).counts())
@@ -287,10 +287,7 @@ async fn hold(main: &mut Table, pipeline: &Pipeline) -> Result<()> {
             adds: Vec::new(),
             removes: Vec::new(),
             others: Vec::new(),
-            markers: vec![Marker {
-                app_id: hold_app_id(&pipeline.id),
-                version: markers.hold + 1,
-            }],
+            markers: vec![Marker { app_id: hold_app_id(&pipeline.id), version: markers.hold + 1 }],
             info: serde_json::json!({"pipeline": pipeline.id, "step": "hold", "hold": true}),
         };
         crash::point("hold.before_commit")?;
@@ -435,6 +432,8 @@ async fn adopt(main: &mut Table, raw: &Table, pipeline: &Pipeline) -> Result<Com
         return Err(Table::not_ours(pipeline));
     }
     check_adoptable(main, raw, pipeline).await?;
+    // Said before anything is written: what is turned on cannot be turned off again.
+    main.check_writable(pipeline.content.mode != Mode::Append)?;
     let mut properties = properties_of(pipeline);
     properties.push((BASE_VERSION.to_owned(), main.version().to_string()));
     let properties: Vec<(String, Option<String>)> =
@@ -480,7 +479,12 @@ async fn check_adoptable(main: &Table, raw: &Table, pipeline: &Pipeline) -> Resu
             return Err(Error::new(Code::SettingsMismatch, text).with_help(help));
         }
         let at = find_column(&held, field.name());
-        if at.is_none_or(|at| !widens_to(held.field(at).data_type(), field.data_type())) {
+        // Main's column becomes as wide as raw's, or raw's is as wide as main's already.
+        let fits = |at: usize| {
+            let (raw, main) = (held.field(at).data_type(), field.data_type());
+            widens_to(raw, main) || widens_to(main, raw)
+        };
+        if !at.is_some_and(fits) {
             let text = format!(
                 "{} was begun without column {:?} of {}, or with another type",
                 raw.uri(),

@@ -24,7 +24,6 @@ use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
 use alluvium_table::deletion::version_of;
 use alluvium_table::history::CommitRecord;
 use alluvium_table::pause::Pauses;
-use alluvium_table::session::work_session;
 use alluvium_table::store::object_store_at;
 use alluvium_table::{Action, Add, LiveFile, Remove, Table, bytes_of};
 use chrono::Utc;
@@ -311,11 +310,10 @@ impl RestorePlan {
         raw: &Table,
         permit: &Permit,
     ) -> Result<(Vec<Add>, Vec<Remove>, Vec<Action>, Report)> {
-        let session = work_session(pipeline.sizes.memory_bytes);
         let out: BTreeSet<Epoch> = self.out.iter().copied().collect();
         let (changed, applied) = (&out, &self.kept);
         let fold = Fold { pipeline, main, raw, changed, applied, is_fast: false };
-        let edit = fold.edit(&session, permit).await?;
+        let edit = fold.edit(permit).await?;
         let report = Report {
             rows_written: edit.written.rows,
             rows_inserted: edit.upserts.saturating_sub(edit.updated),

@@ -5,9 +5,14 @@
 //! next epoch that changes or deletes it. It is computed anew for each key in question, so that a late
 //! epoch splits the version that it falls into, and an undone one joins its neighbours again.
 
-use alluvium_table::arrow::datatypes::{DataType, Field};
+use std::sync::Arc;
+
+use alluvium_protocol::{Error, Result};
+use alluvium_table::arrow::array::{ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch};
+use alluvium_table::arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
 use alluvium_table::session::{quoted, quoted_list};
 
+use crate::ordered::{Cursor, Picks, Seen};
 use crate::raw;
 use crate::winners::Rule;
 
@@ -24,7 +29,85 @@ pub(crate) fn fields() -> Vec<Field> {
     ]
 }
 
-/// Every version of each key of `relation`, whose rows are raw's and no reverts. Columns: the rule's
+/// The versions of keys, out of one row of each key and epoch, by both.
+pub(crate) struct Versions {
+    rows: Cursor,
+    epoch: usize,
+    schema: SchemaRef,
+    picks: Picks,
+    validity: Vec<(i64, Option<i64>)>,
+}
+
+impl Versions {
+    /// Of rows with these columns, which can be compared by their values and `_op`.
+    pub(crate) fn new(rows: Cursor, columns: &SchemaRef) -> Result<Self> {
+        let epoch = columns.index_of(raw::EPOCH).map_err(Error::internal)?;
+        let mut fields = columns.fields().to_vec();
+        fields.extend(fields_of_versions());
+        let schema = Arc::new(Schema::new(fields));
+        Ok(Self { rows, epoch, schema, picks: Picks::default(), validity: Vec::new() })
+    }
+
+    fn epoch_of(&self, row: &Seen) -> Result<i64> {
+        let epochs = row.batch.column(self.epoch).as_primitive_opt::<Int64Type>();
+        epochs.map(|epochs| epochs.value(row.row)).ok_or_else(|| Error::internal("no epoch"))
+    }
+
+    fn next_batch(&mut self) -> Result<Option<RecordBatch>> {
+        let mut key: Vec<u8> = Vec::new();
+        while !self.picks.is_full() {
+            let Some(first) = self.rows.key() else { break };
+            key.clear();
+            key.extend_from_slice(first);
+            let mut version: Option<Seen> = None;
+            while self.rows.key() == Some(&key) {
+                let Some(row) = self.rows.seen() else { break };
+                let is_same = version.as_ref().is_some_and(|held| self.rows.is_same(held, &row));
+                if !is_same {
+                    let until = self.epoch_of(&row)?;
+                    if let Some(held) = version.replace(row) {
+                        self.give(&held, Some(until))?;
+                    }
+                }
+                self.rows.advance()?;
+            }
+            if let Some(held) = version {
+                self.give(&held, None)?;
+            }
+        }
+        let Some(rows) = self.picks.take()? else { return Ok(None) };
+        let mut columns = rows.columns().to_vec();
+        let validity = std::mem::take(&mut self.validity);
+        let from: Int64Array = validity.iter().map(|(from, _)| *from).collect();
+        let until: Int64Array = validity.iter().map(|(_, until)| *until).collect();
+        let is_current: BooleanArray =
+            validity.iter().map(|(_, until)| Some(until.is_none())).collect();
+        columns.extend([Arc::new(from) as ArrayRef, Arc::new(until), Arc::new(is_current)]);
+        let rows = RecordBatch::try_new(Arc::clone(&self.schema), columns);
+        rows.map(Some).map_err(Error::internal)
+    }
+
+    fn give(&mut self, version: &Seen, until: Option<i64>) -> Result<()> {
+        let from = self.epoch_of(version)?;
+        self.picks.pick(&version.batch, version.row);
+        self.validity.push((from, until));
+        Ok(())
+    }
+}
+
+impl Iterator for Versions {
+    type Item = Result<RecordBatch>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.next_batch().transpose()
+    }
+}
+
+fn fields_of_versions() -> Vec<Arc<Field>> {
+    fields().into_iter().map(Arc::new).collect()
+}
+
+/// The same as SQL, for questions: every version of each key of `relation`, whose rows are raw's and no reverts. Columns: the rule's
 /// output and raw's `_op`, which is `upsert`.
 pub(crate) fn versions(rule: &Rule, relation: &str) -> String {
     let key = rule.key_list();

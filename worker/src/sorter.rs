@@ -24,6 +24,8 @@ use alluvium_table::spool::{Spool, Spooled};
 pub(crate) const BATCH_ROWS: usize = 8192;
 /// Rows of a run that are read at a time: a range begins and ends within one.
 const RUN_BATCH_ROWS: usize = 2048;
+/// One row of so many is looked at to find ranges.
+const SAMPLE_ROWS: usize = 128;
 /// One of so many parts of the memory holds runs; and one, of each processor, what it sorts.
 const MEMORY_PARTS: usize = 8;
 
@@ -83,8 +85,8 @@ struct Run {
     rows: Spooled,
     /// The first key of each batch.
     firsts: Vec<Box<[u8]>>,
-    /// The key in the middle of each batch, and its rows.
-    middles: Vec<(Box<[u8]>, usize)>,
+    /// Keys of some rows, as many before the first as between two.
+    samples: Vec<Box<[u8]>>,
     bytes: usize,
 }
 
@@ -92,7 +94,13 @@ impl Sorter {
     /// A sorter without rows.
     pub(crate) fn new(plan: &Plan) -> Result<Self> {
         let converter = plan.converter()?;
-        Ok(Self { plan: plan.clone(), converter, part: Vec::new(), part_bytes: 0, runs: Vec::new() })
+        Ok(Self {
+            plan: plan.clone(),
+            converter,
+            part: Vec::new(),
+            part_bytes: 0,
+            runs: Vec::new(),
+        })
     }
 
     /// Takes rows of the plan's schema.
@@ -122,17 +130,17 @@ impl Sorter {
             return Ok(());
         }
         let takes = |left: usize| left.checked_sub(bytes);
-        let fits =
-            self.plan.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, takes).is_ok();
+        let fits = self.plan.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, takes).is_ok();
         let memory = if fits { usize::MAX } else { 0 };
         let mut spool = Spool::within(Arc::clone(&self.plan.schema), memory);
-        let (mut firsts, mut middles) = (Vec::new(), Vec::new());
+        let (mut firsts, mut samples) = (Vec::new(), Vec::new());
         if is_sorted(&parts) {
             for part in parts {
                 for first in part.rows.clone().step_by(RUN_BATCH_ROWS) {
                     let rows = RUN_BATCH_ROWS.min(part.rows.end - first);
                     firsts.push(part.keys.row(first).data().into());
-                    middles.push((part.keys.row(first + rows / 2).data().into(), rows));
+                    let some = sampled(rows).map(|row| part.keys.row(first + row).data().into());
+                    samples.extend(some);
                     spool.push(part.batch.slice(first, rows))?;
                 }
             }
@@ -140,14 +148,21 @@ impl Sorter {
             let mut sorted = Sorted::new(parts, RUN_BATCH_ROWS);
             while let Some(first) = sorted.key(0) {
                 firsts.push(first.into());
-                let rows = sorted.rows_of_next();
-                middles.extend(sorted.key(rows / 2).map(|key| (key.into(), rows)));
+                let some = sampled(sorted.rows_of_next()).filter_map(|row| sorted.key(row));
+                samples.extend(some.map(Into::into));
                 spool.push(sorted.next_batch()?)?;
             }
         }
-        self.runs.push(Run { rows: spool.finish()?, firsts, middles, bytes });
+        self.runs.push(Run { rows: spool.finish()?, firsts, samples, bytes });
         Ok(())
     }
+}
+
+/// Rows of a batch that stand for those around them.
+fn sampled(rows: usize) -> impl Iterator<Item = usize> {
+    (SAMPLE_ROWS / 2..rows.max(SAMPLE_ROWS / 2 + 1))
+        .step_by(SAMPLE_ROWS)
+        .map(move |row| row.min(rows - 1))
 }
 
 /// What an array's rows take, not what they are a part of.
@@ -178,21 +193,14 @@ impl Runs {
     /// Ranges that fit into memory, with about as many rows each: a multiple of `count`, unless keys are equal.
     pub(crate) fn ranges(&self, count: usize) -> Vec<Keys> {
         let bytes: usize = self.runs.iter().map(|run| run.bytes).sum();
-        let count = bytes.div_ceil(self.plan.part_bytes.max(1)).max(1).next_multiple_of(count.max(1));
-        let middles = self.runs.iter().flat_map(|run| run.middles.iter());
-        let mut middles: Vec<(&[u8], usize)> =
-            middles.map(|(key, rows)| (key.as_ref(), *rows)).collect();
-        middles.sort_unstable();
-        let all: usize = middles.iter().map(|(_, rows)| rows).sum();
-        let mut bounds: Vec<Box<[u8]>> = Vec::with_capacity(count);
-        let mut before = 0;
-        for (key, rows) in middles {
-            // The bound lies where so many ranges are full.
-            if before + rows / 2 >= (bounds.len() + 1) * all / count && bounds.len() + 1 < count {
-                bounds.push(key.into());
-            }
-            before += rows;
-        }
+        let count =
+            bytes.div_ceil(self.plan.part_bytes.max(1)).max(1).next_multiple_of(count.max(1));
+        let samples = self.runs.iter().flat_map(|run| run.samples.iter());
+        let mut samples: Vec<&[u8]> = samples.map(AsRef::as_ref).collect();
+        samples.sort_unstable();
+        let at = |part: usize| samples.get(part * samples.len() / count);
+        let mut bounds: Vec<Box<[u8]>> =
+            (1..count).filter_map(at).map(|key| Box::from(*key)).collect();
         bounds.dedup();
         let from = std::iter::once(None).chain(bounds.iter().cloned().map(Some));
         let to = bounds.iter().cloned().map(Some).chain(std::iter::once(None));
@@ -200,9 +208,7 @@ impl Runs {
     }
 
     /// All rows, in order.
-    pub(crate) fn batches(
-        self,
-    ) -> impl Iterator<Item = Result<RecordBatch>> + Send + 'static {
+    pub(crate) fn batches(self) -> impl Iterator<Item = Result<RecordBatch>> + Send + 'static {
         let ranges = self.ranges(1);
         ranges.into_iter().flat_map(move |range| self.rows_in(&range))
     }
@@ -343,10 +349,8 @@ mod tests {
     fn batch(numbers: &[i64]) -> RecordBatch {
         let texts: StringArray =
             numbers.iter().map(|n| (n % 7 != 0).then(|| format!("{:05}", n % 1000))).collect();
-        let columns: [(&str, ArrayRef); 2] = [
-            ("text", Arc::new(texts)),
-            ("number", Arc::new(Int64Array::from(numbers.to_vec()))),
-        ];
+        let columns: [(&str, ArrayRef); 2] =
+            [("text", Arc::new(texts)), ("number", Arc::new(Int64Array::from(numbers.to_vec())))];
         let fields = [("text", DataType::Utf8), ("number", DataType::Int64)]
             .map(|(name, kind)| Field::new(name, kind, true));
         let columns = columns.map(|(_, column)| column).to_vec();

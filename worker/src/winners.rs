@@ -3,15 +3,12 @@
 //! Owns: the one place that says which row of a key wins. The result is a spool with one row per
 //! key: `upsert` with values, or `delete`.
 
+use alluvium_protocol::Pipeline;
 use alluvium_protocol::pipeline::{Mode, same_name};
-use alluvium_protocol::{Pipeline, Result};
 use alluvium_table::Table;
 use alluvium_table::arrow::datatypes::Field;
-use alluvium_table::classify::foreign;
-use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::schema::find_column;
 use alluvium_table::session::{quoted, quoted_list};
-use alluvium_table::spool::Spool;
 
 use crate::ingest::table_names;
 use crate::{raw, slowly};
@@ -112,66 +109,6 @@ impl Rule {
         format!("SELECT {}, {} FROM {relation}", self.output_list(), quoted(raw::OP))
     }
 
-    /// A row of each key in a relation that says that the key goes, padded with NULL.
-    fn deletes(&self, alias: &str) -> String {
-        let column = |name: &String| match self.key_name(name) {
-            Some(key) => format!("{alias}.{} AS {}", quoted(key), quoted(name)),
-            None => format!("NULL AS {}", quoted(name)),
-        };
-        let columns: Vec<String> = self.output.iter().map(column).collect();
-        format!("SELECT {}, '{}' AS {}", columns.join(", "), raw::DELETE, quoted(raw::OP))
-    }
-
-    /// Mode snapshot: the rows of `top` (absent: nothing), and deletes of main's other keys.
-    pub(crate) fn snapshot_rows(&self, has_top: bool, main_key: &[String]) -> String {
-        let pairs = self.key.iter().zip(main_key);
-        let same: Vec<String> =
-            pairs.map(|(k, m)| format!("m.{} = l.{}", quoted(m), quoted(k))).collect();
-        let renamed: Vec<String> = self
-            .key
-            .iter()
-            .zip(main_key)
-            .map(|(k, m)| format!("{} AS {}", quoted(m), quoted(k)))
-            .collect();
-        let gone = self.deletes("g");
-        if !has_top {
-            return format!("{gone} FROM (SELECT {} FROM main) g", renamed.join(", "));
-        }
-        let renamed: Vec<String> = renamed.iter().map(|column| format!("m.{column}")).collect();
-        format!(
-            "WITH last AS (SELECT * FROM ({last}) WHERE {op} = '{upsert}') \
-             SELECT {columns}, {op} FROM last UNION ALL \
-             {gone} FROM (SELECT {renamed} FROM last l RIGHT ANTI JOIN main m ON {same}) g",
-            last = self.last_rows(&format!(
-                "(SELECT * FROM top WHERE {} <> '{}')",
-                quoted(raw::OP),
-                raw::REVERT
-            )),
-            op = quoted(raw::OP),
-            upsert = raw::UPSERT,
-            columns = self.column_list(),
-            renamed = renamed.join(", "),
-            same = same.join(" AND "),
-        )
-    }
-
-    /// Mode scd2: all versions of each key of `changes`, and a delete of each, as what main has goes.
-    pub(crate) fn version_rows(&self) -> String {
-        let mentioned = format!(
-            "(SELECT a.* FROM keys k RIGHT SEMI JOIN applied a ON {} WHERE a.{} <> '{}')",
-            self.keys_equal("a", "k"),
-            quoted(raw::OP),
-            raw::REVERT
-        );
-        format!(
-            "WITH keys AS (SELECT DISTINCT {key} FROM changes), mentioned AS {mentioned} \
-             {versions} UNION ALL {deletes} FROM keys k",
-            key = self.key_list(),
-            versions = slowly::versions(self, "mentioned"),
-            deletes = self.deletes("k"),
-        )
-    }
-
     /// Main as the fold of `applied` over `base`, whole; these are its columns.
     pub(crate) fn whole(&self, columns: &[String], has_base: bool) -> String {
         let op = quoted(raw::OP);
@@ -203,92 +140,4 @@ impl Rule {
             rest = if has_base { rest } else { String::new() },
         )
     }
-
-    /// One row per key of `changes`, by the formula over `applied`; what no row speaks of falls
-    /// back to `base`, or is absent.
-    fn reconciled_rows(&self, has_base: bool) -> String {
-        let op = quoted(raw::OP);
-        let mentioned = format!(
-            // The left side is held in memory: the keys in question, never all of raw.
-            "(SELECT a.* FROM keys k RIGHT SEMI JOIN applied a ON {} WHERE a.{op} <> '{}')",
-            self.keys_equal("a", "k"),
-            raw::REVERT
-        );
-        let rest = if has_base {
-            let columns: Vec<String> = self
-                .columns
-                .iter()
-                .map(|c| {
-                    let from = if self.key.contains(c) { "k" } else { "b" };
-                    format!("{from}.{0} AS {0}", quoted(c))
-                })
-                .collect();
-            format!(
-                "SELECT {columns}, CASE WHEN b._present THEN '{upsert}' ELSE '{delete}' END AS {op} \
-                 FROM (SELECT k.* FROM keys k LEFT ANTI JOIN mentioned m ON {unmentioned}) k \
-                 LEFT JOIN (SELECT *, TRUE AS _present FROM base) b ON {same}",
-                columns = columns.join(", "),
-                upsert = raw::UPSERT,
-                delete = raw::DELETE,
-                unmentioned = self.keys_equal("k", "m"),
-                same = self.keys_equal("k", "b"),
-            )
-        } else {
-            let columns: Vec<String> = self
-                .columns
-                .iter()
-                .map(|c| {
-                    let from = if self.key.contains(c) {
-                        format!("k.{}", quoted(c))
-                    } else {
-                        "NULL".to_owned()
-                    };
-                    format!("{from} AS {}", quoted(c))
-                })
-                .collect();
-            format!(
-                "SELECT {columns}, '{delete}' AS {op} \
-                 FROM keys k LEFT ANTI JOIN mentioned m ON {unmentioned}",
-                columns = columns.join(", "),
-                delete = raw::DELETE,
-                unmentioned = self.keys_equal("k", "m"),
-            )
-        };
-        format!(
-            "WITH keys AS (SELECT DISTINCT {key} FROM changes), mentioned AS {mentioned}, \
-             last AS ({last}) \
-             SELECT {columns}, {op} FROM last UNION ALL {rest}",
-            key = self.key_list(),
-            last = self.last_rows("mentioned"),
-            columns = self.column_list(),
-        )
-    }
-}
-
-/// Where the rows come from; registered in the session under these roles.
-pub enum Scope {
-    /// `changes` alone decides.
-    Fast,
-    /// `changes` names the keys, `applied` decides, `base` (when registered) is the ground.
-    Reconcile {
-        /// A table `base` is registered.
-        has_base: bool,
-    },
-}
-
-/// Computes one row per key.
-pub async fn compute(session: &SessionContext, rule: &Rule, scope: &Scope) -> Result<Spool> {
-    let sql = match scope {
-        Scope::Fast => rule.last_rows("changes"),
-        Scope::Reconcile { has_base } => rule.reconciled_rows(*has_base),
-    };
-    collect(session, &sql).await
-}
-
-/// The rows of a query.
-pub(crate) async fn collect(session: &SessionContext, sql: &str) -> Result<Spool> {
-    let doing = "find each key's last row";
-    let frame = session.sql(sql).await.map_err(|e| foreign(doing, &e))?;
-    let stream = frame.execute_stream().await.map_err(|e| foreign(doing, &e))?;
-    Spool::collect(stream, doing).await
 }

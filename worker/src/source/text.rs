@@ -5,7 +5,7 @@
 
 use std::cell::RefCell;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Cursor, Read, Write};
+use std::io::{BufRead, BufReader, Cursor, Read, Seek, Write};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -138,15 +138,16 @@ fn piece_of(batch: &RecordBatch, decoding: Option<&json::Decoding>) -> Result<Pi
 /// What a file's bytes are in.
 enum Fetched {
     Memory(Bytes),
-    Disk(tempfile::NamedTempFile),
+    /// Without a name: when the process is killed, it is gone.
+    Disk(File),
 }
 
 impl Fetched {
-    fn reader(&self) -> Result<Box<dyn BufRead + Send>> {
+    fn reader(self) -> Result<Box<dyn BufRead + Send>> {
         Ok(match self {
-            Self::Memory(bytes) => Box::new(Cursor::new(bytes.clone())),
-            Self::Disk(file) => {
-                let file: File = file.reopen().map_err(|e| foreign("read fetched bytes", &e))?;
+            Self::Memory(bytes) => Box::new(Cursor::new(bytes)),
+            Self::Disk(mut file) => {
+                file.rewind().map_err(|e| foreign("read fetched bytes", &e))?;
                 Box::new(BufReader::with_capacity(1 << 18, file))
             }
         })
@@ -169,7 +170,7 @@ async fn fetch(reader: &PinnedReader, size: u64) -> Result<Fetched, Fetching> {
         }
         return Ok(Fetched::Memory(body.into()));
     }
-    let mut file = tempfile::NamedTempFile::new().map_err(disk)?;
+    let mut file = tempfile::tempfile().map_err(disk)?;
     while let Some(chunk) = chunks.try_next().await.map_err(external)? {
         file.write_all(&chunk).map_err(disk)?;
     }
