@@ -20,6 +20,7 @@ use alluvium_protocol::{Error, Pipeline, Result};
 use alluvium_worker::Workshop;
 use alluvium_worker::slots::{Duty, Orders, Worker};
 use alluvium_worker::tables::Tables;
+use sysinfo::System;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -61,10 +62,15 @@ pub(crate) fn keeper(config: &Config) -> Result<Option<Keeper>> {
     Keeper::open(&config.state, source, config.sinks.clone(), pipelines).map(Some)
 }
 
-/// One process: only its disk can be looked at.
-fn look_around(disk_free: u64, around: Arc<Mutex<Around>>) -> AbortOnDropHandle<()> {
+/// One process: only itself and its disk can be looked at.
+fn look_around(
+    (disk_free, slots): (u64, usize),
+    around: Arc<Mutex<Around>>,
+) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::spawn(async move {
+        let mut system = System::new();
         loop {
+            vitals::Used::now(&mut system).show(slots);
             let full = vitals::full_disk(disk_free).map(|why| ("this process".to_owned(), why));
             let found =
                 Around { full_disks: Some(full.into_iter().collect()), ..Around::default() };
@@ -101,7 +107,7 @@ pub(crate) async fn run(
     };
     let mut slots = tokio::spawn(worker.run(config.slots));
     let around = Arc::new(Mutex::new(Around::default()));
-    let _looking = look_around(config.disk_free, Arc::clone(&around));
+    let _looking = look_around((config.disk_free, config.slots), Arc::clone(&around));
     let alerts = keeper(config)?;
     let _telling = alerts.as_ref().map(Keeper::start);
     let settings = Settings {

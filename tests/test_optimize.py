@@ -224,3 +224,56 @@ def test_health_says_in_words_what_is_to_be_done(tmp_path: Path):
     assert "nothing to do yet" in done.err and "3 such files" in done.err
     missing = lake.alluvium("tables", "health", "nobody")
     assert missing.code == 2 and "nobody" in missing.err
+
+
+def places(lake: Lake) -> list[pl.DataFrame]:
+    return [pl.read_parquet(main_of(lake) / path) for path in live(lake)]
+
+
+def test_rows_are_clustered_by_other_columns_than_the_key(tmp_path: Path):
+    """A reader who asks for either of two columns passes over most files."""
+    more = 'optimize = { enabled = false, target_file_size = "1MiB", cluster_by = ["x", "y"] }\n'
+    lake = Lake(tmp_path).pipeline(more=more)
+    random.seed(4)
+    schema = pa.schema([
+        ("id", pa.string()), ("value", pa.int64()), ("op", pa.string()),
+        ("x", pa.int64()), ("y", pa.string()), ("text", pa.string()),
+    ])
+    for epoch in range(1, 33):
+        values = [
+            (f"{random.getrandbits(128):032x}", epoch, "U", random.randrange(10**6), f"{random.random():.9f}",
+             f"{random.getrandbits(800):x}")
+            for _ in range(900)
+        ]
+        lake.deliver(epoch, values, schema=schema)
+        lake.run()
+    expected = rows(lake, "id", "value", "x", "y", "text")
+    while not step(lake, "optimize").get("already"):
+        pass
+    files = places(lake)
+    assert len(files) >= 3 and rows(lake, "id", "value", "x", "y", "text") == expected
+    everything = pl.concat(files)
+    for name in ("x", "y"):
+        middle = everything[name].sort()[len(everything) // 10]
+        holding = sum(frame[name].min() <= middle <= frame[name].max() for frame in files)
+        assert holding < len(files), f"{name} is everywhere"
+
+
+def test_one_column_to_cluster_by_is_an_order(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more='optimize = { enabled = false, cluster_by = ["VALUE"] }\n')
+    lake.deliver(1, [("a", 3, "U"), ("b", 1, "U"), ("c", None, "U")])
+    lake.run()
+    lake.deliver(2, [("d", 2, "U"), ("e", 1, "U")])
+    lake.run()
+    step(lake, "optimize")
+    [frame] = places(lake)
+    assert frame.select("value", "id").rows() == [(None, "c"), (1, "b"), (1, "e"), (2, "d"), (3, "a")]
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more='optimize = { small_files = 2, cluster_by = ["nothing"] }\n')
+    for epoch in (1, 2):
+        lake.deliver(epoch, [(f"k{epoch}", 1, "U")])
+        result = lake.run()
+    assert "optimize.cluster_by" in result.err and "nothing" in result.err
+    assert lake.main() == {"k1": 1, "k2": 1}, "data goes on"

@@ -319,6 +319,9 @@ pub struct Pipeline {
     pub deletion_vectors: DeletionVectors,
     /// Whether optimize runs by policy.
     pub optimize: bool,
+    /// Optimize orders rows by these columns, several along a Z-order curve; empty: by the key.
+    #[serde(default)]
+    pub cluster_by: Vec<String>,
     /// How often cleanup runs; `None`: never.
     pub cleanup_every: Option<Duration>,
     /// Sizes and limits.

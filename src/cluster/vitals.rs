@@ -51,7 +51,8 @@ impl Vitals {
         let mut system = System::new();
         loop {
             let heartbeat = self.look(&mut system);
-            show(&heartbeat);
+            let Heartbeat { cpu, memory_bytes, disk_free_bytes, slots, .. } = heartbeat;
+            Used { cpu, memory_bytes, disk_free_bytes }.show(slots);
             if let Some(limits) = self.limits {
                 self.duty.rest(reason_to_rest(&system, limits));
             }
@@ -65,11 +66,7 @@ impl Vitals {
     }
 
     fn look(&self, system: &mut System) -> Heartbeat {
-        let pid = Pid::from_u32(std::process::id());
-        let what = ProcessRefreshKind::nothing().with_cpu().with_memory();
-        system.refresh_processes_specifics(ProcessesToUpdate::Some(&[pid]), false, what);
-        system.refresh_memory();
-        let process = system.process(pid);
+        let used = Used::now(system);
         let is_draining = self.duty.orders.draining.is_cancelled();
         let draining = is_draining.then(|| "it drains".to_owned());
         Heartbeat {
@@ -83,18 +80,42 @@ impl Vitals {
             slots: self.slots,
             resting: draining.or_else(|| self.duty.resting()),
             tasks: self.duty.tasks(),
+            cpu: used.cpu,
+            memory_bytes: used.memory_bytes,
+            disk_free_bytes: used.disk_free_bytes,
+        }
+    }
+}
+
+/// What this process uses, and what is free.
+pub(crate) struct Used {
+    cpu: f64,
+    memory_bytes: u64,
+    disk_free_bytes: u64,
+}
+
+impl Used {
+    /// Since the last look at the same `system`, as far as processors are concerned.
+    pub(crate) fn now(system: &mut System) -> Self {
+        let pid = Pid::from_u32(std::process::id());
+        let what = ProcessRefreshKind::nothing().with_cpu().with_memory();
+        system.refresh_processes_specifics(ProcessesToUpdate::Some(&[pid]), false, what);
+        system.refresh_memory();
+        let process = system.process(pid);
+        Self {
             cpu: process.map_or(0.0, |process| f64::from(process.cpu_usage()) / 100.0),
             memory_bytes: process.map_or(0, sysinfo::Process::memory),
             disk_free_bytes: disk_free(&std::env::temp_dir()),
         }
     }
-}
 
-fn show(heartbeat: &Heartbeat) {
-    metrics().set("worker_cpu_ratio", &[], heartbeat.cpu);
-    metrics().set("worker_memory_bytes", &[], heartbeat.memory_bytes as f64);
-    metrics().set("worker_disk_free_bytes", &[], heartbeat.disk_free_bytes as f64);
-    metrics().set("worker_slots", &[], heartbeat.slots as f64);
+    /// For Prometheus.
+    pub(crate) fn show(&self, slots: usize) {
+        metrics().set("worker_cpu_ratio", &[], self.cpu);
+        metrics().set("worker_memory_bytes", &[], self.memory_bytes as f64);
+        metrics().set("worker_disk_free_bytes", &[], self.disk_free_bytes as f64);
+        metrics().set("worker_slots", &[], slots as f64);
+    }
 }
 
 /// Where sorts spill to; nothing can be said: plenty.

@@ -27,7 +27,8 @@ pub(crate) async fn of_files(file: Option<&Path>, pipeline: &str, output: Output
         };
         let files = table.files().await?;
         let schema = table.schema();
-        let key = pipeline.content.key.first().and_then(|key| find_column(&schema, key));
+        let first = pipeline.cluster_by.first().or(pipeline.content.key.first());
+        let key = first.and_then(|key| find_column(&schema, key));
         let key = key.map(|at| schema.field(at).name().as_str());
         let found = health(files.clone(), policy(&pipeline), key);
         rows.push(row(name, table.version(), &found));

@@ -465,6 +465,7 @@ fn pipeline(source: &Source, name: &str, state: &str, memory: u64) -> Pipeline {
             _ => DeletionVectors::Auto,
         },
         optimize: section.flag("optimize.enabled"),
+        cluster_by: names_of(section.get("optimize.cluster_by")),
         cleanup_every: section.flag("cleanup.enabled").then(|| section.duration("cleanup.every")),
         sizes: Sizes {
             target_file_bytes: section.bytes("optimize.target_file_size"),

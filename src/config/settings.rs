@@ -210,6 +210,8 @@ settings! {
         "Whether small and worn files of main are rewritten into larger ones sorted by key.";
     "pipeline.*.optimize.small_files", Kind::Number(2, MOST), Some("20"), "", "50",
         "So many files below a quarter of the target size, or with a tenth of their rows marked as deleted, make an optimize.";
+    "pipeline.*.optimize.cluster_by", Kind::Names, None, "the key", r#"["country", "since"]"#,
+        "Optimize orders rows by this column, or by several of them along a Z-order curve, for readers who ask for them.";
     "pipeline.*.optimize.read_cost", Kind::Ratio, Some(r#""225%""#), "", r#""300%""#,
         "A read of main may cost so much of what it costs when all files are new; beyond, files with rows marked as deleted are rewritten, full of them or not.";
     "pipeline.*.optimize.target_file_size", Kind::Size, Some(r#""128MiB""#), "", r#""64MiB""#,

@@ -5,6 +5,7 @@
     queue    no-op tasks through the whole path, beside Celery on the same broker
     scale    1, 2 and 4 workers with a slow S3, over many pipelines and over one
     merge    merges of many sizes beside a delta-rs MERGE: time, CPU and memory
+    reads    what a delta-rs read of main costs after each merge
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from deltalake import DeltaTable, QueryBuilder
 from lake_of_samples import SampleLake
 from of_clusters import queue, scale
 from of_merges import merge
+from of_reads import reads
 
 STEPS = """
     SELECT median(CASE WHEN step = 'ingest' THEN duration_ms END) AS ingest,
@@ -91,9 +93,9 @@ def main() -> None:
     """Parses the command line and runs one benchmark."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", choices=["drain", "growth", "queue", "scale", "merge"])
-    parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("what", choices=["drain", "growth", "queue", "scale", "merge", "reads"])
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--rows", type=int)
     parser.add_argument("--tasks", type=int, default=20_000)
     parser.add_argument("--celery-tasks", type=int, default=3_000)
     parser.add_argument("--samples", type=int, default=500)
@@ -103,11 +105,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--earlier", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--only", default="", help="merge: workloads whose name holds this")
-    parser.add_argument("--keep", help="merge: a folder for the tables, kept for the next time")
+    parser.add_argument("--keep", help="merge, reads: a folder for the tables, kept for the next time")
+    parser.add_argument("--target", type=int, default=5_000_000, help="reads: rows of main")
     parser.add_argument("--binary", default=os.environ.get("ALLUVIUM_BINARY", "alluvium"))
     arguments = parser.parse_args()
+    few_and_large = arguments.what == "reads"
+    arguments.epochs = arguments.epochs or (12 if few_and_large else 200)
+    arguments.rows = arguments.rows or (100_000 if few_and_large else 1000)
     with tempfile.TemporaryDirectory(prefix="alluvium-bench-") as folder:
-        {"drain": drain, "growth": growth, "queue": queue, "scale": scale, "merge": merge}[arguments.what](arguments, Path(folder))
+        {"drain": drain, "growth": growth, "queue": queue, "scale": scale, "merge": merge, "reads": reads}[arguments.what](arguments, Path(folder))
 
 
 if __name__ == "__main__":

@@ -244,24 +244,55 @@ def compare(workload: Workload, arguments: argparse.Namespace, folder: Path) -> 
     if workload.epochs == 1:
         sides["delta-rs, not streaming"] = rival("collect")
     costs = alternated(sides, arguments.rounds)
-    print(f"\n{workload.name}")
-    for name, cost in costs.items():
-        print(f"  {name:24} {cost.wall:8.3f} s wall {cost.cpu:8.3f} s cpu {cost.memory:7.0f} MB")
-    # Each figure against the rival that is best in it.
-    others = [cost for name, cost in costs.items() if name != "alluvium"]
+    report(workload.name, costs, workload.floor)
+    wrong = differing(lake / "main", theirs)
+    print(f"  both tables are {'equal, row for row' if not wrong else f'DIFFERENT: {wrong} rows'}")
+    if wrong:
+        sys.exit(1)
+
+
+def optimize(arguments: argparse.Namespace, folder: Path) -> None:
+    """All of a table as delta-rs wrote it, anew and by key, beside OPTIMIZE ZORDER."""
+    ground = Ground(folder, 5_000_000)
+    lake, theirs = folder / "lake", folder / "theirs"
+    shutil.rmtree(lake, ignore_errors=True)
+    # Files of 14 MiB are small ones: all of them go into one bin.
+    settings = 'optimize = { bin_size = "1GiB", enabled = false }'
+    workload = Workload("optimize", 5_000_000, 1_000, 2.5, settings=settings)
+    waiting = lake / "waiting"
+    before_the_merge(arguments.binary, workload, ground, lake)
+
+    def ours() -> Cost:
+        copied(waiting, lake / "main")
+        return measured([arguments.binary, "step", "optimize"], lake)
+
+    def zorder() -> Cost:
+        copied(ground.table, theirs)
+        return measured([binary_of_rival(), str(theirs), KEY, "zorder"], folder)
+
+    costs = alternated({"alluvium": ours, "delta-rs ZORDER": zorder}, arguments.rounds)
+    report("optimize, 5 M rows by key", costs, workload.floor)
+    print(f"  files: {len(DeltaTable(lake / 'main').file_uris())} here, {len(DeltaTable(theirs).file_uris())} there")
+    wrong = differing(lake / "main", theirs)
+    print(f"  both tables are {'equal, row for row' if not wrong else f'DIFFERENT: {wrong} rows'}")
+    if wrong:
+        sys.exit(1)
+
+
+def report(name: str, costs: dict[str, Cost], floor: float) -> None:
+    """Each side's cost, and the ratios: each figure against the rival that is best in it."""
+    print(f"\n{name}")
+    for side, cost in costs.items():
+        print(f"  {side:24} {cost.wall:8.3f} s wall {cost.cpu:8.3f} s cpu {cost.memory:7.0f} MB")
+    others = [cost for side, cost in costs.items() if side != "alluvium"]
     ratio = {
         of: min(getattr(cost, of) for cost in others) / getattr(costs["alluvium"], of)
         for of in ("wall", "cpu", "memory")
     }
     print(
         f"  ratio {ratio['wall']:6.1f} wall {ratio['cpu']:6.1f} cpu {ratio['memory']:5.1f} memory "
-        f"(floor of wall {workload.floor:g})"
+        f"(floor of wall {floor:g})"
     )
-    wrong = differing(lake / "main", theirs)
-    print(f"  both tables are {'equal, row for row' if not wrong else f'DIFFERENT: {wrong} rows'}")
-    if wrong:
-        sys.exit(1)
-
 
 def merge(arguments: argparse.Namespace, folder: Path) -> None:
     """All workloads, or those whose name holds `--only`."""
@@ -272,3 +303,5 @@ def merge(arguments: argparse.Namespace, folder: Path) -> None:
     for workload in WORKLOADS:
         if arguments.only in workload.name:
             compare(workload, arguments, home)
+    if arguments.only in "optimize":
+        optimize(arguments, home)

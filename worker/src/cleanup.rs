@@ -73,6 +73,6 @@ async fn compact(
         return Ok(());
     }
     let order: Vec<String> = order.iter().map(|name| (*name).to_owned()).collect();
-    rewrite(table, pipeline, "cleanup", &files, &order, permit).await?;
+    rewrite(table, pipeline, "cleanup", &files, (&[], &order), permit).await?;
     Ok(())
 }

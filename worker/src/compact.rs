@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use alluvium_protocol::{Error, Result};
 use alluvium_table::arrow::array::RecordBatch;
+use alluvium_table::arrow::datatypes::{DataType, Field, Schema};
 use alluvium_table::rows::Pick;
 use alluvium_table::write::{FileWriter, Written};
 use alluvium_table::{LiveFile, Table};
@@ -13,35 +14,56 @@ use futures::{StreamExt, TryStreamExt};
 use tracing::Instrument;
 
 use crate::Permit;
+use crate::curve::Curve;
 use crate::sorter::{Keys, Plan, Runs, Sorter};
 
 /// A writer ends a file when it is so many times as large as foreseen.
 const LARGER_THAN_FORESEEN: u64 = 2;
+
+/// A row's place on a curve, beside the table's columns until the row is written.
+const PLACE: &str = "_alluvium_place";
 
 /// How rows of a table are to be written anew.
 pub(crate) struct Compaction {
     table: Table,
     /// `None`: rows stay in the order of their files.
     plan: Option<Plan>,
+    curve: Option<Curve>,
     target_file_bytes: u64,
     permit: Permit,
 }
 
 impl Compaction {
-    /// Rows of `table` by the columns of `order`, if there are any.
+    /// Rows of `table` by their places on the curve, if there is one, and then by the columns of `order`, if
+    /// there are any.
     pub(crate) fn new(
         table: &Table,
-        order: &[String],
+        (curve, order): (Option<Curve>, &[String]),
         memory_bytes: usize,
         target_file_bytes: u64,
         permit: &Permit,
     ) -> Result<Arc<Self>> {
-        let plan = match order {
+        let (mut fields, mut by) = (table.schema().fields().to_vec(), Vec::new());
+        if curve.is_some() {
+            fields.push(Arc::new(Field::new(PLACE, DataType::Binary, true)));
+            by.push(PLACE.to_owned());
+        }
+        by.extend_from_slice(order);
+        let plan = match by.as_slice() {
             [] => None,
-            order => Some(Plan::new(&table.schema(), order, memory_bytes)?),
+            by => Some(Plan::new(&Arc::new(Schema::new(fields)), by, memory_bytes)?),
         };
         let (table, permit) = (table.clone(), permit.clone());
-        Ok(Arc::new(Self { table, plan, target_file_bytes, permit }))
+        Ok(Arc::new(Self { table, plan, curve, target_file_bytes, permit }))
+    }
+
+    fn with_place(&self, batch: RecordBatch) -> Result<RecordBatch> {
+        let Some(curve) = &self.curve else { return Ok(batch) };
+        let (mut fields, mut columns) =
+            (batch.schema().fields().to_vec(), batch.columns().to_vec());
+        fields.push(Arc::new(Field::new(PLACE, DataType::Binary, true)));
+        columns.push(curve.places(&batch)?);
+        RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).map_err(Error::internal)
     }
 
     /// Writes the live rows of `files`, which are of one partition.
@@ -90,7 +112,7 @@ impl Compaction {
             reading.push(in_a_task(async move {
                 let (mut sorter, mut rows) = (Sorter::new(&plan)?, this.rows_of(&file).await?);
                 while let Some(batch) = rows.try_next().await? {
-                    sorter.push(batch)?;
+                    sorter.push(this.with_place(batch)?)?;
                 }
                 sorter.finish()
             }));

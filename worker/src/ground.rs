@@ -20,7 +20,7 @@ use alluvium_table::rows::Pick;
 use alluvium_table::schema::find_column;
 use alluvium_table::spool::Spool;
 use alluvium_table::{LiveFile, Table};
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 
 use crate::edit::only_coming;
 use crate::merge::BASE_VERSION;
@@ -32,6 +32,9 @@ use crate::{Permit, raw, slowly};
 
 /// One of so many parts of the memory sorts one kind of rows: keys, raw's, the base's.
 const SORT_SHARE: usize = 2;
+
+/// Files that are read at a time.
+const FILES_AT_ONCE: usize = 8;
 
 /// The two tables, on exactly these snapshots.
 pub(crate) struct Ground<'a> {
@@ -154,13 +157,18 @@ impl Ground<'_> {
                 picks.push((file.clone(), Pick::Without(deleted)));
             }
         }
-        let mut sorter = Sorter::new(plan)?;
+        let mut opening = Vec::with_capacity(picks.len());
         for (file, pick) in picks {
-            let mut rows = table.rows_of(&file, columns, pick).await?;
-            while let Some(batch) = rows.try_next().await? {
-                self.permit.check()?;
-                sorter.push(batch)?;
-            }
+            let (table, columns) = (table.clone(), Arc::clone(columns));
+            opening.push(async move { table.rows_of(&file, &columns, pick).await });
+        }
+        // Several at a time: on object storage most of the time is waiting. Which comes first does not matter.
+        let opened = futures::stream::iter(opening).buffer_unordered(FILES_AT_ONCE);
+        let mut rows = opened.try_flatten_unordered(FILES_AT_ONCE);
+        let mut sorter = Sorter::new(plan)?;
+        while let Some(batch) = rows.try_next().await? {
+            self.permit.check()?;
+            sorter.push(batch)?;
         }
         sorter.finish()
     }

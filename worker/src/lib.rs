@@ -11,6 +11,7 @@ mod checks;
 pub mod cleanup;
 mod columns;
 mod compact;
+mod curve;
 mod edit;
 mod feed;
 mod folding;

@@ -22,6 +22,7 @@ use alluvium_table::{Add, LiveFile, Table};
 use futures::TryStreamExt;
 
 use crate::compact::Compaction;
+use crate::curve::Curve;
 use crate::ingest::table_names;
 use crate::merge::{check_age, count_files};
 use crate::search::KEYS_SHARE;
@@ -38,13 +39,15 @@ pub async fn optimize(workshop: &Workshop, task: &Task, permit: &Permit) -> Resu
         return Ok(Report { already: true, ..Report::default() });
     };
     let key = table_names(&table, &pipeline.content.key);
+    let clustered = clustered_by(&table, pipeline)?;
     let bin = pick_bin(&table, pipeline).await?;
     if bin.is_empty() {
         let main = count_files(&table, pipeline).await?;
         return Ok(Report { already: true, main, ..Report::default() });
     }
     let report =
-        rewrite(&mut table, pipeline, task.work.step().as_str(), &bin, &key, permit).await?;
+        rewrite(&mut table, pipeline, task.work.step().as_str(), &bin, (&clustered, &key), permit)
+            .await?;
     workshop.tables.remember(&table);
     Ok(Report { main: count_files(&table, pipeline).await?, ..report })
 }
@@ -72,19 +75,46 @@ async fn pick_bin(table: &Table, pipeline: &Pipeline) -> Result<Vec<LiveFile>> {
     Ok(bin)
 }
 
-/// Writes the rows of `bin` anew, sorted by `key`, and commits for exactly the snapshot that they were
+/// The columns of `cluster_by`, as the table spells them.
+fn clustered_by(table: &Table, pipeline: &Pipeline) -> Result<Vec<String>> {
+    let schema = table.schema();
+    let place = |name: &String| {
+        let at = find_column(&schema, name).ok_or_else(|| {
+            let text = format!("optimize.cluster_by: {} has no column {name:?}", table.uri());
+            Error::new(Code::KeyColumnMissing, text)
+                .with_help(format!("correct `optimize.cluster_by` of pipeline.{}", pipeline.id))
+        })?;
+        let field = schema.field(at);
+        if field.data_type().is_nested() {
+            let text = format!("optimize.cluster_by: {name:?} has type {}", field.data_type());
+            return Err(Error::new(Code::ColumnTypeMismatch, text)
+                .with_help("numbers, texts, times and binary values have an order"));
+        }
+        Ok(field.name().clone())
+    };
+    pipeline.cluster_by.iter().map(place).collect()
+}
+
+/// Writes the rows of `bin` anew, by the columns of `clustered` (several: along a curve) and then by `key`, and commits for exactly the snapshot that they were
 /// read of, or that they were fitted to.
 pub(crate) async fn rewrite(
     table: &mut Table,
     pipeline: &Pipeline,
     step: &str,
     bin: &[LiveFile],
-    key: &[String],
+    (clustered, key): (&[String], &[String]),
     permit: &Permit,
 ) -> Result<Report> {
     let started = Instant::now();
     let (memory, target) = (pipeline.sizes.memory_bytes, pipeline.sizes.target_file_bytes);
-    let written = Compaction::new(table, key, memory, target, permit)?.write(bin).await?;
+    let (mut curve, mut order) = (None, key.to_vec());
+    match clustered {
+        [] => {}
+        [one] => order.insert(0, one.clone()),
+        several => curve = Some(Curve::learn(table, bin, several, permit).await?),
+    }
+    let compaction = Compaction::new(table, (curve, &order), memory, target, permit)?;
+    let written = compaction.write(bin).await?;
     crash::point("optimize.after_write")?;
     let before: Option<u64> = bin.iter().map(LiveFile::live_rows).sum();
     if before.is_some_and(|before| before != written.rows) {

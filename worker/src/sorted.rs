@@ -22,8 +22,8 @@ use alluvium_table::deletion::RowSet;
 use alluvium_table::rows::Pick;
 use alluvium_table::schema::find_column;
 use alluvium_table::{LiveFile, Table};
-use futures::StreamExt;
 use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
 
 use crate::search::{Search, comes};
 use crate::winners::Rule;
@@ -31,6 +31,8 @@ use crate::{Permit, raw};
 
 /// Rows given out at a time.
 const BATCH_ROWS: usize = 8192;
+/// Runs that are opened at a time.
+const RUNS_AT_ONCE: usize = 16;
 
 /// The last row of each key: where it is in raw's files.
 pub(crate) struct LastRows {
@@ -187,6 +189,18 @@ struct Run {
     epoch: Epoch,
 }
 
+impl Run {
+    /// The next batch that has rows.
+    async fn next(&mut self) -> Result<Option<Placed>> {
+        while let Some((batch, file, first_row)) = self.rows.try_next().await? {
+            if batch.num_rows() > 0 {
+                return Ok(Some((batch, file, first_row)));
+            }
+        }
+        Ok(None)
+    }
+}
+
 /// Rows of a run in memory.
 struct Held {
     number: usize,
@@ -274,9 +288,18 @@ impl Merging {
         })
     }
 
+    /// Brings the first rows of all runs into memory; on object storage that is mostly waiting.
     async fn begin(&mut self) -> Result<()> {
-        for run in 0..self.runs.len() {
-            self.load(run, None).await?;
+        let mut firsts = Vec::with_capacity(self.runs.len());
+        for (number, run) in self.runs.iter_mut().enumerate() {
+            firsts.push(async move { Ok::<_, Error>((number, run.next().await?)) });
+        }
+        let firsts = futures::stream::iter(firsts).buffered(RUNS_AT_ONCE);
+        let firsts: Vec<(usize, Option<Placed>)> = firsts.try_collect().await?;
+        for (run, first) in firsts {
+            if let Some(first) = first {
+                self.hold(run, first, None)?;
+            }
         }
         Ok(())
     }
@@ -308,24 +331,21 @@ impl Merging {
 
     /// Brings the next rows of a run into memory, which follow `last`.
     async fn load(&mut self, run: usize, last: Option<&Head>) -> Result<()> {
-        let of = &mut self.runs[run];
-        let batch = loop {
-            match of.rows.next().await {
-                None => return Ok(()),
-                Some(placed) => match placed? {
-                    (batch, _, _) if batch.num_rows() == 0 => {}
-                    placed => break placed,
-                },
-            }
-        };
-        let (batch, file, first_row) = batch;
+        match self.runs[run].next().await? {
+            Some(next) => self.hold(run, next, last),
+            None => Ok(()),
+        }
+    }
+
+    fn hold(&mut self, run: usize, placed: Placed, last: Option<&Head>) -> Result<()> {
+        let (batch, file, first_row) = placed;
         let keys = rows_by(&self.columns.by_key, &self.columns.key, &batch)?;
         let is_in_order = |row: usize| keys.row(row - 1) <= keys.row(row);
         self.is_sorted &= (1..batch.num_rows()).all(is_in_order);
         if let Some(last) = last {
             self.is_sorted &= last.held.keys.row(last.row).data() <= keys.row(0).data();
         }
-        let (number, epoch, order) = (self.held, of.epoch, OnceLock::new());
+        let (number, epoch, order) = (self.held, self.runs[run].epoch, OnceLock::new());
         let held = Held { number, epoch, file, first_row, batch, keys, order };
         self.held += 1;
         self.heads.push(Head { held: Arc::new(held), row: 0, run });
