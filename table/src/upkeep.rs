@@ -177,7 +177,7 @@ fn overlap(files: &[LiveFile], key: &str) -> Option<f64> {
     let mut ranges = Vec::with_capacity(files.len());
     for file in files {
         let stats: Value = serde_json::from_str(file.stats.as_deref()?).ok()?;
-        let bound = |of: &str| Some(Bound::of(stats.get(of)?.get(key)?)?);
+        let bound = |of: &str| Bound::of(stats.get(of)?.get(key)?);
         ranges.push((bound("minValues")?, bound("maxValues")?));
     }
     let holding = |value: &Bound| {
@@ -208,7 +208,6 @@ impl Bound {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "helpers of tests")]
 mod tests {
     use deltalake::kernel::{Add, DeletionVectorDescriptor, StorageType};
 

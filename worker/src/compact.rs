@@ -107,8 +107,8 @@ impl Compaction {
 
     async fn runs(self: &Arc<Self>, plan: &Plan, files: &[LiveFile]) -> Result<Runs> {
         let mut reading = Vec::with_capacity(files.len());
-        for file in files.iter().cloned() {
-            let (this, plan) = (Arc::clone(self), plan.clone());
+        for file in files {
+            let (this, plan, file) = (Arc::clone(self), plan.clone(), file.clone());
             reading.push(in_a_task(async move {
                 let (mut sorter, mut rows) = (Sorter::new(&plan)?, this.rows_of(&file).await?);
                 while let Some(batch) = rows.try_next().await? {

@@ -77,7 +77,7 @@ impl Cursor {
     fn load(&mut self) -> Result<()> {
         self.held = None;
         self.at = 0;
-        while let Some(batch) = self.batches.next() {
+        for batch in self.batches.by_ref() {
             let batch = batch?;
             if batch.num_rows() > 0 {
                 let key: Vec<_> = self.key.iter().map(|at| Arc::clone(batch.column(*at))).collect();

@@ -27,7 +27,7 @@ const RUN_BATCH_ROWS: usize = 2048;
 /// One row of so many is looked at to find ranges.
 const SAMPLE_ROWS: usize = 128;
 /// One of so many parts of the memory holds runs; and one, of each processor, what it sorts.
-const MEMORY_PARTS: usize = 8;
+const MEMORY_PARTS: usize = 16;
 
 /// By what rows are ordered, and in how much memory. Cheap to clone; clones share the memory.
 #[derive(Clone)]
@@ -339,7 +339,6 @@ fn beginning(key: &[u8]) -> u64 {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use alluvium_table::arrow::array::{ArrayRef, Int64Array, StringArray, cast::AsArray};
     use alluvium_table::arrow::datatypes::{DataType, Field, Int64Type, Schema};
