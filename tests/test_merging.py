@@ -395,3 +395,16 @@ def test_columns_that_files_lack_or_spell_otherwise_are_no_obstacle(tmp_path: Pa
     found = pl.read_delta(str(main_of(lake)))
     found = found.rename({name: name.lower() for name in found.columns}).select("id", "site", "value", "more")
     assert sorted(found.rows()) == [("a", 1, 2, "x"), ("a", 2, 1, None), ("b", 1, 2, "x")]
+
+
+def test_unchanged_rows_of_a_table_of_keys_alone_are_left_alone(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more="merge.skip_unchanged = true", deletes=False)
+    schema = pa.schema([("id", pa.string())])
+    lake.deliver(1, [("a",), ("b",)], schema=schema)
+    lake.run()
+    version = lake.version("main")
+    lake.deliver(2, [("b",), ("a",)], schema=schema)
+    lake.run()
+    [(_, marked)] = [(p, v) for p, v in vectors(newest(lake)).items()] or [("", None)]
+    assert marked is None and lake.version("main") == version + 1
+    assert [row["id"] for row in lake.rows()] == ["a", "b"]

@@ -217,7 +217,7 @@ settings! {
     "pipeline.*.optimize.target_file_size", Kind::Size, Some(r#""128MiB""#), "", r#""64MiB""#,
         "Data files of raw and main are cut at about this size.";
     "pipeline.*.optimize.bin_size", Kind::Size, Some(r#""512MiB""#), "", r#""256MiB""#,
-        "Most bytes that one optimize commit rewrites.";
+        "Most bytes that one optimize commit rewrites (two files at least).";
     "pipeline.*.schedule", Kind::Text, None, "the source is listed at every poll", r#""0 6 * * MON-FRI""#,
         "Cron expression (minute hour day month weekday, or seconds first): the source is listed at these times only, and when something wakes it.";
     "pipeline.*.timezone", Kind::Text, Some(r#""UTC""#), "", r#""Europe/Berlin""#,

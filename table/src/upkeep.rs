@@ -123,13 +123,18 @@ pub fn saving(file: &LiveFile) -> f64 {
 
 /// What a read costs, in percent of what it costs when all files are new.
 fn read_cost(files: &[LiveFile], policy: Policy) -> u32 {
-    let (mut cost, mut rows, mut bytes) = (READ_ROWS, 0, 0);
+    let (mut cost, mut rows) = (READ_ROWS, 0);
+    let mut bytes: BTreeMap<Vec<(&str, Option<&str>)>, u64> = BTreeMap::new();
     for file in files {
         cost += cost_of(file);
         rows += rows_of(file).1;
-        bytes += file.size;
+        let values = file.partition.iter().map(|(name, value)| (name.as_str(), value.as_deref()));
+        let mut partition: Vec<_> = values.collect();
+        partition.sort_unstable();
+        *bytes.entry(partition).or_default() += file.size;
     }
-    let new_files = bytes.div_ceil(policy.target_file_bytes.max(1)).max(1);
+    let target = policy.target_file_bytes.max(1);
+    let new_files: u64 = bytes.values().map(|bytes| bytes.div_ceil(target).max(1)).sum();
     let best = READ_ROWS + new_files as f64 * FILE_ROWS + rows as f64;
     (100.0 * cost / best).round() as u32
 }

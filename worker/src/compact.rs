@@ -11,6 +11,7 @@ use alluvium_table::write::{FileWriter, Written};
 use alluvium_table::{LiveFile, Table};
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
+use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
 use crate::Permit;
@@ -51,7 +52,10 @@ impl Compaction {
         by.extend_from_slice(order);
         let plan = match by.as_slice() {
             [] => None,
-            by => Some(Plan::new(&Arc::new(Schema::new(fields)), by, memory_bytes)?),
+            by => {
+                let schema = Arc::new(Schema::new(fields));
+                Some(Plan::for_several(&schema, by, memory_bytes, processors())?)
+            }
         };
         let (table, permit) = (table.clone(), permit.clone());
         Ok(Arc::new(Self { table, plan, curve, target_file_bytes, permit }))
@@ -120,7 +124,7 @@ impl Compaction {
         let reading = futures::stream::iter(reading).buffered(processors());
         let none = Sorter::new(plan)?.finish()?;
         let all = reading.try_fold(none, |mut all, of_one| async move {
-            all.extend(of_one);
+            all.extend(of_one)?;
             Ok(all)
         });
         all.await
@@ -147,7 +151,9 @@ fn processors() -> usize {
 async fn in_a_task<T: Send + 'static>(
     work: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
-    tokio::spawn(work.in_current_span()).await.map_err(Error::internal)?
+    // What is no longer waited for ends, too.
+    let task = AbortOnDropHandle::new(tokio::spawn(work.in_current_span()));
+    task.await.map_err(Error::internal)?
 }
 
 /// How many files the live rows of these make.

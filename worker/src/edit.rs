@@ -23,6 +23,7 @@ use alluvium_table::spool::{Spool, Spooled};
 use alluvium_table::write::{FileWriter, Written};
 use alluvium_table::{Action, Add, LiveFile, Remove, Table};
 use futures::{StreamExt, TryStreamExt};
+use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
 use crate::checks::agree;
@@ -63,7 +64,7 @@ pub(crate) struct Edit {
 pub(crate) enum Winners {
     /// By key, where they are.
     InRaw(Arc<LastRows>),
-    /// In no order.
+    /// In any order.
     Computed(Arc<Spooled>),
 }
 
@@ -207,8 +208,8 @@ impl Editing<'_> {
             Winners::InRaw(last) => {
                 // A task of its own: encoding must not keep the search from going on.
                 let writing = write_upserts(main.clone(), Arc::clone(last), target);
-                let written = tokio::spawn(writing.in_current_span()).await;
-                return written.map_err(Error::internal)?;
+                let writing = AbortOnDropHandle::new(tokio::spawn(writing.in_current_span()));
+                return writing.await.map_err(Error::internal)?;
             }
         };
         let mut order = self.rule.key.clone();
@@ -269,7 +270,8 @@ impl Editing<'_> {
                 permit.check()?;
                 let copy =
                     async move { main.copy_without(&file, &main.schema(), gone, target).await };
-                tokio::spawn(copy.in_current_span()).await.map_err(Error::internal)?
+                let copying = AbortOnDropHandle::new(tokio::spawn(copy.in_current_span()));
+                copying.await.map_err(Error::internal)?
             });
         }
         let mut copied = futures::stream::iter(copying).buffer_unordered(at_once);

@@ -173,7 +173,9 @@ impl<'a> Attempt<'a> {
         let main = match self.check_main(&edit).await {
             Err(error) if error.code == Code::CountsDisagree => {
                 // It is in main already: nothing more goes in until somebody looked.
-                hold(&mut self.main, pipeline).await?;
+                if let Err(failed) = hold(&mut self.main, pipeline).await {
+                    tracing::error!(%failed, "the pipeline is not paused, and should be");
+                }
                 return Err(error.with_help(format!(
                     "nothing more is merged: look at {}, then `alluvium resume {}`",
                     pipeline.main, pipeline.id

@@ -39,12 +39,12 @@ pub async fn optimize(workshop: &Workshop, task: &Task, permit: &Permit) -> Resu
         return Ok(Report { already: true, ..Report::default() });
     };
     let key = table_names(&table, &pipeline.content.key);
-    let clustered = clustered_by(&table, pipeline)?;
     let bin = pick_bin(&table, pipeline).await?;
     if bin.is_empty() {
         let main = count_files(&table, pipeline).await?;
         return Ok(Report { already: true, main, ..Report::default() });
     }
+    let clustered = clustered_by(&table, pipeline)?;
     let report =
         rewrite(&mut table, pipeline, task.work.step().as_str(), &bin, (&clustered, &key), permit)
             .await?;
@@ -201,7 +201,9 @@ impl Fitted {
     ) -> Result<Fit> {
         let live = table.files().await?;
         let live: HashMap<&str, &LiveFile> = live.iter().map(|f| (f.path.as_str(), f)).collect();
-        if adds.iter().any(|add| live.contains_key(add.path.as_str())) {
+        let is_gone = bin.iter().all(|file| !live.contains_key(file.path.as_str()));
+        let is_there = adds.iter().any(|add| live.contains_key(add.path.as_str()));
+        if is_there || (adds.is_empty() && is_gone) {
             return Ok(Fit::Landed);
         }
         let (mut now, mut gone) = (Vec::new(), Vec::new());
@@ -262,16 +264,20 @@ async fn without(
     let partitions = table.partition_columns();
     let apart: Vec<usize> = (0..key.len()).filter(|at| partitions.contains(&key[*at])).collect();
     let mut keys = KeySet::new(&kinds, 0, &apart)?;
+    let memory_bytes = pipeline.sizes.memory_bytes / KEYS_SHARE;
     let mut expected = 0;
     for (file, rows) in gone {
         expected += rows.len();
         let mut batches = table.rows_of(file, &fields, Pick::Only(rows)).await?;
         while let Some(batch) = batches.try_next().await? {
+            permit.check()?;
             keys.add(batch.columns(), &|_| false)?;
+            if keys.bytes() > memory_bytes {
+                return Ok(None);
+            }
         }
     }
     let files: Vec<LiveFile> = adds.iter().map(LiveFile::of).collect();
-    let memory_bytes = pipeline.sizes.memory_bytes / KEYS_SHARE;
     let scan = Scan { table, key, memory_bytes };
     let found = scan.find(&files, &Arc::new(keys), &|| permit.check()).await?;
     if found.iter().map(|found| found.rows.len()).sum::<u64>() != expected {

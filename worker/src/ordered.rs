@@ -13,6 +13,9 @@ use alluvium_table::schema::{conform, find_column};
 use crate::raw;
 use crate::sorter::BATCH_ROWS;
 
+/// Batches that chosen rows are of.
+const BATCHES_MAX: usize = 32;
+
 /// Batches of rows in order.
 pub(crate) type Batches = Box<dyn Iterator<Item = Result<RecordBatch>> + Send>;
 
@@ -21,7 +24,7 @@ pub(crate) struct Cursor {
     batches: Batches,
     converter: RowConverter,
     key: Vec<usize>,
-    /// Columns whose values are compared, and how; maps are compared one by one.
+    /// Columns whose values are compared, and how; what has no such way is compared one by one.
     values: Vec<usize>,
     by_values: Option<RowConverter>,
     held: Option<Held>,
@@ -65,7 +68,7 @@ impl Cursor {
         self.values = columns.iter().map(place).collect::<Result<Vec<usize>>>()?;
         let kinds = self.values.iter().map(|at| schema.field(*at).data_type().clone());
         let fields: Vec<SortField> = kinds.map(SortField::new).collect();
-        if RowConverter::supports_fields(&fields) {
+        if !fields.is_empty() && RowConverter::supports_fields(&fields) {
             self.by_values = Some(RowConverter::new(fields).map_err(Error::internal)?);
         }
         if let Some(held) = &mut self.held {
@@ -190,8 +193,9 @@ impl Picks {
         self.places.push((at, row));
     }
 
+    /// Chosen rows hold the batches that they are in: few rows of many batches are enough, too.
     pub(crate) fn is_full(&self) -> bool {
-        self.places.len() >= BATCH_ROWS
+        self.places.len() >= BATCH_ROWS || self.batches.len() >= BATCHES_MAX
     }
 
     /// The chosen rows; `None`: there are none.

@@ -6,7 +6,7 @@
 //!  epoch 5   a   c d ├─► smallest key first; of equal ones the last by (epoch, sequence, file, row)
 //!  epoch 9     b   d ┘
 //! ```
-//! That the files are in order is seen on the way, not believed: files of another order are left to SQL.
+//! That the files are in order is seen on the way, not believed: files of another order are left to the sorter.
 
 use std::cmp::Ordering;
 use std::collections::binary_heap::PeekMut;
@@ -31,6 +31,8 @@ use crate::{Permit, raw};
 
 /// Rows given out at a time.
 const BATCH_ROWS: usize = 8192;
+/// Batches that rows given out at a time are of; all runs have one in memory anyway.
+const SOURCES_MAX: usize = 256;
 /// Runs that are opened at a time.
 const RUNS_AT_ONCE: usize = 16;
 
@@ -306,7 +308,11 @@ impl Merging {
 
     /// The last rows of the next keys.
     async fn next_batch(&mut self) -> Result<Option<RecordBatch>> {
-        while self.last.len() < BATCH_ROWS && self.next_key().await? {}
+        // Rows that wait hold the batches that they are in.
+        let is_full = |merging: &Self| {
+            merging.last.len() >= BATCH_ROWS || merging.sources.len() >= SOURCES_MAX
+        };
+        while !is_full(self) && self.next_key().await? {}
         if self.last.is_empty() {
             return Ok(None);
         }

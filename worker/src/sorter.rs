@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use alluvium_protocol::{Error, Result};
-use alluvium_table::arrow::array::{Array, RecordBatch};
-use alluvium_table::arrow::compute::{SortOptions, interleave_record_batch};
+use alluvium_table::arrow::array::{Array, RecordBatch, UInt32Array};
+use alluvium_table::arrow::compute::{SortOptions, interleave_record_batch, take_record_batch};
 use alluvium_table::arrow::datatypes::SchemaRef;
 use alluvium_table::arrow::row::{RowConverter, Rows, SortField};
 use alluvium_table::schema::find_column;
@@ -24,9 +24,11 @@ use alluvium_table::spool::{Spool, Spooled};
 pub(crate) const BATCH_ROWS: usize = 8192;
 /// Rows of a run that are read at a time: a range begins and ends within one.
 const RUN_BATCH_ROWS: usize = 2048;
+/// More runs than this are merged.
+const RUNS_MAX: usize = 64;
 /// One row of so many is looked at to find ranges.
 const SAMPLE_ROWS: usize = 128;
-/// One of so many parts of the memory holds runs; and one, of each processor, what it sorts.
+/// One of so many parts of the memory holds runs; and one, for all that sort at a time, what they sort.
 const MEMORY_PARTS: usize = 16;
 
 /// By what rows are ordered, and in how much memory. Cheap to clone; clones share the memory.
@@ -42,9 +44,18 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Rows of `schema` by these columns.
+    /// Rows of `schema` by these columns, for one sorter at a time.
     pub(crate) fn new(schema: &SchemaRef, order: &[String], memory_bytes: usize) -> Result<Self> {
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Self::for_several(schema, order, memory_bytes, 1)
+    }
+
+    /// The same for so many sorters, or readers of sorted rows, at a time.
+    pub(crate) fn for_several(
+        schema: &SchemaRef,
+        order: &[String],
+        memory_bytes: usize,
+        at_once: usize,
+    ) -> Result<Self> {
         let place = |name: &String| {
             find_column(schema, name)
                 .ok_or_else(|| Error::internal(format!("no column {name} to sort by")))
@@ -52,7 +63,7 @@ impl Plan {
         Ok(Self {
             schema: Arc::clone(schema),
             order: order.iter().map(place).collect::<Result<_>>()?,
-            part_bytes: memory_bytes / MEMORY_PARTS / processors,
+            part_bytes: memory_bytes / MEMORY_PARTS / at_once.max(1),
             left: Arc::new(AtomicUsize::new(memory_bytes / MEMORY_PARTS)),
         })
     }
@@ -88,6 +99,8 @@ struct Run {
     /// Keys of some rows, as many before the first as between two.
     samples: Vec<Box<[u8]>>,
     bytes: usize,
+    /// How often its rows were merged.
+    level: u32,
 }
 
 impl Sorter {
@@ -129,33 +142,82 @@ impl Sorter {
         if parts.is_empty() {
             return Ok(());
         }
-        let takes = |left: usize| left.checked_sub(bytes);
-        let fits = self.plan.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, takes).is_ok();
-        let memory = if fits { usize::MAX } else { 0 };
-        let mut spool = Spool::within(Arc::clone(&self.plan.schema), memory);
-        let (mut firsts, mut samples) = (Vec::new(), Vec::new());
+        let mut run = NewRun::new(&self.plan, bytes, 0);
         if is_sorted(&parts) {
             for part in parts {
                 for first in part.rows.clone().step_by(RUN_BATCH_ROWS) {
                     let rows = RUN_BATCH_ROWS.min(part.rows.end - first);
-                    firsts.push(part.keys.row(first).data().into());
-                    let some = sampled(rows).map(|row| part.keys.row(first + row).data().into());
-                    samples.extend(some);
-                    spool.push(part.batch.slice(first, rows))?;
+                    let key = |row: usize| part.keys.row(first + row).data();
+                    run.push(part.batch.slice(first, rows), key)?;
                 }
             }
         } else {
-            let mut sorted = Sorted::new(parts, RUN_BATCH_ROWS);
-            while let Some(first) = sorted.key(0) {
-                firsts.push(first.into());
-                let some = sampled(sorted.rows_of_next()).filter_map(|row| sorted.key(row));
-                samples.extend(some.map(Into::into));
-                spool.push(sorted.next_batch()?)?;
+            for batch in Sorted::new(parts, RUN_BATCH_ROWS) {
+                let batch = batch?;
+                let keys = self.plan.keys(&self.converter, &batch)?;
+                run.push(batch, |row| keys.row(row).data())?;
             }
         }
-        self.runs.push(Run { rows: spool.finish()?, firsts, samples, bytes });
-        Ok(())
+        self.runs.push(run.finish()?);
+        merge_last(&self.plan, &mut self.runs)
     }
+}
+
+/// A run that is being written.
+struct NewRun {
+    spool: Spool,
+    firsts: Vec<Box<[u8]>>,
+    samples: Vec<Box<[u8]>>,
+    bytes: usize,
+    level: u32,
+}
+
+impl NewRun {
+    fn new(plan: &Plan, bytes: usize, level: u32) -> Self {
+        let takes = |left: usize| left.checked_sub(bytes);
+        let fits = plan.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, takes).is_ok();
+        let memory = if fits { usize::MAX } else { 0 };
+        let spool = Spool::within(Arc::clone(&plan.schema), memory);
+        Self { spool, firsts: Vec::new(), samples: Vec::new(), bytes, level }
+    }
+
+    /// Appends rows; `key` gives the key of each.
+    fn push<'a>(&mut self, batch: RecordBatch, key: impl Fn(usize) -> &'a [u8]) -> Result<()> {
+        self.firsts.push(key(0).into());
+        self.samples.extend(sampled(batch.num_rows()).map(|row| Box::from(key(row))));
+        self.spool.push(batch)
+    }
+
+    fn finish(self) -> Result<Run> {
+        let Self { spool, firsts, samples, bytes, level } = self;
+        Ok(Run { rows: spool.finish()?, firsts, samples, bytes, level })
+    }
+}
+
+/// Makes one run of the last ones when they are many: each on disk is an open file, and each range of keys
+/// reads a little of all.
+fn merge_last(plan: &Plan, runs: &mut Vec<Run>) -> Result<()> {
+    while let Some(level) = runs.last().map(|run| run.level) {
+        let of_level = runs.iter().rev().take_while(|run| run.level == level).count();
+        if of_level < RUNS_MAX {
+            return Ok(());
+        }
+        let merging = Runs { plan: plan.clone(), runs: runs.split_off(runs.len() - of_level) };
+        let bytes = merging.runs.iter().map(|run| run.bytes).sum();
+        let mut merged = NewRun::new(plan, bytes, level + 1);
+        let converter = plan.converter()?;
+        for batch in merging.batches() {
+            let batch = batch?;
+            for first in (0..batch.num_rows()).step_by(RUN_BATCH_ROWS) {
+                let rows = RUN_BATCH_ROWS.min(batch.num_rows() - first);
+                let batch = batch.slice(first, rows);
+                let keys = plan.keys(&converter, &batch)?;
+                merged.push(batch, |row| keys.row(row).data())?;
+            }
+        }
+        runs.push(merged.finish()?);
+    }
+    Ok(())
 }
 
 /// Rows of a batch that stand for those around them.
@@ -186,8 +248,9 @@ pub(crate) struct Keys {
 
 impl Runs {
     /// Takes in the runs of another sorter of the same plan, whose rows come after.
-    pub(crate) fn extend(&mut self, other: Self) {
+    pub(crate) fn extend(&mut self, other: Self) -> Result<()> {
         self.runs.extend(other.runs);
+        merge_last(&self.plan, &mut self.runs)
     }
 
     /// Ranges that fit into memory, with about as many rows each: a multiple of `count`, unless keys are equal.
@@ -236,8 +299,14 @@ impl Runs {
                 let keys = self.plan.keys(&converter, &batch)?;
                 let from = range.from.as_deref().map_or(0, |from| rows_below(&keys, from));
                 let to = range.to.as_deref().map_or(keys.num_rows(), |to| rows_below(&keys, to));
-                if from < to {
+                if to - from.min(to) == batch.num_rows() {
                     parts.push(Part { batch, keys, rows: from..to });
+                } else if from < to {
+                    // A copy: a slice would keep the rest in memory.
+                    let rows = UInt32Array::from_iter_values(from as u32..to as u32);
+                    let batch = take_record_batch(&batch, &rows).map_err(Error::internal)?;
+                    let (keys, rows) = (self.plan.keys(&converter, &batch)?, 0..batch.num_rows());
+                    parts.push(Part { batch, keys, rows });
                 }
             }
         }
@@ -300,12 +369,6 @@ impl Sorted {
             by_beginning.then_with(|| key(one).data().cmp(key(other).data()))
         });
         Self { parts, places, at: 0, batch_rows }
-    }
-
-    /// The key of a row, so many after the next one.
-    fn key(&self, after: usize) -> Option<&[u8]> {
-        let place = self.places.get(self.at + after)?;
-        Some(self.parts[place.part as usize].keys.row(place.row as usize).data())
     }
 
     fn rows_of_next(&self) -> usize {
@@ -385,7 +448,9 @@ mod tests {
         expected.sort();
         let (few, in_memory) = sorted(1 << 30, &["text", "number"]);
         let (many, on_disk) = sorted(1 << 20, &["text", "number"]);
-        assert!(in_memory == expected && on_disk == expected);
+        // So little that there are hundreds of runs, which are merged.
+        let (_, merged) = sorted(1 << 14, &["text", "number"]);
+        assert!(in_memory == expected && on_disk == expected && merged == expected);
         assert!(few == 3 && many > few && many % 3 == 0, "{few} {many}");
     }
 

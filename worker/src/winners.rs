@@ -1,7 +1,7 @@
-//! What main is to hold for each key of a set of epochs: the rule of "What main is", as SQL.
+//! Which row of a key wins: the rule of "What main is".
 //!
-//! Owns: the one place that says which row of a key wins. The result is a spool with one row per
-//! key: `upsert` with values, or `delete`.
+//! Owns: the columns that decide and their order, for merges (`ground.rs`, `sorted.rs`), and the rule as SQL
+//! for questions about a whole table at an epoch (`as_of.rs`).
 
 use alluvium_protocol::Pipeline;
 use alluvium_protocol::pipeline::{Mode, same_name};

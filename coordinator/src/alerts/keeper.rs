@@ -49,9 +49,9 @@ pub struct Stored {
     /// Messages that nobody took so far.
     #[serde(default)]
     pub outbox: Vec<Pending>,
-    /// The sinks that were told so far.
+    /// The sinks that were told so far; `None`: an older version wrote this.
     #[serde(default)]
-    pub sinks: Vec<String>,
+    pub sinks: Option<Vec<String>>,
 }
 
 /// A message to one sink.
@@ -174,8 +174,9 @@ impl Keeper {
             .map(|incident| event(Change::Opened, incident, now))
             .collect();
         let names = self.sinks.iter().map(|sink| sink.name.clone()).collect();
-        let told = std::mem::replace(&mut stored.sinks, names);
-        for sink in self.sinks.iter().filter(|sink| !told.contains(&sink.name)) {
+        let told: Option<Vec<String>> = stored.sinks.replace(names);
+        let is_new = |sink: &&Sink| told.as_ref().is_some_and(|told| !told.contains(&sink.name));
+        for sink in self.sinks.iter().filter(is_new) {
             post(sink, stored, &open, now);
         }
         let known = |pending: &Pending| self.sinks.iter().any(|sink| sink.name == pending.sink);
@@ -303,15 +304,38 @@ fn cut(stored: &mut Stored) {
 /// Those of a sink's messages that are due: up to one that waits for the receiver, which all others
 /// come after. What the receiver refuses as such holds up nothing.
 fn due(messages: Vec<Pending>, now: DateTime<Utc>) -> Vec<Pending> {
-    let mut due = Vec::new();
+    let (mut due, mut aside) = (Vec::new(), Aside::default());
     for pending in messages {
-        if pending.not_before <= now {
-            due.push(pending);
-        } else if !pending.steps_aside {
+        if pending.not_before > now && !pending.steps_aside {
             break;
+        }
+        if pending.not_before > now || aside.holds(&pending) {
+            aside.add(&pending);
+        } else {
+            due.push(pending);
         }
     }
     due
+}
+
+/// Incidents of which a message stepped aside: what is told of them later comes later.
+#[derive(Default)]
+struct Aside(Vec<(Kind, String)>);
+
+impl Aside {
+    fn add(&mut self, pending: &Pending) {
+        self.0.extend(pending.events.iter().map(|event| {
+            let Incident { kind, pipeline, .. } = &event.incident;
+            (*kind, pipeline.clone())
+        }));
+    }
+
+    fn holds(&self, pending: &Pending) -> bool {
+        pending.events.iter().any(|event| {
+            let Incident { kind, pipeline, .. } = &event.incident;
+            self.0.iter().any(|(held, of)| held == kind && of == pipeline)
+        })
+    }
 }
 
 /// Sends one sink's messages until one is not taken. What is left of each: `None` is done with.
@@ -326,7 +350,11 @@ async fn deliver(
         // Taken out of the configuration.
         return messages.into_iter().map(|pending| (pending.id, None)).collect();
     };
+    let mut aside = Aside::default();
     for pending in messages {
+        if aside.holds(&pending) {
+            continue;
+        }
         let sent = match crash::point("alert.before_send") {
             Ok(()) => sink.send(&pending.events, source).await,
             Err(error) => Err(error.into()),
@@ -361,6 +389,7 @@ async fn deliver(
             error: Some(refusal.error.message),
             ..pending
         };
+        aside.add(&left);
         ended.push((left.id.clone(), Some(left)));
         if !refusal.is_of_message {
             // The others would fail, too, and come after it.
