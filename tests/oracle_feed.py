@@ -105,16 +105,6 @@ def commit_of(table: str | Path, version: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.strip()]
 
 
-def restores_marks(table: str | Path) -> bool:
-    """A commit without change files brings or takes files with deletion vectors."""
-    for version in _versions(table):
-        actions = commit_of(table, version)
-        files = [a[name] for a in actions for name in ("add", "remove") if name in a and a[name]["dataChange"]]
-        if not any("cdc" in a for a in actions) and any(file.get("deletionVector") for file in files):
-            return True
-    return False
-
-
 def _versions(table: str | Path) -> list[int]:
     names = (path.stem for path in (Path(table) / "_delta_log").glob("*.json"))
     found = sorted(int(name) for name in names if name.isdigit())

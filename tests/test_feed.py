@@ -412,3 +412,25 @@ def test_the_other_modes_have_a_feed_too(tmp_path: Path, mode: str, key: tuple):
         assert check_feed(main_of(lake), key, each_version=True) == []
     act(lake, "undo", 20)
     assert check_feed(main_of(lake), key, each_version=True) == []
+
+
+@pytest.mark.parametrize("mode", ["", SNAPSHOT, 'mode = "scd2"', 'mode = "append"'])
+def test_a_rollback_to_a_version_tells_the_rows_that_it_changes(mode: str, tmp_path: Path):
+    """Files come back without the marks that they had: not every reader looks at marks."""
+    lake = fed(tmp_path, "optimize.enabled = false", mode)
+    if "append" in mode:
+        lake.pipelines["p"] = lake.pipelines["p"].replace('key = ["id"]\n', "").replace("delete_when", "# delete_when")
+        lake.configure()
+    versions = []
+    for epoch in (10, 20, 30):
+        lake.deliver(epoch, [(key, epoch, "U") for key in "abcdef" if (ord(key) + epoch) % 4])
+        lake.run()
+        versions.append(lake.version("main"))
+    done = lake.alluvium("rollback", "p", "--to-version", str(versions[0]), "--yes")
+    assert done.code == 0, done.err
+    told = [a for a in commit_of(main_of(lake), lake.version("main")) if "cdc" in a]
+    assert told, "the rollback has change files"
+    assert check_feed(main_of(lake), each_version=True) == []
+    assert lake.alluvium("resume", "p").code == 0
+    lake.run()
+    assert check_feed(main_of(lake), each_version=True) == []

@@ -28,7 +28,7 @@ from oracle import (
     step_markers,
     world_from_raw,
 )
-from oracle_feed import BY_BOTH, BY_LOG, check_feed, restores_marks
+from oracle_feed import BY_BOTH, BY_LOG, check_feed
 from oracle_modes import PERIOD, ModeWorld, expected, main_of_raw, read_main_of
 from oracle_reading import marker_disagreements, read_markers, read_table, table_exists
 from worlds_files import PIPELINE
@@ -63,10 +63,8 @@ def check_world(home: Path, shape: Shape, model: ModeWorld, complete: set[int]) 
         lines += _prefixed("main's form", _form(main, shape))
         lines += _prefixed("raw's form", _declared(raw, shape, ()))
         if shape.change_feed:
-            # Python deltalake does not find change files below partitions with special characters, and of
-            # commits without change files (a rollback) it overlooks deletion vectors.
-            is_by_log = "region" in shape.partition_by or restores_marks(main)
-            readers = BY_LOG if is_by_log else BY_BOTH
+            # Python deltalake does not find change files below partitions with special characters.
+            readers = BY_LOG if "region" in shape.partition_by else BY_BOTH
             lines += _prefixed("change feed", check_feed(main, model.key, readers))
         lines += _prefixed("quarantine", _quarantine(home / "raw_quarantine", model))
         lines += _prefixed("raw by model", _raw(raw, model, markers["raw"], pipeline_id))

@@ -5,20 +5,25 @@
 
 use std::sync::Arc;
 
+use alluvium_protocol::Pipeline;
 use alluvium_protocol::pipeline::Mode;
 use alluvium_protocol::{Error, Result};
-use alluvium_table::Action;
 use alluvium_table::arrow::array::{ArrayRef, RecordBatch, StringArray};
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use alluvium_table::keys::Found;
+use alluvium_table::rows::Pick;
 use alluvium_table::spool::{Spool, Spooled};
 use alluvium_table::write::{CHANGE_TYPE, ChangeWriter};
+use alluvium_table::{Action, LiveFile, Table};
+use futures::TryStreamExt;
 
+use crate::Permit;
 use crate::edit::{Editing, only_coming};
+use crate::ingest::table_names;
 use crate::ordered::{Cursor, Picks, Seen, side_by_side, with_columns};
 use crate::search::key_in;
 use crate::slowly::VALIDITY;
-use crate::sorter::{Plan, Sorter};
+use crate::sorter::{Plan, Runs, Sorter};
 
 /// Writes what changes: rows of main that were found go, those of `coming` that come come.
 pub(crate) async fn write(
@@ -41,25 +46,69 @@ pub(crate) async fn write(
         permit.check()?;
         after.push(batch?)?;
     }
-    let all: Vec<String> = schema.fields().iter().map(|field| field.name().clone()).collect();
-    let cursor = |rows| Cursor::new(rows, &schema, &identity)?.comparing(&schema, &all);
-    let before = cursor(Box::new(before.batches()))?;
-    let after = cursor(Box::new(after.finish()?.batches()))?;
-    let mut told = Told::new(&schema);
-    side_by_side(before, after, |goes, comes, cursor| {
-        match (goes, comes) {
-            (Some(goes), None) => told.tell(goes, "delete"),
-            (None, Some(comes)) => told.tell(comes, "insert"),
-            // All versions of a key are computed anew: most of them as they were.
-            (Some(goes), Some(comes)) if rule.mode == Mode::Scd2 && cursor.is_same(goes, comes) => {
-                Ok(())
-            }
-            (Some(goes), Some(comes)) => {
-                told.tell(goes, "update_preimage")?;
-                told.tell(comes, "update_postimage")
-            }
-            (None, None) => Ok(()),
+    // All versions of a key are computed anew: most of them as they were.
+    let tells_same = rule.mode != Mode::Scd2;
+    tell(main, &identity, (before, after.finish()?), tells_same).await
+}
+
+/// Writes what a restore of files changes: the live rows of `going` go, those of `coming` come.
+pub(crate) async fn of_files(
+    main: &Table,
+    pipeline: &Pipeline,
+    (going, coming): (&[LiveFile], &[LiveFile]),
+    permit: &Permit,
+) -> Result<Vec<Action>> {
+    let schema = main.schema();
+    let mut identity = table_names(main, &pipeline.content.key);
+    match pipeline.content.mode {
+        Mode::Scd2 => identity.push(VALIDITY[0].to_owned()),
+        // Rows have no key: the same row is the same values.
+        Mode::Append => identity = schema.fields().iter().map(|f| f.name().clone()).collect(),
+        Mode::Upsert | Mode::Snapshot => {}
+    }
+    let plan = Plan::new(&schema, &identity, pipeline.sizes.memory_bytes)?;
+    let before = live_rows(main, going, &plan, permit).await?;
+    let after = live_rows(main, coming, &plan, permit).await?;
+    // A file that only got or lost marks is on both sides: most of its rows stay.
+    tell(main, &identity, (before, after), false).await
+}
+
+async fn live_rows(main: &Table, files: &[LiveFile], plan: &Plan, permit: &Permit) -> Result<Runs> {
+    let mut sorter = Sorter::new(plan)?;
+    for file in files {
+        let deleted = main.deleted_rows(file.remove.deletion_vector.as_ref()).await?;
+        let mut rows = main.rows_of(file, &main.schema(), Pick::Without(deleted)).await?;
+        while let Some(batch) = rows.try_next().await? {
+            permit.check()?;
+            sorter.push(batch)?;
         }
+    }
+    sorter.finish()
+}
+
+/// Writes the change files for rows before and after, which are by their identity. Rows that are the same
+/// are left out unless `tells_same`.
+async fn tell(
+    main: &Table,
+    identity: &[String],
+    (before, after): (Runs, Runs),
+    tells_same: bool,
+) -> Result<Vec<Action>> {
+    let schema = main.schema();
+    let all: Vec<String> = schema.fields().iter().map(|field| field.name().clone()).collect();
+    let cursor = |rows| Cursor::new(rows, &schema, identity)?.comparing(&schema, &all);
+    let before = cursor(Box::new(before.batches()))?;
+    let after = cursor(Box::new(after.batches()))?;
+    let mut told = Told::new(&schema);
+    side_by_side(before, after, |goes, comes, cursor| match (goes, comes) {
+        (Some(goes), None) => told.tell(goes, "delete"),
+        (None, Some(comes)) => told.tell(comes, "insert"),
+        (Some(goes), Some(comes)) if !tells_same && cursor.is_same(goes, comes) => Ok(()),
+        (Some(goes), Some(comes)) => {
+            told.tell(goes, "update_preimage")?;
+            told.tell(comes, "update_postimage")
+        }
+        (None, None) => Ok(()),
     })?;
     let rows = told.finish()?;
     ChangeWriter::new(main)?.write_rows(futures::stream::iter(rows.batches()?)).await

@@ -35,7 +35,7 @@ use crate::ingest::COMMIT_PATIENCE;
 use crate::merge::{check_age, count_files};
 use crate::points::kept_versions;
 use crate::tables::is_ours;
-use crate::{Permit, Workshop, raw};
+use crate::{Permit, Workshop, feed, raw};
 
 /// What a restore will do, on exactly these snapshots.
 pub struct RestorePlan {
@@ -256,7 +256,7 @@ impl RestorePlan {
     ) -> Result<(Change, Report)> {
         let pipeline = &task.pipeline;
         let (adds, removes, others, report) = match self.version {
-            Some(_) => self.files(),
+            Some(_) => self.files(pipeline, main, permit).await?,
             None => self.computed(pipeline, main, raw, permit).await?,
         };
         let marker = |(epoch, generation): &(Epoch, Generation), kind| Marker {
@@ -291,7 +291,17 @@ impl RestorePlan {
         Ok((change, Report { taken_out, raw_version: Some(raw.version()), ..report }))
     }
 
-    fn files(&self) -> (Vec<Add>, Vec<Remove>, Vec<Action>, Report) {
+    async fn files(
+        &self,
+        pipeline: &Pipeline,
+        main: &Table,
+        permit: &Permit,
+    ) -> Result<(Vec<Add>, Vec<Remove>, Vec<Action>, Report)> {
+        let mut feed = Vec::new();
+        if main.tells_changes() {
+            let coming: Vec<LiveFile> = self.adds.iter().map(LiveFile::of).collect();
+            feed = feed::of_files(main, pipeline, (&self.removes, &coming), permit).await?;
+        }
         let report = Report {
             files_added: self.adds.len() as u64,
             files_removed: self.removes.len() as u64,
@@ -299,7 +309,7 @@ impl RestorePlan {
             ..Report::default()
         };
         let removes = self.removes.iter().map(|file| file.remove.clone()).collect();
-        (self.adds.clone(), removes, Vec::new(), report)
+        Ok((self.adds.clone(), removes, feed, report))
     }
 
     /// Each key of the epochs that go, by the rule over the epochs that stay.
