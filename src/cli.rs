@@ -26,9 +26,12 @@ Examples:
 Exit codes: 0 ok, 1 something failed or is blocked, 2 usage or configuration, 3 unhealthy,
 4 a dependency cannot be reached, 5 conflict or locked, 130 interrupted.";
 
+/// Version and commit.
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("ALLUVIUM_COMMIT"), ")");
+
 /// The whole command line.
 #[derive(Parser)]
-#[command(name = "alluvium", version, about = OVERVIEW, after_help = EXAMPLES, arg_required_else_help = true, disable_help_subcommand = true)]
+#[command(name = "alluvium", version = VERSION, about = OVERVIEW, after_help = EXAMPLES, arg_required_else_help = true, disable_help_subcommand = true)]
 pub(crate) struct Arguments {
     /// What to do.
     #[command(subcommand)]

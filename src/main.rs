@@ -17,6 +17,7 @@ mod telemetry;
 
 use std::process::ExitCode;
 
+use alluvium_protocol::metrics::metrics;
 use clap::Parser;
 
 fn main() -> ExitCode {
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         Ok(telemetry) => telemetry,
         Err(error) => return printer::failure(&error),
     };
+    metrics().build(env!("CARGO_PKG_VERSION"), env!("ALLUVIUM_COMMIT"));
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

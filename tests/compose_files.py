@@ -103,14 +103,14 @@ def _overlapping(panels: list[dict[str, Any]]) -> list[str]:
 def metric_names() -> set[str]:
     """Every series that the program serves, as its one list of metrics says."""
     source = (ROOT / "protocol/src/metrics.rs").read_text()
-    names = {"alluvium_build_info"}
+    names = set()
     gauges = re.search(r"const GAUGES.*?\];", source, re.S)
     assert gauges is not None
-    names |= {f"alluvium_{name}" for name in re.findall(r'\("(\w+)",', gauges[0])}
+    names |= {f"alluvium_{name}" for name in re.findall(r'\(\s*"(\w+)",', gauges[0])}
     for name in re.findall(r'r\.register\(\s*"(\w+)"', source):
-        if name.endswith("_seconds"):
+        if name.endswith("_seconds") or name == "delta_commit_attempts":
             names |= {f"alluvium_{name}_{part}" for part in ("bucket", "sum", "count")}
-        elif name == "steps_in_flight":
+        elif name in ("steps_in_flight", "build_info"):
             names.add(f"alluvium_{name}")
         else:
             names.add(f"alluvium_{name}_total")

@@ -319,7 +319,7 @@ def try_prometheus(project: Project, checks: Checks, workers: int) -> None:
     epochs = f'alluvium_epochs{{pipeline="{PIPELINE}",state="processed"}}'
     wait("metrics tell what was processed", lambda: value(epochs) == len(complete(EPOCHS)), 60)
     checks.that("metrics tell what was processed", True)
-    merges = value('sum(alluvium_steps_total{step="merge",verdict="done"})')
+    merges = value('sum(alluvium_steps_total{step="merge",status="done"})')
     checks.that("metrics of the workers arrive", merges and merges >= 1, merges)
     alerts = project.ask("PROMETHEUS_PORT", "/api/v1/alerts")["data"]["alerts"]
     firing = [alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"]

@@ -39,8 +39,10 @@ def test_a_night_of_failures_is_one_alert_and_one_recovery(tmp_path: Path):
     with HttpReceiver() as receiver:
         lake = lake_with(tmp_path, alert("webhook", receiver.url, 'key = "secret"'))
         break_epoch(lake, 10)
-        for _ in range(25):
+        for _ in range(500):
             lake.run(code=1)
+        tried = lake.alluvium("runs", "p", "-o", "json").json()
+        assert tried, "each run tries again"
         assert changes(receiver) == [("blocked", "opened")]
         listed = lake.alluvium("alerts", "list", "-o", "json").json()
         assert [item["kind"] for item in listed] == ["blocked"] and "epoch 10" in str(listed)

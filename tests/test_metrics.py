@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 import urllib.request
 from pathlib import Path
 
 from prometheus_client.openmetrics import parser
 
+from compose_files import ROOT, metric_names
 from lake import Lake
 from receivers import wait_for
 from services import free_port
@@ -34,6 +36,13 @@ def value(found: dict[str, list], name: str, **labels: str) -> float | None:
     return None
 
 
+def test_the_page_of_metrics_names_them_all_and_no_others():
+    page = (ROOT / "docs/metrics.md").read_text()
+    told = set(re.findall(r"`(alluvium_\w+)`", page))
+    served = {re.sub(r"_(bucket|sum|count)$", "", name) for name in metric_names()}
+    assert told == served
+
+
 def test_run_shows_what_it_did(tmp_path: Path):
     port = free_port()
     lake = Lake(tmp_path).pipeline()
@@ -53,13 +62,17 @@ def test_run_shows_what_it_did(tmp_path: Path):
         assert done
         found = metrics(port)
         assert value(found, "alluvium_epochs_processed_total", pipeline="p") == 3.0
-        assert value(found, "alluvium_rows_total", pipeline="p", table="raw") == 3.0
-        assert value(found, "alluvium_rows_total", pipeline="p", table="quarantine") == 3.0
-        assert value(found, "alluvium_steps_total", step="ingest", verdict="done") == 3.0
+        assert value(found, "alluvium_rows_written_total", pipeline="p", table="raw") == 3.0
+        assert value(found, "alluvium_rows_written_total", pipeline="p", table="quarantine") == 3.0
+        assert value(found, "alluvium_steps_total", step="ingest", status="done") == 3.0
         assert value(found, "alluvium_step_duration_seconds_count", step="ingest") == 3.0
         assert value(found, "alluvium_epoch_lag_seconds", pipeline="p") > 10_000_000
         assert value(found, "alluvium_table_version", pipeline="p", table="main") == lake.version("main")
-        assert value(found, "alluvium_build_info") == 1.0
+        commit = lake.alluvium("--version").out.split("(")[1].strip(")\n")
+        assert value(found, "alluvium_build_info", commit=commit) == 1.0
+        assert value(found, "alluvium_epochs_discovered_total", pipeline="p") == 3.0
+        assert value(found, "alluvium_delta_commit_attempts_count", step="ingest") == 3.0
+        assert value(found, "alluvium_worker_up") == 1.0
         for samples in found.values():
             for sample in samples:
                 # No epoch, run or path in a label.
@@ -84,14 +97,20 @@ def test_cluster_processes_show_their_own(make):
     assert cluster.alluvium("health", "worker").code == 0
     assert cluster.alluvium("health", "coordinator").code == 0
     of_worker = metrics(port)
-    assert value(of_worker, "alluvium_steps_total", step="merge", verdict="done") >= 1
+    assert value(of_worker, "alluvium_steps_total", step="merge", status="done") >= 1
     assert value(of_worker, "alluvium_queue_wait_seconds_count", step="ingest") >= 1
     assert value(of_worker, "alluvium_storage_requests_total", operation="get") > 0
-    assert value(of_worker, "alluvium_storage_bytes_total", direction="written") > 0
+    assert value(of_worker, "alluvium_bytes_written_total") > 0
+    assert value(of_worker, "alluvium_bytes_read_total") > 0
+    assert value(of_worker, "alluvium_worker_up") == 1.0
+    assert abs(value(of_worker, "alluvium_worker_last_heartbeat_timestamp_seconds") - time.time()) < 10
+    assert value(of_worker, "alluvium_delta_commit_attempts_sum", step="merge") >= 1
     assert value(of_worker, "alluvium_worker_memory_bytes") > 1_000_000
     assert value(of_worker, "alluvium_leading") is None
     wait_for(lambda: value(metrics(cluster.port), "alluvium_workers") == 1.0, "a worker is counted")
     of_coordinator = metrics(cluster.port)
     assert value(of_coordinator, "alluvium_leading") == 1.0
-    assert value(of_coordinator, "alluvium_dead_letters") == 0.0
-    assert value(of_coordinator, "alluvium_queue_messages", queue="merge") == 0.0
+    assert value(of_coordinator, "alluvium_dlq_messages", queue="dead") == 0.0
+    assert value(of_coordinator, "alluvium_queue_messages", queue="merge", state="ready") == 0.0
+    assert value(of_coordinator, "alluvium_queue_messages", queue="merge", state="unacked") == 0.0
+    assert value(of_coordinator, "alluvium_worker_up") is None

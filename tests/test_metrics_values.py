@@ -13,7 +13,8 @@ from receivers import HttpReceiver, wait_for
 from services import free_port
 
 OF_LEADER = [
-    "alluvium_leading", "alluvium_queue_messages", "alluvium_dead_letters", "alluvium_workers",
+    "alluvium_leading", "alluvium_queue_messages", "alluvium_dlq_messages", "alluvium_workers",
+    "alluvium_queue_oldest_message_age_seconds",
     "alluvium_epochs", "alluvium_table_version",
 ]  # fmt: skip
 
@@ -49,7 +50,7 @@ def test_trouble_can_be_counted(tmp_path: Path):
         try:
             wait_for(lambda: value(port, "alluvium_alerts_open", kind="blocked") == 1, "open", 20)
             assert value(port, "alluvium_epochs", pipeline="p", state="blocked") == 1
-            assert value(port, "alluvium_steps_total", pipeline="p", step="ingest", verdict="done") is None
+            assert value(port, "alluvium_steps_total", pipeline="p", step="ingest", status="done") is None
             wait_for(lambda: value(port, "alluvium_alerts_sent_total", sink='a"b', result="sent"), "sent", 20)
             assert value(port, "alluvium_alerts_sent_total", sink='a"b', result="failed") == 1
             before = scrape(port)
@@ -62,7 +63,7 @@ def test_trouble_can_be_counted(tmp_path: Path):
                        and after.get(key, 0) < before[key]]  # fmt: skip
             assert falling == []
             assert value(port, "alluvium_epochs", pipeline="p", state="blocked") == 0
-            assert value(port, "alluvium_rows_total", pipeline="p", table="main") == 1
+            assert value(port, "alluvium_rows_written_total", pipeline="p", table="main") == 1
             assert value(port, "alluvium_steps_in_flight", step="merge") == 0
         finally:
             process.send_signal(signal.SIGINT)
@@ -96,3 +97,37 @@ def answers(port: int) -> bool:
         return bool(scrape(port))
     except OSError:
         return False
+
+
+def test_tasks_that_nobody_takes_are_counted_and_grow_old(make):
+    cluster = make()
+    cluster.deliver(1, [("a", 1, "U")])
+    cluster.coordinator()
+    ready = {"queue": "ingest", "state": "ready"}
+    cluster.wait(lambda: value(cluster.port, "alluvium_queue_messages", **ready) == 1)
+    cluster.wait(lambda: (value(cluster.port, "alluvium_queue_oldest_message_age_seconds", queue="ingest") or 0) > 6)
+    assert value(cluster.port, "alluvium_queue_oldest_message_age_seconds", queue="merge") == 0
+    cluster.worker()
+    cluster.wait(lambda: cluster.states().get(1) == "processed")
+    cluster.wait(lambda: value(cluster.port, "alluvium_queue_messages", **ready) == 0)
+    cluster.wait(lambda: value(cluster.port, "alluvium_queue_oldest_message_age_seconds", queue="ingest") == 0)
+
+
+def test_what_is_made_again_is_counted_by_its_reason(tmp_path: Path):
+    port = free_port()
+    lake = Lake(tmp_path).pipeline()
+    lake.configure('[run]\npoll = "200ms"\n')
+    path = tmp_path / "alluvium.toml"
+    path.write_text(path.read_text().replace("[worker]\n", f'[worker]\nlisten = "127.0.0.1:{port}"\n'))
+    lake.deliver(10, [("a", 1, "U")])
+    process = lake.start("run", env={"ALLUVIUM_FAIL": "merge.before_commit:1"})
+    try:
+        wait_for(lambda: value(port, "alluvium_epochs", pipeline="p", state="processed") == 1, "merged", 60)
+        again = {key: found for key, found in scrape(port).items() if key[0] == "alluvium_step_retries_total"}
+        ((name, reason, step),) = again
+        assert step == ("step", "merge") and reason[0] == "reason" and reason[1].startswith("AL-")
+        assert again[name, reason, step] == 1
+        assert value(port, "alluvium_steps_total", pipeline="p", step="merge", status="transient") == 1
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)

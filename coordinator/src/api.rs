@@ -37,6 +37,9 @@ const ACT_TIMEOUT: Duration = Duration::from_secs(20);
 /// Pause between two looks at an act.
 const ACT_LOOK: Duration = Duration::from_millis(100);
 
+/// The queue of messages that nobody understands.
+pub const DEAD: &str = "dead";
+
 /// What stands around the coordinator: other processes, queues.
 #[async_trait]
 pub trait Surroundings: Send + Sync {

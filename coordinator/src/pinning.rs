@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use alluvium_protocol::manifest::{Manifest, Object, Reason, Repairs};
 use alluvium_protocol::marker::Generation;
+use alluvium_protocol::metrics::metrics;
 use alluvium_protocol::pipeline::{Format, Ready};
 use alluvium_protocol::state::{Event, State};
 use alluvium_protocol::task::Work;
@@ -241,6 +242,7 @@ fn note_pinned(book: &mut Book, epoch: Epoch, pinned: Pinned, now: DateTime<Utc>
     entry.found_at = Some(now);
     entry.last_sent = None;
     book.last_arrival = Some(now);
+    metrics().discovered(&book.pipeline.id);
     crate::tracing_runs::found(book, epoch, now);
     Ok(())
 }

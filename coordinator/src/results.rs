@@ -231,11 +231,11 @@ fn failed(
             Judgement::GiveBack => entry.apply(Event::GaveBack)?,
             Judgement::Retry => {
                 entry.apply(Event::Failed)?;
-                metrics().retry(step.as_str());
                 let failures = entry.failures + entry.crashes;
                 let pause = delay(failures, epoch.value().unsigned_abs());
                 entry.not_before = chrono::Duration::from_std(pause).ok().map(|p| now + p);
                 if !is_told {
+                    metrics().retry(step.as_str(), error.code.as_str());
                     let (pipeline, error) = (pipeline.clone(), error.clone());
                     let epochs = epochs.clone();
                     notices.push(Notice::Retrying { pipeline, step, epochs, error });

@@ -338,7 +338,7 @@ impl Coordinator {
         let trace = traces::sent(book, &task);
         let body = encode(&task)?;
         let message = Message { id: id.to_string(), body, trace };
-        Ok(Ready { index, id, lane: lane_of(work.step()), message, work, attempt, at: now })
+        Ok(Ready { index, id, lane: Lane::of(work.step()), message, work, attempt, at: now })
     }
 
     fn note_sent(&mut self, ready: Ready) -> Result<()> {
@@ -488,15 +488,6 @@ struct Ready {
     work: Work,
     attempt: u32,
     at: DateTime<Utc>,
-}
-
-/// The lane of a step's tasks.
-fn lane_of(step: Step) -> Lane {
-    match step {
-        Step::Ingest => Lane::Ingest,
-        Step::Merge | Step::Restore => Lane::Merge,
-        Step::Optimize | Step::Cleanup => Lane::Maintenance,
-    }
 }
 
 /// The plan as work, most urgent first, at most `most` pieces.

@@ -3,9 +3,12 @@
 use std::time::Duration;
 
 use alluvium_protocol::metrics::metrics;
+use alluvium_protocol::queue::Lane;
 use alluvium_protocol::state::State;
 use chrono::{DateTime, TimeDelta, Utc};
 
+use crate::alerts::conditions::Around;
+use crate::api::DEAD;
 use crate::book::Book;
 use crate::hooks::{self, HookEnded};
 use crate::run::Coordinator;
@@ -26,7 +29,7 @@ const UNIX_SECONDS: std::ops::Range<i64> = 1_000_000_000..4_000_000_000;
 const UNIX_MILLIS: std::ops::Range<i64> = 1_000_000_000_000..4_000_000_000_000;
 
 /// Gauges that only who leads can set.
-const OF_LEADER: [&str; 12] = [
+const OF_LEADER: [&str; 13] = [
     "epoch_lag_seconds",
     "oldest_waiting_seconds",
     "epochs",
@@ -37,7 +40,8 @@ const OF_LEADER: [&str; 12] = [
     "leading",
     "alerts_open",
     "queue_messages",
-    "dead_letters",
+    "queue_oldest_message_age_seconds",
+    "dlq_messages",
     "workers",
 ];
 
@@ -57,12 +61,9 @@ impl Coordinator {
             show(book, now);
         }
         metrics().set("leading", &[], 1.0);
-        metrics().clear("queue_messages");
-        for (queue, waiting) in &around.queues {
-            metrics().set("queue_messages", &[("queue", queue)], *waiting as f64);
-        }
+        self.show_queues(&around, now);
         if let Some(count) = around.dead_letters {
-            metrics().set("dead_letters", &[], count as f64);
+            metrics().set("dlq_messages", &[("queue", DEAD)], count as f64);
         }
         if let Some(count) = around.workers {
             metrics().set("workers", &[], count as f64);
@@ -76,6 +77,30 @@ impl Coordinator {
         }
     }
 
+    fn show_queues(&self, around: &Around, now: DateTime<Utc>) {
+        for name in ["queue_messages", "queue_oldest_message_age_seconds"] {
+            metrics().clear(name);
+        }
+        for (queue, ready) in around.queues.iter().filter(|(queue, _)| queue != DEAD) {
+            let labels = |state| [("queue", queue.as_str()), ("state", state)];
+            metrics().set("queue_messages", &labels("ready"), *ready as f64);
+            // Nobody holds results for longer than it takes to note them.
+            let Some(lane) = Lane::TASKS.into_iter().find(|lane| lane.as_str() == queue) else {
+                continue;
+            };
+            let unacked = around.in_hand.iter().filter(|(_, step)| Lane::of(*step) == lane).count();
+            metrics().set("queue_messages", &labels("unacked"), unacked as f64);
+            let waiting =
+                self.books.iter().flat_map(|book| &book.outstanding).filter(|(id, out)| {
+                    out.lane == lane && around.in_hand.iter().all(|(task, _)| task != *id)
+                });
+            let oldest = waiting.map(|(_, out)| out.published_at).min();
+            let age = oldest.map_or(0.0, |at| (now - at).as_seconds_f64());
+            let queue = [("queue", queue.as_str())];
+            metrics().set("queue_oldest_message_age_seconds", &queue, age);
+        }
+    }
+
     async fn tell(&self, now: DateTime<Utc>) {
         let Some(keeper) = &self.settings.alerts else { return };
         if let Err(error) = keeper.look(&self.books, &self.around(), now).await {
@@ -83,7 +108,7 @@ impl Coordinator {
         }
     }
 
-    fn around(&self) -> crate::alerts::conditions::Around {
+    fn around(&self) -> Around {
         let held = self.settings.around.lock();
         held.unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
@@ -170,7 +195,8 @@ fn show(book: &Book, now: DateTime<Utc>) {
             metrics().set("table_version", &of("table", table), version as f64);
         }
     }
-    metrics().set("table_files", &id, standing.main_files as f64);
-    metrics().set("table_small_files", &id, standing.main_small_files as f64);
-    metrics().set("table_read_cost_ratio", &id, f64::from(standing.main_read_cost) / 100.0);
+    let main = of("table", "main");
+    metrics().set("table_files", &main, standing.main_files as f64);
+    metrics().set("table_small_files", &main, standing.main_small_files as f64);
+    metrics().set("table_read_cost_ratio", &main, f64::from(standing.main_read_cost) / 100.0);
 }

@@ -20,6 +20,9 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 const SECONDS: [f64; 14] =
     [0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 120.0, 600.0, 3600.0];
 
+/// Tries of one commit.
+const ATTEMPTS: [f64; 6] = [1.0, 2.0, 3.0, 5.0, 10.0, 20.0];
+
 type Labels = Vec<(&'static str, String)>;
 type Values = Gauge<f64, AtomicU64>;
 type Histograms = Family<Labels, Histogram, fn() -> Histogram>;
@@ -27,15 +30,19 @@ type Histograms = Family<Labels, Histogram, fn() -> Histogram>;
 /// Every metric.
 pub struct Metrics {
     registry: Registry,
+    build: Family<Labels, Gauge>,
     steps: Family<Labels, Counter>,
     durations: Histograms,
     queue_waits: Histograms,
     lease_waits: Histograms,
-    leases_lost: Counter,
+    lease_lost: Counter,
+    discovered: Family<Labels, Counter>,
     rows: Family<Labels, Counter>,
+    commit_attempts: Histograms,
     conflicts: Family<Labels, Counter>,
     requests: Family<Labels, Counter>,
-    bytes: Family<Labels, Counter>,
+    bytes_read: Counter,
+    bytes_written: Counter,
     in_flight: Family<Labels, Gauge>,
     retries: Family<Labels, Counter>,
     processed: Family<Labels, Counter>,
@@ -44,19 +51,25 @@ pub struct Metrics {
 }
 
 /// Gauges: name (without the prefix), and what it says.
-const GAUGES: [(&str, &str); 16] = [
+const GAUGES: [(&str, &str); 19] = [
     ("epoch_lag_seconds", "Now less the newest epoch that is in main with all lower known ones"),
     ("oldest_waiting_seconds", "For how long the oldest epoch that is not in main has waited"),
     ("epochs", "Known epochs by state"),
     ("table_version", "Version of a table"),
-    ("table_files", "Data files of main"),
-    ("table_small_files", "Data files of main that gain by being written anew"),
-    ("table_read_cost_ratio", "What a read of main costs beside one of all new files, estimated"),
-    ("queue_messages", "Messages that nobody has in hand, by queue"),
-    ("dead_letters", "Messages that nobody could understand"),
+    ("table_files", "Data files of a table"),
+    ("table_small_files", "Data files of a table that gain by being written anew"),
+    ("table_read_cost_ratio", "What a read costs beside one of all new files, estimated"),
+    ("queue_messages", "Messages that nobody has in hand (ready) and that somebody has (unacked)"),
+    (
+        "queue_oldest_message_age_seconds",
+        "For how long the oldest task that nobody has in hand waits",
+    ),
+    ("dlq_messages", "Messages that nobody could understand"),
     ("workers", "Living workers"),
     ("leading", "Whether this coordinator leads"),
     ("alerts_open", "Open incidents by kind"),
+    ("worker_up", "Whether this worker takes tasks: 0 while it rests or drains"),
+    ("worker_last_heartbeat_timestamp_seconds", "When others last heard of this process"),
     ("worker_cpu_ratio", "Processors that this process uses, 1 for a whole one"),
     ("worker_memory_bytes", "Memory of this process"),
     ("worker_disk_free_bytes", "Free disk for spilling"),
@@ -67,6 +80,10 @@ fn histogram() -> Histogram {
     Histogram::new(SECONDS)
 }
 
+fn of_attempts() -> Histogram {
+    Histogram::new(ATTEMPTS)
+}
+
 fn of(labels: &[(&'static str, &str)]) -> Labels {
     labels.iter().map(|(name, value)| (*name, (*value).to_owned())).collect()
 }
@@ -74,22 +91,23 @@ fn of(labels: &[(&'static str, &str)]) -> Labels {
 impl Metrics {
     fn new() -> Self {
         let mut registry = Registry::with_prefix("alluvium");
-        let build: Family<Labels, Gauge> = Family::default();
-        build.get_or_create(&of(&[("version", env!("CARGO_PKG_VERSION"))])).set(1);
-        registry.register("build_info", "The version that runs", build);
         let seconds = || Histograms::new_with_constructor(histogram as fn() -> Histogram);
         let gauges = GAUGES.map(|(name, _)| (name, Family::default())).to_vec();
         let metrics = Self {
             registry: Registry::default(),
+            build: Family::default(),
             steps: Family::default(),
             durations: seconds(),
             queue_waits: seconds(),
             lease_waits: seconds(),
-            leases_lost: Counter::default(),
+            lease_lost: Counter::default(),
+            discovered: Family::default(),
             rows: Family::default(),
+            commit_attempts: Histograms::new_with_constructor(of_attempts as fn() -> Histogram),
             conflicts: Family::default(),
             requests: Family::default(),
-            bytes: Family::default(),
+            bytes_read: Counter::default(),
+            bytes_written: Counter::default(),
             in_flight: Family::default(),
             retries: Family::default(),
             processed: Family::default(),
@@ -97,7 +115,8 @@ impl Metrics {
             gauges,
         };
         let r = &mut registry;
-        r.register("steps", "Attempts that ended here, by verdict", metrics.steps.clone());
+        r.register("build_info", "What runs", metrics.build.clone());
+        r.register("steps", "Attempts that ended here, and how", metrics.steps.clone());
         r.register("step_duration_seconds", "Time of an attempt's work", metrics.durations.clone());
         r.register(
             "queue_wait_seconds",
@@ -105,15 +124,18 @@ impl Metrics {
             metrics.queue_waits.clone(),
         );
         r.register("lease_wait_seconds", "Time to claim a lease", metrics.lease_waits.clone());
+        r.register("lease_lost", "Tasks that another worker took over", metrics.lease_lost.clone());
+        r.register("epochs_discovered", "Contents of epochs found", metrics.discovered.clone());
+        r.register("rows_written", "Rows for raw, main and quarantine", metrics.rows.clone());
         r.register(
-            "leases_lost",
-            "Tasks that another worker took over",
-            metrics.leases_lost.clone(),
+            "delta_commit_attempts",
+            "Tries until a commit was made",
+            metrics.commit_attempts.clone(),
         );
-        r.register("rows", "Rows written to raw, main and quarantine", metrics.rows.clone());
-        r.register("commit_conflicts", "Commits that lost a race", metrics.conflicts.clone());
+        r.register("delta_commit_conflicts", "Commits that lost a race", metrics.conflicts.clone());
         r.register("storage_requests", "Requests to remote storage", metrics.requests.clone());
-        r.register("storage_bytes", "Bytes from and to remote storage", metrics.bytes.clone());
+        r.register("bytes_read", "Bytes from remote storage", metrics.bytes_read.clone());
+        r.register("bytes_written", "Bytes to remote storage", metrics.bytes_written.clone());
         r.register("steps_in_flight", "Tasks in hand", metrics.in_flight.clone());
         r.register("step_retries", "Attempts that are made again", metrics.retries.clone());
         r.register("epochs_processed", "Epochs that entered main", metrics.processed.clone());
@@ -124,9 +146,14 @@ impl Metrics {
         Self { registry, ..metrics }
     }
 
-    /// An attempt ended here.
-    pub fn step(&self, pipeline: &str, step: &str, verdict: &str, seconds: f64) {
-        let labels = [("pipeline", pipeline), ("step", step), ("verdict", verdict)];
+    /// What this process was built from; `commit`: `unknown` where nobody knows.
+    pub fn build(&self, version: &str, commit: &str) {
+        self.build.get_or_create(&of(&[("version", version), ("commit", commit)])).set(1);
+    }
+
+    /// An attempt ended here, with `status`: `done` or the class of its error.
+    pub fn step(&self, pipeline: &str, step: &str, status: &str, seconds: f64) {
+        let labels = [("pipeline", pipeline), ("step", step), ("status", status)];
         self.steps.get_or_create(&of(&labels)).inc();
         self.durations.get_or_create(&of(&[("step", step)])).observe(seconds);
     }
@@ -140,12 +167,22 @@ impl Metrics {
 
     /// A lease went to somebody else.
     pub fn lease_lost(&self) {
-        self.leases_lost.inc();
+        self.lease_lost.inc();
+    }
+
+    /// A content of an epoch was found that is to be processed.
+    pub fn discovered(&self, pipeline: &str) {
+        self.discovered.get_or_create(&of(&[("pipeline", pipeline)])).inc();
     }
 
     /// Rows were written to `raw`, `main` or `quarantine`.
     pub fn rows(&self, pipeline: &str, table: &str, rows: u64) {
         self.rows.get_or_create(&of(&[("pipeline", pipeline), ("table", table)])).inc_by(rows);
+    }
+
+    /// A commit was made at last.
+    pub fn committed(&self, step: &str, attempts: u64) {
+        self.commit_attempts.get_or_create(&of(&[("step", step)])).observe(attempts as f64);
     }
 
     /// Commits lost races.
@@ -157,8 +194,8 @@ impl Metrics {
     /// A request went to remote storage.
     pub fn request(&self, operation: &'static str, read: u64, written: u64) {
         self.requests.get_or_create(&of(&[("operation", operation)])).inc();
-        self.bytes.get_or_create(&of(&[("direction", "read")])).inc_by(read);
-        self.bytes.get_or_create(&of(&[("direction", "written")])).inc_by(written);
+        self.bytes_read.inc_by(read);
+        self.bytes_written.inc_by(written);
     }
 
     /// Tasks of a step came (1) or went (-1).
@@ -166,9 +203,9 @@ impl Metrics {
         self.in_flight.get_or_create(&of(&[("step", step)])).inc_by(change);
     }
 
-    /// An attempt is made again.
-    pub fn retry(&self, step: &str) {
-        self.retries.get_or_create(&of(&[("step", step)])).inc();
+    /// An attempt is made again, because of `reason`: the code of what went wrong.
+    pub fn retry(&self, step: &str, reason: &str) {
+        self.retries.get_or_create(&of(&[("step", step), ("reason", reason)])).inc();
     }
 
     /// Epochs entered main.
@@ -228,10 +265,10 @@ mod tests {
         metrics().request("get", 10, 0);
         let text = text();
         for line in [
-            r#"alluvium_steps_total{pipeline="p",step="merge",verdict="done"} 1"#,
+            r#"alluvium_steps_total{pipeline="p",step="merge",status="done"} 1"#,
             r#"alluvium_step_duration_seconds_bucket{le="0.25",step="merge"} 1"#,
             r#"alluvium_epoch_lag_seconds{pipeline="p"} 12.0"#,
-            r#"alluvium_storage_bytes_total{direction="read"} 10"#,
+            "alluvium_bytes_read_total 10",
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }

@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use alluvium_coordinator::alerts::conditions::Around;
 use alluvium_coordinator::alerts::keeper::Keeper;
-use alluvium_coordinator::api::{Api, Lead, NotifyAccess, Surroundings, identity, router};
+use alluvium_coordinator::api::{Api, DEAD, Lead, NotifyAccess, Surroundings, identity, router};
 use alluvium_coordinator::asking::Ask;
 use alluvium_coordinator::notify::{self, Said};
 use alluvium_coordinator::run::{Coordinator, Outcome, Settings};
 use alluvium_coordinator::standing::recall_processed;
 use alluvium_protocol::clock::{ClockRef, SystemClock};
-use alluvium_protocol::heartbeat::Heartbeat;
+use alluvium_protocol::heartbeat::{Heartbeat, InHand};
 use alluvium_protocol::queue::Queue;
 use alluvium_protocol::retry::{CRASHES_MAX, Limits};
 use alluvium_protocol::{Error, Pipeline, Result};
@@ -221,14 +221,21 @@ async fn look_around(services: Services, slots: Arc<AtomicUsize>, around: Arc<Mu
             let why = process.resting.clone().filter(|why| why.contains("of disk are free"))?;
             Some((process.name.clone(), why))
         };
+        let of_task = |task: &InHand| (task.task, task.step);
         let is_worker = |process: &&Heartbeat| process.role == "worker";
         let found = Around {
             full_disks: living.as_ref().map(|living| living.iter().filter_map(full).collect()),
             workers: living.as_ref().map(|living| living.iter().filter(is_worker).count()),
             dead_letters: queues.as_ref().and_then(|queues| {
-                queues.iter().find(|(name, _)| name == "dead").map(|(_, count)| *count)
+                queues.iter().find(|(name, _)| name == DEAD).map(|(_, count)| *count)
             }),
             queues: queues.unwrap_or_default(),
+            in_hand: living
+                .iter()
+                .flatten()
+                .flat_map(|process| &process.tasks)
+                .map(of_task)
+                .collect(),
         };
         *around.lock().unwrap_or_else(PoisonError::into_inner) = found;
         tokio::time::sleep(LOOK_EVERY).await;

@@ -1,6 +1,6 @@
 //! What the coordinator's API tells of other processes and of the queues.
 
-use alluvium_coordinator::api::Surroundings;
+use alluvium_coordinator::api::{DEAD, Surroundings};
 use alluvium_protocol::heartbeat::Heartbeat;
 use alluvium_protocol::queue::{Lane, Queue};
 use alluvium_protocol::{Code, Error, Result};
@@ -19,7 +19,7 @@ impl Surroundings for Services {
         for lane in Lane::ALL {
             queues.push((lane.as_str().to_owned(), self.queue.waiting(lane).await?));
         }
-        queues.push(("dead".to_owned(), self.queue.dead().await?));
+        queues.push((DEAD.to_owned(), self.queue.dead().await?));
         Ok(queues)
     }
 

@@ -56,8 +56,16 @@ impl Vitals {
             if let Some(limits) = self.limits {
                 self.duty.rest(reason_to_rest(&system, limits));
             }
+            let sent = self.leases.beat(&heartbeat, BEAT_TTL).await;
+            if self.role == "worker" {
+                metrics().set("worker_up", &[], f64::from(u8::from(heartbeat.resting.is_none())));
+                if sent.is_ok() {
+                    let at = heartbeat.at.timestamp_millis() as f64 / 1000.0;
+                    metrics().set("worker_last_heartbeat_timestamp_seconds", &[], at);
+                }
+            }
             // Nobody hears it: nothing is lost.
-            if let Err(error) = self.leases.beat(&heartbeat, BEAT_TTL).await {
+            if let Err(error) = sent {
                 tracing::debug!(%error, "a heartbeat was not sent");
             }
             let _ = self.leases.belongs_to(&self.state).await;

@@ -234,8 +234,8 @@ impl Worker {
         let redelivered = delivery.redelivered;
         let attempt = Attempt { task, owner, fence, deaths, received_at, claimed_at, redelivered };
         let sent = delivery.message.trace.as_deref().and_then(trace::parse);
-        let span =
-            trace::process_span(&attempt.task, sent.as_ref(), lane_of(&attempt.task).as_str());
+        let lane = Lane::of(attempt.task.work.step());
+        let span = trace::process_span(&attempt.task, sent.as_ref(), lane.as_str());
         if let Some(sent) = &sent {
             tell_waits(&attempt, sent, &span);
         }
@@ -344,14 +344,6 @@ impl Worker {
     }
 }
 
-fn lane_of(task: &Task) -> Lane {
-    match task.work.step() {
-        Step::Ingest => Lane::Ingest,
-        Step::Merge | Step::Restore => Lane::Merge,
-        Step::Optimize | Step::Cleanup => Lane::Maintenance,
-    }
-}
-
 /// A task in hand, as long as it lives.
 struct InFlight(Step);
 
@@ -392,6 +384,7 @@ fn count(task: &Task, verdict: &Verdict, seconds: f64) {
     if report.already {
         return;
     }
+    metrics().committed(step.as_str(), report.conflicts + 1);
     match step {
         Step::Ingest => {
             metrics().rows(pipeline, "raw", report.rows_written);

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use alluvium_protocol::Epoch;
 use alluvium_protocol::state::State;
+use alluvium_protocol::task::Step;
 use chrono::{DateTime, Duration, Timelike, Utc};
+use uuid::Uuid;
 
 use super::incidents::Incidents;
 use super::{Condition, Found, Key, Kind};
@@ -28,6 +30,8 @@ pub struct Around {
     pub dead_letters: Option<usize>,
     /// Messages that nobody has in hand, by queue.
     pub queues: Vec<(String, usize)>,
+    /// Tasks that workers say they have in hand.
+    pub in_hand: Vec<(Uuid, Step)>,
 }
 
 /// Collects what one look finds.

@@ -19,6 +19,7 @@ pub mod contract;
 use async_trait::async_trait;
 
 use crate::Result;
+use crate::task::Step;
 
 /// The named lanes that messages wait in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -39,6 +40,15 @@ impl Lane {
 
     /// All lanes.
     pub const ALL: [Lane; 4] = [Lane::Ingest, Lane::Merge, Lane::Maintenance, Lane::Results];
+
+    /// Where the tasks of a step wait.
+    pub fn of(step: Step) -> Self {
+        match step {
+            Step::Ingest => Self::Ingest,
+            Step::Merge | Step::Restore => Self::Merge,
+            Step::Optimize | Step::Cleanup => Self::Maintenance,
+        }
+    }
 
     /// The word people read.
     pub fn as_str(self) -> &'static str {
