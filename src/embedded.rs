@@ -13,6 +13,7 @@ use alluvium_coordinator::run::{Coordinator, Outcome, Settings};
 use alluvium_coordinator::standing::{recall_blocked, recall_cleanup};
 use alluvium_protocol::clock::{ClockRef, SystemClock};
 use alluvium_protocol::lease::memory::MemoryLeases;
+use alluvium_protocol::metrics::metrics;
 use alluvium_protocol::queue::memory::MemoryQueue;
 use alluvium_protocol::queue::{Lane, Queue};
 use alluvium_protocol::retry::{CRASHES_MAX, Limits};
@@ -71,6 +72,7 @@ fn look_around(
         let mut system = System::new();
         loop {
             vitals::Used::now(&mut system).show(slots);
+            metrics().set("worker_up", &[], 1.0);
             let full = vitals::full_disk(disk_free).map(|why| ("this process".to_owned(), why));
             let found =
                 Around { full_disks: Some(full.into_iter().collect()), ..Around::default() };
@@ -88,6 +90,7 @@ pub(crate) async fn run(
     notices: mpsc::UnboundedSender<Notice>,
     stopping: CancellationToken,
 ) -> Result<Outcome> {
+    config.keep_side_indexes();
     let clock: ClockRef = Arc::new(SystemClock);
     let books = open_books(config, pipelines, once).await?;
     let queue: Arc<dyn Queue> = Arc::new(MemoryQueue::default());

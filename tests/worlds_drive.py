@@ -7,7 +7,9 @@ reads the product's state for the model, or ends a process it did not start.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import subprocess
 import time
@@ -20,7 +22,7 @@ from oracle_modes import ModeWorld, expected
 from oracle_reading import SourceRow, table_version
 from worlds_check import check_held, check_world, is_held
 from worlds_files import (
-    PIPELINE, complete_folder, config_text, deletes_of, demands_of, is_selected, write_files, write_junk,
+    CACHE, PIPELINE, complete_folder, config_text, deletes_of, demands_of, is_selected, write_files, write_junk,
 )  # fmt: skip
 from worlds_plan import (
     Action, Change, Check, Deliver, Fault, File, Lose, Plan, Rollback, Run, Verb, describe,
@@ -108,6 +110,7 @@ class Player:
     # Versions of main that were checked, with the rows that they hold.
     checked: dict[int, Main] = field(default_factory=dict)
     also_accepted: set[int] = field(default_factory=set)
+    spoiling: random.Random = field(default_factory=lambda: random.Random(1))
     # Corrected rows of each epoch, as long as its files are the same and the manifests are there.
     corrected: dict[int, Corrected] = field(default_factory=dict)
 
@@ -295,7 +298,27 @@ class Player:
         if wrong:
             raise WorldFailed(wrong)
 
+    def _spoil_indexes(self) -> None:
+        """Side indexes are a cache: whenever a process begins they may be gone, cut or damaged."""
+        cache = self.home / CACHE
+        for path in sorted(cache.glob("*/*.index")):
+            # Another process may delete it, too.
+            with contextlib.suppress(FileNotFoundError):
+                content = bytearray(path.read_bytes())
+                at = self.spoiling.randrange(len(content) or 1)
+                match self.spoiling.randrange(12):
+                    case 0:
+                        path.unlink()
+                    case 1:
+                        os.truncate(path, at)
+                    case 2 if content:
+                        content[at] ^= 1 << self.spoiling.randrange(8)
+                        path.write_bytes(content)
+        if self.spoiling.random() < 0.05:
+            shutil.rmtree(cache, ignore_errors=True)
+
     def _start(self, args: list[str], log: Path, env: dict[str, str]) -> subprocess.Popen:
+        self._spoil_indexes()
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("ALLUVIUM_")}
         stdout, stderr = log.with_suffix(".stdout"), log.with_suffix(".stderr")
         with stdout.open("wb") as out, stderr.open("wb") as err:

@@ -23,6 +23,8 @@ from worlds_plan import NO_ROW, File, Layout
 from worlds_shape import CSV, PARQUET, SNAPSHOT, TYPES, UPSERT, Shape
 
 PIPELINE = "p"
+# Of side indexes, in the world's folder.
+CACHE = "cache"
 # The same twice: in SQL, and in Python for the oracle. One refuses NULL, one does not.
 EXPECTATIONS = (("positive", "amount > -1"), ("known", "seq IS NULL OR seq <> 3"))
 SELECT = "SELECT * FROM incoming WHERE pguid IS NULL OR pguid NOT IN ('k1', 'K1')"
@@ -49,6 +51,7 @@ def config_text(shape: Shape) -> str:
         'uri = "./state"',
         "[worker]",
         f"slots = {shape.slots}",
+        f'cache = "./{CACHE}"',
         f"[pipeline.{PIPELINE}]",
         'source = "./incoming"',
         'raw = "./raw"',
@@ -77,6 +80,8 @@ def config_text(shape: Shape) -> str:
         lines.append("merge.skip_unchanged = true")
     if shape.deletion_vectors:
         lines.append(f'merge.deletion_vectors = "{shape.deletion_vectors}"')
+    if shape.index:
+        lines.append(f'merge.index = "{shape.index}"')
     if shape.change_feed:
         lines.append("change_feed = true")
     if shape.replay_changed:

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from worlds_shape import APPEND, CSV, PARQUET, SCD2, Shape, draw_shape
+from worlds_shape import APPEND, CSV, PARQUET, SCD2, Shape, draw_index, draw_shape
 
 Columns = dict[str, Any]
 
@@ -168,7 +168,8 @@ class Plan:
 def make_plan(seed: int) -> Plan:
     """The world of this seed."""
     planner = _Planner(random.Random(seed))
-    return Plan(seed, planner.shape, tuple(planner.play()))
+    shape = replace(planner.shape, index=draw_index(random.Random(f"index {seed}")))
+    return Plan(seed, shape, tuple(planner.play()))
 
 
 def describe(action: Action, points: list[str]) -> str:

@@ -73,6 +73,8 @@ class Shape:
     selects: bool = False
     # How rows of main that go are taken out: by marks (None), or by copies of their files.
     deletion_vectors: str | None = None
+    # Side indexes of keys: of what is scanned again (None), of all, or none.
+    index: str | None = None
 
     @property
     def is_typed_by_rows(self) -> bool:
@@ -132,6 +134,11 @@ def draw_shape(rng: random.Random) -> Shape:
         selects=rng.random() < 0.25 and (kind == CSV or not misfits),
         deletion_vectors=rng.choice((None, None, "off", "upgrade")),
     )
+
+
+def draw_index(rng: random.Random) -> str | None:
+    """Apart from all else, so that a seed's plan is what it was before there were indexes."""
+    return rng.choice((None, "always", "always", "off"))
 
 
 def _partition(rng: random.Random, composite: bool, ignore: tuple[str, ...]) -> tuple[str, ...]:

@@ -254,6 +254,19 @@ pub enum DeletionVectors {
     Upgrade,
 }
 
+/// Whether workers keep side indexes of data files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SideIndex {
+    /// Of those that are scanned more than once and are not small.
+    #[default]
+    Auto,
+    /// Of all that are scanned.
+    Always,
+    /// Of none.
+    Off,
+}
+
 /// Sizes and limits of the work on a pipeline.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sizes {
@@ -317,6 +330,9 @@ pub struct Pipeline {
     /// How rows of main that go are taken out.
     #[serde(default)]
     pub deletion_vectors: DeletionVectors,
+    /// Whether workers keep side indexes of its tables' files.
+    #[serde(default)]
+    pub side_index: SideIndex,
     /// Whether optimize runs by policy.
     pub optimize: bool,
     /// Optimize orders rows by these columns, several along a Z-order curve; empty: by the key.

@@ -58,6 +58,7 @@ pub(crate) async fn run(file: Option<&Path>, arguments: &WorkerArguments) -> Res
         services.name,
         names.join(", ")
     ));
+    config.keep_side_indexes();
     let clock: ClockRef = Arc::new(SystemClock);
     let worker = Worker {
         name: services.name.clone(),

@@ -41,6 +41,7 @@ pub(crate) async fn step(file: Option<&Path>, step: OneStep) -> Result<Exit> {
         attempt: 1,
         published_at: Utc::now(),
     };
+    config.keep_side_indexes();
     let workshop = Workshop { clock: Arc::new(SystemClock), tables: Arc::default() };
     let began = Instant::now();
     let report = workshop.execute(&task, &Permit::unlimited()).await?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use alluvium_protocol::Pipeline;
 use alluvium_protocol::pipeline::{
     Content, Csv, DeletionVectors, Format, Gates, Mode, NewColumns, OnBad, OnBlock, OnDuplicate,
-    Order, Ready, Sizes, same_name,
+    Order, Ready, SideIndex, Sizes, same_name,
 };
 use alluvium_table::store::{Place, StorageOptions, place_of};
 use toml::Value;
@@ -154,6 +154,25 @@ impl Section<'_> {
     }
 }
 
+/// Where side indexes are kept; `None`: nowhere.
+fn cache(source: &Source, state: &str, problems: &mut Vec<Problem>) -> Option<PathBuf> {
+    if let Some(text) = source.text("worker.cache") {
+        let Ok(Place::Local(folder)) = place_of(&source.location(&text)) else {
+            let text = "must be a folder of this machine; for example `/var/cache/alluvium`";
+            problems.push(Problem { path: "worker.cache".to_owned(), text: text.to_owned() });
+            return None;
+        };
+        return Some(folder);
+    }
+    if let Ok(Place::Local(folder)) = place_of(state) {
+        return Some(folder.join("cache"));
+    }
+    let of_user = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    let cache = of_user("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = cache.or_else(|| of_user("HOME").map(|home| PathBuf::from(home).join(".cache")));
+    cache.filter(|folder| folder.is_absolute()).map(|folder| folder.join("alluvium"))
+}
+
 /// Builds the configuration, or returns all problems, those found before included.
 pub(super) fn build(
     source: &Source,
@@ -184,6 +203,7 @@ pub(super) fn build(
                     `uri = \"s3://bucket/_alluvium\"`";
         problems.push(Problem { path: "state.uri".to_owned(), text: text.to_owned() });
     }
+    let cache = cache(source, &state, &mut problems);
     let cluster = cluster::build(source, &mut problems);
     let sinks = watch::sinks(source, names, &mut problems);
     let policies = watch::policies(source, names, &mut problems);
@@ -203,6 +223,8 @@ pub(super) fn build(
         grace: duration("worker.grace"),
         disk_free: text("worker.disk_free").as_deref().and_then(bytes_of).unwrap_or(0),
         otlp: text("telemetry.otlp").or_else(cluster::otlp_of_environment),
+        cache: cache.filter(|_| pipelines.iter().any(|p| p.side_index != SideIndex::Off)),
+        cache_size: text("worker.cache_size").as_deref().and_then(bytes_of).unwrap_or(0),
         listen: text("worker.listen").and_then(|text| text.parse().ok()),
         notify: watch::notify(source),
         sinks,
@@ -463,6 +485,11 @@ fn pipeline(source: &Source, name: &str, state: &str, memory: u64) -> Pipeline {
             Some("off") => DeletionVectors::Off,
             Some("upgrade") => DeletionVectors::Upgrade,
             _ => DeletionVectors::Auto,
+        },
+        side_index: match section.text("merge.index").as_deref() {
+            Some("off") => SideIndex::Off,
+            Some("always") => SideIndex::Always,
+            _ => SideIndex::Auto,
         },
         optimize: section.flag("optimize.enabled"),
         cluster_by: names_of(section.get("optimize.cluster_by")),

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use alluvium_coordinator::alerts::sinks::Sink;
 use alluvium_coordinator::policy::Policy;
 use alluvium_protocol::{Code, Error, Pipeline, Result};
+use alluvium_table::keys;
 use alluvium_table::store::{self, StorageOptions};
 use toml::{Table, Value};
 
@@ -35,6 +36,10 @@ pub(crate) struct Config {
     pub(crate) grace: std::time::Duration,
     /// Free disk below which a worker takes no task, in bytes.
     pub(crate) disk_free: u64,
+    /// Where side indexes are kept; `None`: nowhere.
+    pub(crate) cache: Option<PathBuf>,
+    /// What they may take, bytes.
+    pub(crate) cache_size: u64,
     /// Where a worker serves its metrics.
     pub(crate) listen: Option<std::net::SocketAddr>,
     /// RabbitMQ, Redis and the API; `None`: embedded.
@@ -55,6 +60,17 @@ pub(crate) struct Config {
     pub(crate) effective: BTreeMap<String, (String, String)>,
     /// The file.
     pub(crate) file: PathBuf,
+}
+
+impl Config {
+    /// From now on this process keeps side indexes. Without a folder for them keys are read.
+    pub(crate) fn keep_side_indexes(&self) {
+        let Some(folder) = &self.cache else { return };
+        if let Err(error) = keys::cache::keep(folder, self.cache_size) {
+            let folder = folder.display();
+            tracing::info!(%error, %folder, "no indexes of keys are kept; set `worker.cache`");
+        }
+    }
 }
 
 /// One thing that is wrong.

@@ -86,6 +86,10 @@ settings! {
         "How long a stopping worker may finish the tasks in hand before it gives them back.";
     "worker.disk_free", Kind::Size, Some(r#""256MiB""#), "", r#""5GiB""#,
         "A worker with less free disk for spilling takes no new task until there is more.";
+    "worker.cache", Kind::Location, None, "`cache` in `state.uri` if that is a folder, else $XDG_CACHE_HOME/alluvium", r#""/var/cache/alluvium""#,
+        "A folder of this machine for indexes of keys (`merge.index`). It may be deleted at any time.";
+    "worker.cache_size", Kind::Size, Some(r#""2GiB""#), "", r#""20GiB""#,
+        "What `worker.cache` may take (16 bytes for each row of main); what was not used for longest is deleted.";
     "worker.listen", Kind::Address, None, "no metrics of workers over HTTP", r#""127.0.0.1:8461""#,
         "Where a worker (or `run`) serves /metrics for Prometheus, /livez and /readyz.";
     "run.poll", Kind::Duration, Some(r#""10s""#), "", r#""60s""#,
@@ -204,6 +208,8 @@ settings! {
         "Rows that are as main has them are left alone: no rewrite, no change in the feed. Costs a comparison with main's rows.";
     "pipeline.*.merge.deletion_vectors", Kind::OneOf(&["auto", "off", "upgrade"]), Some(r#""auto""#), "", r#""off""#,
         "Rows of main that go are marked as deleted where the table knows such marks, as those made here do; `off`: their files are written anew; `upgrade`: a table that does not know them learns them.";
+    "pipeline.*.merge.index", Kind::OneOf(&["auto", "always", "off"]), Some(r#""auto""#), "", r#""off""#,
+        "A worker keeps an index of the keys of data files in `worker.cache`, so that a merge need not read them: of files that are scanned again (`auto`), or of all.";
     "pipeline.*.merge.batch_bytes", Kind::Size, Some(r#""64MiB""#), "", r#""256MiB""#,
         "Most raw bytes that one merge takes together (a single epoch may be larger). Their keys must fit `memory`.";
     "pipeline.*.optimize.enabled", Kind::Flag, Some("true"), "", "false",

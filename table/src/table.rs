@@ -130,6 +130,11 @@ impl Table {
         &self.uri
     }
 
+    /// What tells it from other tables that were at this place.
+    pub fn id(&self) -> &str {
+        self.snapshot.metadata().id()
+    }
+
     /// The snapshot's version.
     pub fn version(&self) -> i64 {
         i64::try_from(self.snapshot.version()).unwrap_or(i64::MAX)

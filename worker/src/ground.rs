@@ -148,7 +148,8 @@ impl Ground<'_> {
         let mut picks = Vec::with_capacity(files.len());
         if let Some(keys) = keys {
             let key = key_in(table, self.rule);
-            let scan = Scan { table, key: &key, memory_bytes: self.memory() };
+            let (memory_bytes, index) = (self.memory(), self.pipeline.side_index);
+            let scan = Scan { table, key: &key, memory_bytes, index };
             let found = scan.find(files, keys, &|| self.permit.check()).await?;
             picks.extend(found.into_iter().map(|found| (found.file, Pick::Only(found.rows))));
         } else {

@@ -278,7 +278,7 @@ async fn without(
         }
     }
     let files: Vec<LiveFile> = adds.iter().map(LiveFile::of).collect();
-    let scan = Scan { table, key, memory_bytes };
+    let scan = Scan { table, key, memory_bytes, index: pipeline.side_index };
     let found = scan.find(&files, &Arc::new(keys), &|| permit.check()).await?;
     if found.iter().map(|found| found.rows.len()).sum::<u64>() != expected {
         return Ok(None);

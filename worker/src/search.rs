@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use alluvium_protocol::pipeline::SideIndex;
 use alluvium_protocol::{Error, Pipeline, Result};
 use alluvium_table::arrow::array::{ArrayRef, AsArray, BooleanArray, RecordBatch};
 use alluvium_table::arrow::compute::cast;
@@ -33,6 +34,7 @@ pub(crate) struct Search<'a> {
     /// Those of them that main's folders are named after.
     apart: Vec<usize>,
     memory: usize,
+    index: SideIndex,
     keys: KeySet,
     found: BTreeMap<String, Found>,
     counted: u64,
@@ -82,6 +84,7 @@ impl<'a> Search<'a> {
             types,
             apart,
             memory,
+            index: pipeline.side_index,
             keys,
             found,
             counted,
@@ -131,7 +134,8 @@ impl<'a> Search<'a> {
         let empty = KeySet::new(&self.types, 0, &self.apart)?;
         let keys = Arc::new(std::mem::replace(&mut self.keys, empty));
         self.counted += keys.len() as u64;
-        let scan = Scan { table: self.main, key: &self.key, memory_bytes: self.memory };
+        let (table, key, memory_bytes) = (self.main, &self.key, self.memory);
+        let scan = Scan { table, key, memory_bytes, index: self.index };
         for found in scan.find(&self.live, &keys, &|| self.permit.check()).await? {
             match self.found.get_mut(&found.file.path) {
                 None => drop(self.found.insert(found.file.path.clone(), found)),

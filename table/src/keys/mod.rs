@@ -2,15 +2,18 @@
 //!
 //! Owns: sets of keys ([`KeySet`]), and the scan of a table's key columns for them ([`scan`]). Only key
 //! columns are read, row group by row group on all processors; what is held in memory is the set and
-//! the row groups at work.
+//! the row groups at work. Files that have a side index ([`cache`]) are not read at all.
 
 mod bounds;
+pub mod cache;
 mod encode;
 mod fetch;
 pub(crate) mod footers;
+mod making;
 mod pages;
 pub mod scan;
 mod set;
+mod side;
 
 pub use scan::{Found, Scan};
 pub use set::KeySet;

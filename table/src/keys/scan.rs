@@ -1,7 +1,8 @@
 //! The scan of a table's key columns for the keys of a set.
 //!
 //! ```text
-//!  live files ─► footers ─► row groups that may hold a key ─► their key columns, fetched in one go
+//!  live files ─► side index ───────────────────────────────────────────────────► positions
+//!       └─ none ─► footers ─► row groups that may hold a key ─► their key columns, fetched in one go
 //!                                                                   └─► decoded, asked ─► positions
 //! ```
 //! Files are passed over by the values of their partition where these are part of the key, and by
@@ -11,6 +12,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use alluvium_protocol::pipeline::SideIndex;
 use alluvium_protocol::{Code, Error, Result};
 use deltalake::arrow::array::{ArrayRef, StringArray, UInt64Array, new_null_array};
 use deltalake::arrow::compute::{CastOptions, cast_with_options, take};
@@ -23,10 +25,13 @@ use deltalake::parquet::file::reader::ChunkReader;
 use futures::{StreamExt, TryStreamExt};
 use tokio::sync::Semaphore;
 
+use super::cache::{self, Cache};
 use super::fetch::Parts;
 use super::footers::for_arrow;
+use super::making::Making;
 use super::pages::{each_value, is_readable};
 use super::set::KeySet;
+use super::side::{Entry, Wanted};
 use crate::classify::foreign;
 use crate::deletion::RowSet;
 use crate::files::path_of;
@@ -51,6 +56,8 @@ pub struct Scan<'a> {
     pub key: &'a [String],
     /// Fetched bytes in memory at a time, as long as one row group is not more.
     pub memory_bytes: usize,
+    /// Side indexes are used, and made.
+    pub index: SideIndex,
 }
 
 /// A file with rows of keys of the set.
@@ -76,9 +83,16 @@ enum Source {
     Partition(ArrayRef),
 }
 
+/// A file that may hold a key: its number, and the key's values that its partition gives.
+struct Candidate {
+    file: usize,
+    partition: Vec<Option<ArrayRef>>,
+}
+
 /// A row group to be read.
 struct Unit {
     file: usize,
+    making: Option<Arc<Making>>,
     footer: ArrowReaderMetadata,
     group: usize,
     first_row: u64,
@@ -101,7 +115,10 @@ impl Scan<'_> {
         keys: &Arc<KeySet>,
         go_on: &(dyn Fn() -> Result<()> + Sync),
     ) -> Result<Vec<Found>> {
-        let units = self.units(files, keys).await?;
+        let mut by_file: Vec<Option<(Hits, u64)>> = files.iter().map(|_| None).collect();
+        let candidates = self.candidates(files, keys)?;
+        let unread = self.look_up(files, candidates, keys, &mut by_file, go_on).await?;
+        let units = self.units(files, unread, keys).await?;
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let at_once = match place_of(self.table.uri())? {
             Place::Local(_) => processors,
@@ -139,7 +156,6 @@ impl Scan<'_> {
                 Ok::<_, Error>((at, hits))
             }
         });
-        let mut by_file: Vec<Option<(Hits, u64)>> = files.iter().map(|_| None).collect();
         let mut done = futures::stream::iter(reading).buffer_unordered(at_once);
         while let Some((at, (hits, rows_in_file))) = done.try_next().await? {
             if hits.coming.is_empty() && hits.leaving.is_empty() {
@@ -191,15 +207,93 @@ impl Scan<'_> {
         Ok(Parts { length: file.size, parts })
     }
 
-    /// The row groups that may hold a key of the set.
-    async fn units(&self, files: &[LiveFile], keys: &KeySet) -> Result<Vec<Unit>> {
-        let mut footers = Vec::new();
+    /// The files that may hold a key of the set, as far as the log tells.
+    fn candidates(&self, files: &[LiveFile], keys: &KeySet) -> Result<Vec<Candidate>> {
+        let mut candidates = Vec::new();
         for (at, file) in files.iter().enumerate() {
             let Some(partition) = self.partition_of(file, keys)? else { continue };
-            if !keys.is_within(self.key, file.stats.as_deref()) {
-                continue;
+            if keys.is_within(self.key, file.stats.as_deref()) {
+                candidates.push(Candidate { file: at, partition });
             }
-            footers.push(self.units_of(at, file, partition, keys));
+        }
+        Ok(candidates)
+    }
+
+    fn cache(&self) -> Option<&'static Cache> {
+        if self.index == SideIndex::Off { None } else { cache::kept() }
+    }
+
+    /// The name of a file's side index: of all that it depends on.
+    fn index_name(&self, cache: &Cache, file: &LiveFile, keys: &KeySet) -> u128 {
+        let (table, types) = (self.table.id(), keys.types());
+        let LiveFile { path, size, modified, .. } = file;
+        let uri = self.table.uri();
+        cache.name(&format!("{uri} {table} {path:?} {size} {modified} {:?} {types:?}", self.key))
+    }
+
+    /// Finds the rows of those files that have a side index; returns the others.
+    async fn look_up(
+        &self,
+        files: &[LiveFile],
+        candidates: Vec<Candidate>,
+        keys: &Arc<KeySet>,
+        by_file: &mut [Option<(Hits, u64)>],
+        go_on: &(dyn Fn() -> Result<()> + Sync),
+    ) -> Result<Vec<Candidate>> {
+        let Some(cache) = self.cache() else { return Ok(candidates) };
+        let (mut named, mut unread) = (Vec::new(), Vec::new());
+        for candidate in candidates {
+            let name = self.index_name(cache, &files[candidate.file], keys);
+            match cache.has(name) {
+                true => named.push((name, candidate)),
+                false => unread.push(candidate),
+            }
+        }
+        if named.is_empty() {
+            return Ok(unread);
+        }
+        go_on()?;
+        let wanted = keys.iter().map(|(key, comes)| (cache.hash(key), comes)).collect();
+        let wanted = Arc::new(Wanted::new(wanted));
+        let searching = named.into_iter().map(|(name, candidate)| {
+            let wanted = Arc::clone(&wanted);
+            let work = move || {
+                let mut hits = Hits::default();
+                let rows = cache.find(name, &wanted, |row, comes| hits.add(row, comes));
+                (hits, rows)
+            };
+            async move {
+                go_on()?;
+                let found = tokio::spawn(async move { work() }).await;
+                Ok::<_, Error>((candidate, found.map_err(Error::internal)?))
+            }
+        });
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut done = futures::stream::iter(searching).buffer_unordered(processors);
+        while let Some((candidate, (hits, rows))) = done.try_next().await? {
+            match rows {
+                Some(rows) if !hits.coming.is_empty() || !hits.leaving.is_empty() => {
+                    by_file[candidate.file] = Some((hits, rows));
+                }
+                Some(_) => {}
+                None => unread.push(candidate),
+            }
+        }
+        Ok(unread)
+    }
+
+    /// The row groups of these files that may hold a key of the set.
+    async fn units(
+        &self,
+        files: &[LiveFile],
+        candidates: Vec<Candidate>,
+        keys: &KeySet,
+    ) -> Result<Vec<Unit>> {
+        // What fetched bytes leave of the memory at most is theirs.
+        let room = Arc::new(Semaphore::new(self.memory_bytes / 2 / 1024));
+        let mut footers = Vec::new();
+        for Candidate { file, partition } in candidates {
+            footers.push(self.units_of(file, &files[file], partition, (keys, &room)));
         }
         let footers = futures::stream::iter(footers).buffered(FOOTERS_AT_ONCE);
         let units: Vec<Vec<Unit>> = footers.try_collect().await?;
@@ -211,7 +305,7 @@ impl Scan<'_> {
         at: usize,
         file: &LiveFile,
         partition: Vec<Option<ArrayRef>>,
-        keys: &KeySet,
+        (keys, room): (&KeySet, &Arc<Semaphore>),
     ) -> Result<Vec<Unit>> {
         let doing = || format!("read {} of {}", file.path, self.table.uri());
         let footer = self.table.footer(&file.path, file.size).await?;
@@ -244,6 +338,7 @@ impl Scan<'_> {
             if keys.may_be_in(&footer, of_group, &named(&sources)) {
                 units.push(Unit {
                     file: at,
+                    making: None,
                     footer: footer.clone(),
                     group,
                     first_row,
@@ -253,6 +348,18 @@ impl Scan<'_> {
                 });
             }
             first_row += rows;
+        }
+        // An index is made of all keys of a file, and what most scans pass over needs none.
+        if let Some(cache) = self.cache()
+            && units.len() == metadata.num_row_groups()
+            && u32::try_from(first_row).is_ok()
+        {
+            let name = self.index_name(cache, file, keys);
+            if cache.pays(name, first_row, self.index) {
+                let making = Making::new(cache, (name, first_row, units.len()), Arc::clone(room));
+                let making = Arc::new(making);
+                units.iter_mut().for_each(|unit| unit.making = Some(Arc::clone(&making)));
+            }
         }
         Ok(units)
     }
@@ -318,10 +425,15 @@ fn decode<R: ChunkReader + 'static>(
 ) -> Result<(Hits, u64)> {
     let rows = unit.footer.metadata().file_metadata().num_rows();
     let rows_in_file = u64::try_from(rows).map_err(Error::internal)?;
-    let hits = match decode_pages(&unit, &open, keys)? {
-        Some(hits) => hits,
-        None => decode_arrays(unit, open()?, keys, path)?,
+    let making = unit.making.clone();
+    let wanted = making.as_deref().filter(|making| making.begin());
+    let (hits, entries) = match decode_pages(&unit, &open, keys, wanted)? {
+        Some(read) => read,
+        None => decode_arrays(unit, open()?, (keys, wanted), path)?,
     };
+    if let Some(making) = making {
+        making.take(entries);
+    }
     Ok((hits, rows_in_file))
 }
 
@@ -330,7 +442,8 @@ fn decode_pages<R: ChunkReader + 'static>(
     unit: &Unit,
     open: impl Fn() -> Result<R>,
     keys: &KeySet,
-) -> Result<Option<Hits>> {
+    making: Option<&Making>,
+) -> Result<Option<(Hits, Vec<Entry>)>> {
     let [Source::Column(name)] = unit.sources.as_slice() else { return Ok(None) };
     let group = unit.footer.metadata().row_group(unit.group);
     let mut columns = group.columns().iter();
@@ -342,19 +455,23 @@ fn decode_pages<R: ChunkReader + 'static>(
         return Ok(None);
     }
     let rows = u64::try_from(group.num_rows()).map_err(Error::internal)?;
-    let mut hits = Hits::default();
+    let (mut hits, mut entries) = (Hits::default(), Vec::new());
     let read = each_value(&Arc::new(open()?), column, rows, |values| {
         keys.find_bytes(values, |row, comes| hits.add(unit.first_row + row, comes));
+        if let Some(making) = making {
+            let values = values.iter();
+            entries.extend(values.map(|(row, key)| making.entry(key, unit.first_row + row)));
+        }
     });
-    Ok(read.map(|()| hits))
+    Ok(read.map(|()| (hits, entries)))
 }
 
 fn decode_arrays<R: ChunkReader + 'static>(
     unit: Unit,
     bytes: R,
-    keys: &KeySet,
+    (keys, making): (&KeySet, Option<&Making>),
     path: &str,
-) -> Result<Hits> {
+) -> Result<(Hits, Vec<Entry>)> {
     let failed = |e: &(dyn std::error::Error + 'static)| foreign(format!("read keys of {path}"), e);
     let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes, unit.footer)
         .with_row_groups(vec![unit.group])
@@ -362,7 +479,7 @@ fn decode_arrays<R: ChunkReader + 'static>(
         .with_batch_size(BATCH_ROWS)
         .build()
         .map_err(|e| failed(&e))?;
-    let mut hits = Hits::default();
+    let (mut hits, mut entries) = (Hits::default(), Vec::new());
     let mut first_row = unit.first_row;
     for batch in reader {
         let batch = batch.map_err(|e| failed(&e))?;
@@ -378,9 +495,13 @@ fn decode_arrays<R: ChunkReader + 'static>(
             })
             .collect::<Result<Vec<ArrayRef>>>()?;
         keys.find_in(&columns, |row, comes| hits.add(first_row + row as u64, comes))?;
+        if let Some(making) = making {
+            let mut add = |row, key: &[u8]| entries.push(making.entry(key, first_row + row as u64));
+            keys.each_key(&columns, &mut add)?;
+        }
         first_row += batch.num_rows() as u64;
     }
-    Ok(hits)
+    Ok((hits, entries))
 }
 
 impl Hits {

@@ -204,6 +204,26 @@ impl KeySet {
         }
     }
 
+    /// Calls `visit` with each row of these columns and its key as bytes, in order; NULL is no key.
+    pub(super) fn each_key(
+        &self,
+        columns: &[ArrayRef],
+        visit: impl FnMut(usize, &[u8]),
+    ) -> Result<()> {
+        self.encoder.encode(columns).map_err(|e| unusable(&e))?.each(visit);
+        Ok(())
+    }
+
+    /// The keys as bytes, each with whether its row comes.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&[u8], bool)> {
+        (0..self.len()).map(|at| (self.key(at), self.comes[at]))
+    }
+
+    /// What its keys are compared as.
+    pub(super) fn types(&self) -> &[DataType] {
+        &self.types
+    }
+
     /// A key is the bytes of its one column: it can be asked for as they are.
     pub(super) fn is_bytes(&self) -> bool {
         self.encoder.is_bytes()
