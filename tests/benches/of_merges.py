@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import DeltaTable, QueryBuilder, write_deltalake
+from deltalake import DeltaTable, QueryBuilder, convert_to_deltalake, write_deltalake
+
+import of_tpcds
 
 KEY = "pguid"
 FILE_ROWS = 250_000
@@ -30,7 +32,7 @@ CONFIG = """
 source = "incoming"
 raw = "raw"
 main = "main"
-key = ["pguid"]
+key = {key}
 adopt = true
 start_from = 1
 ready = {{ marker = "_SUCCESS" }}
@@ -70,6 +72,7 @@ WORKLOADS = [
         settings='merge = { deletion_vectors = "off", index = "off" }',
     ),
     Workload("100 k into 10 M", 10_000_000, 100_000, 13),
+    Workload("100 k into 50 M", 50_000_000, 100_000, 13),
 ]
 
 
@@ -176,15 +179,11 @@ def copied(source: Path, target: Path) -> Path:
     return target
 
 
-def before_the_merge(binary: str, workload: Workload, ground: Ground, lake: Path) -> list[Path]:
-    """A lake whose epochs are in raw and not in main: processed, then main without its merges."""
-    lake.mkdir()
-    files = epochs_of(workload, lake)
+def before_the_merge(binary: str, table: Path, lake: Path, settings: str, key: list[str] = [KEY]) -> None:
+    """The lake's epochs in raw and not in main, a copy of the table: processed, then without its merges."""
     waiting = lake / "waiting"
-    (lake / "alluvium.toml").write_text(CONFIG.format(settings=workload.settings))
-    main = copied(ground.table, lake / "main")
-    if workload.own_layout:
-        subprocess.run([binary_of_rival(), str(main), KEY, "zorder"], check=True)
+    (lake / "alluvium.toml").write_text(CONFIG.format(settings=settings, key=json.dumps(key)))
+    main = copied(table, lake / "main")
     kept = set(os.listdir(main / "_delta_log"))
     subprocess.run([binary, "run", "--once"], cwd=lake, check=True, capture_output=True)
     # Adoption and upgrade stay; the merge goes, and what came after it.
@@ -195,7 +194,6 @@ def before_the_merge(binary: str, workload: Workload, ground: Ground, lake: Path
         if is_after or "checkpoint" in entry:
             path.unlink()
     main.rename(waiting)
-    return files
 
 
 def binary_of_rival() -> str:
@@ -229,11 +227,43 @@ def alternated(sides: dict[str, Callable[[], Cost]], rounds: int) -> dict[str, C
 
 def compare(workload: Workload, arguments: argparse.Namespace, folder: Path) -> None:
     """One workload: both sides in turn, one line of ratios."""
-    ground = Ground(folder, workload.target)
+    table = Ground(folder, workload.target).table
     lake = folder / "lake"
     shutil.rmtree(lake, ignore_errors=True)
-    files = before_the_merge(arguments.binary, workload, ground, lake)
-    theirs = folder / "theirs"
+    files = epochs_of(workload, lake)
+    laid_out = table
+    if workload.own_layout:
+        laid_out = in_our_layout(arguments.binary, table, folder)
+    before_the_merge(arguments.binary, laid_out, lake, workload.settings)
+    ways = ["stream", "collect"] if workload.epochs == 1 else ["stream"]
+    costs = side_by_side(arguments, folder, table, files, [KEY], ways)
+    report(workload.name, costs, workload.floor)
+    tell_difference(lake / "main", folder / "theirs")
+
+
+def in_our_layout(binary: str, table: Path, folder: Path) -> Path:
+    """The table as our optimize writes it, made once."""
+    ordered = folder / f"ordered-{table.name}"
+    if not ordered.exists():
+        lake = folder / "ordering"
+        shutil.rmtree(lake, ignore_errors=True)
+        epochs_of(Workload("", 1, 1, 0), lake)
+        before_the_merge(binary, table, lake, 'optimize = { bin_size = "1TiB", enabled = false }')
+        (lake / "waiting").rename(lake / "main")
+        subprocess.run([binary, "step", "optimize"], cwd=lake, check=True, capture_output=True)
+        # A table like any other: without what adoption noted in its log.
+        ordered.mkdir()
+        for file in DeltaTable(lake / "main").file_uris():
+            os.link(file, ordered / Path(file).name)
+        convert_to_deltalake(ordered)
+    return ordered
+
+
+def side_by_side(
+    arguments: argparse.Namespace, folder: Path, table: Path, files: list[Path], key: list[str], ways: list[str]
+) -> dict[str, Cost]:
+    """The merge that waits in `folder / lake`, and MERGEs of the same files into the table, in turn."""
+    lake, theirs = folder / "lake", folder / "theirs"
 
     def ours() -> Cost:
         copied(lake / "waiting", lake / "main")
@@ -241,21 +271,36 @@ def compare(workload: Workload, arguments: argparse.Namespace, folder: Path) -> 
 
     def rival(way: str) -> Callable[[], Cost]:
         def run() -> Cost:
-            source = ground.table
-            copied(source, theirs)
-            return measured([binary_of_rival(), str(theirs), KEY, way, *map(str, files)], folder)
+            copied(table, theirs)
+            return measured([binary_of_rival(), str(theirs), ",".join(key), way, *map(str, files)], folder)
 
         return run
 
-    sides = {"alluvium": ours, "delta-rs, streaming": rival("stream")}
-    if workload.epochs == 1:
-        sides["delta-rs, not streaming"] = rival("collect")
-    costs = alternated(sides, arguments.rounds)
-    report(workload.name, costs, workload.floor)
-    wrong = differing(lake / "main", theirs)
+    names = {"stream": "delta-rs, streaming", "collect": "delta-rs, not streaming"}
+    sides = {"alluvium": ours} | {names.get(way, "delta-rs"): rival(way) for way in ways}
+    return alternated(sides, arguments.rounds)
+
+
+def tell_difference(ours: Path, theirs: Path) -> None:
+    """Says whether both tables hold the same rows; the benchmark ends when they do not."""
+    wrong = differing(ours, theirs)
     print(f"  both tables are {'equal, row for row' if not wrong else f'DIFFERENT: {wrong} rows'}")
     if wrong:
         sys.exit(1)
+
+
+def compare_tpcds(case: of_tpcds.Case, arguments: argparse.Namespace, folder: Path) -> None:
+    """One of the cases that delta-rs measures itself with."""
+    table = of_tpcds.table_of(folder)
+    lake = folder / "lake"
+    shutil.rmtree(lake, ignore_errors=True)
+    files = of_tpcds.epoch_of(case, lake)
+    settings = """delete_when = "op = 'D'"\ncolumns = { ignore = ["op"] }\n""" + Workload.settings
+    before_the_merge(arguments.binary, table, lake, settings, of_tpcds.KEY)
+    ways = ["stream", "collect"] if case.way == "stream" else [case.way]
+    costs = side_by_side(arguments, folder, table, files, of_tpcds.KEY, ways)
+    report(f"web_returns, {of_tpcds.ROWS} rows: {case.name}", costs, None)
+    tell_difference(lake / "main", folder / "theirs")
 
 
 def optimize(arguments: argparse.Namespace, folder: Path) -> None:
@@ -265,9 +310,9 @@ def optimize(arguments: argparse.Namespace, folder: Path) -> None:
     shutil.rmtree(lake, ignore_errors=True)
     # Files of 14 MiB are small ones: all of them go into one bin.
     settings = 'optimize = { bin_size = "1GiB", enabled = false }'
-    workload = Workload("optimize", 5_000_000, 1_000, 2.5, settings=settings)
     waiting = lake / "waiting"
-    before_the_merge(arguments.binary, workload, ground, lake)
+    epochs_of(Workload("optimize", 5_000_000, 1_000, 2.5), lake)
+    before_the_merge(arguments.binary, ground.table, lake, settings)
 
     def ours() -> Cost:
         copied(waiting, lake / "main")
@@ -278,15 +323,12 @@ def optimize(arguments: argparse.Namespace, folder: Path) -> None:
         return measured([binary_of_rival(), str(theirs), KEY, "zorder"], folder)
 
     costs = alternated({"alluvium": ours, "delta-rs ZORDER": zorder}, arguments.rounds)
-    report("optimize, 5 M rows by key", costs, workload.floor)
+    report("optimize, 5 M rows by key", costs, 2.5)
     print(f"  files: {len(DeltaTable(lake / 'main').file_uris())} here, {len(DeltaTable(theirs).file_uris())} there")
-    wrong = differing(lake / "main", theirs)
-    print(f"  both tables are {'equal, row for row' if not wrong else f'DIFFERENT: {wrong} rows'}")
-    if wrong:
-        sys.exit(1)
+    tell_difference(lake / "main", theirs)
 
 
-def report(name: str, costs: dict[str, Cost], floor: float) -> None:
+def report(name: str, costs: dict[str, Cost], floor: float | None) -> None:
     """Each side's cost, and the ratios: each figure against the rival that is best in it."""
     print(f"\n{name}")
     for side, cost in costs.items():
@@ -296,10 +338,9 @@ def report(name: str, costs: dict[str, Cost], floor: float) -> None:
         of: min(getattr(cost, of) for cost in others) / getattr(costs["alluvium"], of)
         for of in ("wall", "cpu", "memory")
     }
-    print(
-        f"  ratio {ratio['wall']:6.1f} wall {ratio['cpu']:6.1f} cpu {ratio['memory']:5.1f} memory "
-        f"(floor of wall {floor:g})"
-    )
+    of_floor = f" (floor of wall {floor:g})" if floor else ""
+    print(f"  ratio {ratio['wall']:6.1f} wall {ratio['cpu']:6.1f} cpu {ratio['memory']:5.1f} memory{of_floor}")
+
 
 def merge(arguments: argparse.Namespace, folder: Path) -> None:
     """All workloads, or those whose name holds `--only`."""
@@ -310,5 +351,8 @@ def merge(arguments: argparse.Namespace, folder: Path) -> None:
     for workload in WORKLOADS:
         if arguments.only in workload.name:
             compare(workload, arguments, home)
+    for case in of_tpcds.CASES:
+        if arguments.only in f"web_returns {case.name}":
+            compare_tpcds(case, arguments, home)
     if arguments.only in "optimize":
         optimize(arguments, home)

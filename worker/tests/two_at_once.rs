@@ -36,6 +36,7 @@ fn pipeline(folder: &std::path::Path) -> Pipeline {
         start_from: None,
         adopt: false,
         deletion_vectors: Default::default(),
+        side_index: Default::default(),
         cluster_by: Vec::new(),
         optimize: true,
         cleanup_every: None,
