@@ -248,7 +248,7 @@ def in_our_layout(binary: str, table: Path, folder: Path) -> Path:
         lake = folder / "ordering"
         shutil.rmtree(lake, ignore_errors=True)
         epochs_of(Workload("", 1, 1, 0), lake)
-        before_the_merge(binary, table, lake, 'optimize = { bin_size = "1TiB", enabled = false }')
+        before_the_merge(binary, table, lake, 'optimize = { bin_size = "1000GiB", enabled = false }')
         (lake / "waiting").rename(lake / "main")
         subprocess.run([binary, "step", "optimize"], cwd=lake, check=True, capture_output=True)
         # A table like any other: without what adoption noted in its log.
