@@ -19,11 +19,10 @@ use alluvium_protocol::queue::{Lane, Queue};
 use alluvium_protocol::retry::{CRASHES_MAX, Limits};
 use alluvium_protocol::{Error, Pipeline, Result};
 use alluvium_worker::Workshop;
-use alluvium_worker::slots::{Duty, Orders, Worker};
+use alluvium_worker::slots::{Duty, Worker};
 use alluvium_worker::tables::Tables;
 use sysinfo::System;
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::cluster::vitals;
@@ -88,8 +87,9 @@ pub(crate) async fn run(
     pipelines: Vec<Pipeline>,
     once: bool,
     notices: mpsc::UnboundedSender<Notice>,
-    stopping: CancellationToken,
+    duty: Arc<Duty>,
 ) -> Result<Outcome> {
+    let stopping = duty.orders.stopping.clone();
     config.keep_side_indexes();
     let clock: ClockRef = Arc::new(SystemClock);
     let books = open_books(config, pipelines, once).await?;
@@ -102,11 +102,7 @@ pub(crate) async fn run(
         // One process: what starves renewals starves the work, too.
         keeping: tokio::runtime::Handle::current(),
         lanes: Lane::TASKS.to_vec(),
-        duty: Arc::new(Duty::under(Orders {
-            draining: stopping.clone(),
-            stopping: stopping.clone(),
-            ..Orders::default()
-        })),
+        duty,
     };
     let mut slots = tokio::spawn(worker.run(config.slots));
     let around = Arc::new(Mutex::new(Around::default()));

@@ -1,11 +1,18 @@
 //! Progress for people: one line per change, and a moving line where stderr is a terminal.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use alluvium_coordinator::notice::Notice;
+use alluvium_protocol::heartbeat::InHand;
 use alluvium_protocol::task::{Report, Step};
 use alluvium_protocol::{Code, Epoch};
+use alluvium_worker::slots::Duty;
+use chrono::Utc;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use crate::printer;
 
@@ -26,14 +33,38 @@ pub(crate) struct Totals {
     pub(crate) quarantined: u64,
 }
 
-/// Prints notices until their sender is gone; returns what happened in all.
-pub(crate) fn watch(mut notices: mpsc::UnboundedReceiver<Notice>) -> JoinHandle<Totals> {
+/// Pause between two looks at tasks in hand, for the moving line.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Where there is none, a task that takes so long is worth a line, and another one each time.
+const TELL_EVERY: Duration = Duration::from_secs(30);
+
+/// Prints notices until their sender is gone, and how far the tasks of `duty` are; returns what happened
+/// in all.
+pub(crate) fn watch(
+    mut notices: mpsc::UnboundedReceiver<Notice>,
+    duty: Option<Arc<Duty>>,
+) -> JoinHandle<Totals> {
     tokio::spawn(async move {
         let bar = moving_line();
         let mut totals = Totals::default();
-        while let Some(notice) = notices.recv().await {
+        let every = if bar.is_hidden() { TELL_EVERY } else { LOOK_EVERY };
+        let mut looks = tokio::time::interval_at(Instant::now() + every, every);
+        let in_hand = || duty.iter().flat_map(|duty| duty.tasks()).collect::<Vec<InHand>>();
+        loop {
+            let notice = tokio::select! {
+                notice = notices.recv() => notice,
+                _ = looks.tick() => {
+                    if bar.is_hidden() {
+                        in_hand().iter().filter_map(long_line).for_each(|line| printer::say(&line));
+                    } else {
+                        bar.set_message(moving_text(totals, &in_hand()));
+                    }
+                    continue;
+                }
+            };
+            let Some(notice) = notice else { break };
             count(&notice, &mut totals);
-            bar.set_message(format!("{} in raw, {} in main", totals.ingested, totals.merged));
+            bar.set_message(moving_text(totals, &in_hand()));
             if let Some((is_warning, line)) = line_of(&notice) {
                 bar.suspend(|| if is_warning { printer::warn(&line) } else { printer::say(&line) });
             }
@@ -41,6 +72,26 @@ pub(crate) fn watch(mut notices: mpsc::UnboundedReceiver<Notice>) -> JoinHandle<
         bar.finish_and_clear();
         totals
     })
+}
+
+fn moving_text(totals: Totals, tasks: &[InHand]) -> String {
+    let counts = format!("{} in raw, {} in main", totals.ingested, totals.merged);
+    tasks.iter().fold(counts, |text, task| format!("{text} · {}", in_hand_line(task)))
+}
+
+/// A task that has been in hand for long.
+fn long_line(task: &InHand) -> Option<String> {
+    let since = (Utc::now() - task.since).to_std().ok()?;
+    (since >= TELL_EVERY).then(|| format!("{}, {} s so far", in_hand_line(task), since.as_secs()))
+}
+
+/// `p 17 merge, looks for keys in main: 45 % (2250000 of 5000000 rows)`.
+fn in_hand_line(task: &InHand) -> String {
+    let epochs = list(&task.epochs);
+    let space = if epochs.is_empty() { "" } else { " " };
+    let comma = if task.progress.doing.is_empty() { "" } else { ", " };
+    let InHand { pipeline, step, progress, .. } = task;
+    format!("{pipeline}{space}{epochs} {}{comma}{progress}", step.as_str())
 }
 
 fn moving_line() -> ProgressBar {

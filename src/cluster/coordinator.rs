@@ -191,7 +191,7 @@ impl Role<'_> {
         let clock: ClockRef = Arc::new(SystemClock);
         let queue: Arc<dyn Queue> = Arc::new(self.services.queue.clone());
         let (notices, receiver) = mpsc::unbounded_channel();
-        let watching = progress::watch(receiver);
+        let watching = progress::watch(receiver, None);
         let (asking, asks) = mpsc::channel(ASKS_MAX);
         let coordinator = Coordinator::new(settings, clock, queue, books, notices, asks, ending);
         self.lead.is_ours(asking.clone());

@@ -1,10 +1,12 @@
 //! `alluvium run`: the whole job in one process.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use alluvium_coordinator::run::Outcome;
 use alluvium_protocol::{Code, Error, Pipeline, Result};
+use alluvium_worker::slots::{Duty, Orders};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -62,8 +64,10 @@ pub(crate) async fn drive(
     stopping: CancellationToken,
 ) -> Result<(Outcome, Totals)> {
     let (sender, receiver) = mpsc::unbounded_channel();
-    let watching = progress::watch(receiver);
-    let outcome = embedded::run(config, pipelines, once, sender, stopping).await;
+    let (draining, stopping) = (stopping.clone(), stopping);
+    let duty = Arc::new(Duty::under(Orders { draining, stopping, ..Orders::default() }));
+    let watching = progress::watch(receiver, Some(Arc::clone(&duty)));
+    let outcome = embedded::run(config, pipelines, once, sender, duty).await;
     let totals = watching.await.map_err(Error::internal)?;
     Ok((outcome?, totals))
 }

@@ -110,7 +110,11 @@ fn worker_row(worker: &Heartbeat) -> Vec<String> {
                 count => format!(" and {} more", count - 1),
             };
             let since = (now - task.since).num_seconds().max(0);
-            format!("{} {}{first}{more} ({since} s)", task.step.as_str(), task.pipeline)
+            let what = format!("{} {}{first}{more} ({since} s)", task.step.as_str(), task.pipeline);
+            match task.progress.doing.as_str() {
+                "" => what,
+                _ => format!("{what}\n  {}", task.progress),
+            }
         })
         .collect();
     let in_hand = match (&worker.resting, tasks.is_empty()) {

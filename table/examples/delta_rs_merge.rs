@@ -15,6 +15,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         return Err("TABLE KEY,... stream|collect|delete|insert|zorder SOURCE...".into());
     };
     let key: Vec<String> = key.split(',').map(str::to_owned).collect();
+    deltalake::aws::register_handlers(None);
     let url = deltalake::ensure_table_uri(table)?;
     let mut table = deltalake::open_table(url).await?;
     if way == "zorder" {

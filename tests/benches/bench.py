@@ -6,6 +6,7 @@
     scale    1, 2 and 4 workers with a slow S3, over many pipelines and over one
     merge    merges of many sizes beside a delta-rs MERGE: time, CPU and memory
     reads    what a delta-rs read of main costs after each merge
+    requests what one merge asks of object storage, beside a delta-rs MERGE
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lake_of_samples import SampleLake
 from of_clusters import queue, scale
 from of_merges import merge
 from of_reads import reads
+from of_requests import requests
 
 STEPS = """
     SELECT median(CASE WHEN step = 'ingest' THEN duration_ms END) AS ingest,
@@ -89,11 +91,17 @@ def growth(arguments: argparse.Namespace, folder: Path) -> None:
         )
 
 
+BENCHMARKS = {
+    "drain": drain, "growth": growth, "queue": queue, "scale": scale, "merge": merge, "reads": reads,
+    "requests": requests,
+}  # fmt: skip
+
+
 def main() -> None:
     """Parses the command line and runs one benchmark."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", choices=["drain", "growth", "queue", "scale", "merge", "reads"])
+    parser.add_argument("what", choices=list(BENCHMARKS))
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--tasks", type=int, default=20_000)
@@ -106,14 +114,14 @@ def main() -> None:
     parser.add_argument("--earlier", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--only", default="", help="merge: workloads whose name holds this")
     parser.add_argument("--keep", help="merge, reads: a folder for the tables, kept for the next time")
-    parser.add_argument("--target", type=int, default=5_000_000, help="reads: rows of main")
+    parser.add_argument("--target", type=int, default=5_000_000, help="reads, requests: rows of main")
     parser.add_argument("--binary", default=os.environ.get("ALLUVIUM_BINARY", "alluvium"))
     arguments = parser.parse_args()
-    few_and_large = arguments.what == "reads"
+    few_and_large = arguments.what in ("reads", "requests")
     arguments.epochs = arguments.epochs or (12 if few_and_large else 200)
     arguments.rows = arguments.rows or (100_000 if few_and_large else 1000)
     with tempfile.TemporaryDirectory(prefix="alluvium-bench-") as folder:
-        {"drain": drain, "growth": growth, "queue": queue, "scale": scale, "merge": merge, "reads": reads}[arguments.what](arguments, Path(folder))
+        BENCHMARKS[arguments.what](arguments, Path(folder))
 
 
 if __name__ == "__main__":

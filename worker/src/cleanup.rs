@@ -3,6 +3,7 @@
 //! It makes no commit on main: data files that no version within the retention names are deleted,
 //! which changes nothing that a reader of those versions sees.
 
+use alluvium_protocol::heartbeat::Amount;
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Pipeline, Result, crash};
 use alluvium_table::Table;
@@ -27,6 +28,7 @@ pub async fn cleanup(workshop: &Workshop, task: &Task, permit: &Permit) -> Resul
     let mut report = Report::default();
     for uri in [&pipeline.raw, &pipeline.main, &pipeline.quarantine] {
         permit.check()?;
+        permit.begin("looks for files that nothing names", Amount::default());
         if let Some(table) = workshop.tables.open(uri).await? {
             report.files_removed += clean(&table, pipeline).await?;
         }

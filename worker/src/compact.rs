@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use alluvium_protocol::heartbeat::Amount;
 use alluvium_protocol::{Error, Result};
 use alluvium_table::arrow::array::RecordBatch;
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema};
@@ -72,8 +73,11 @@ impl Compaction {
 
     /// Writes the live rows of `files`, which are of one partition.
     pub(crate) async fn write(self: &Arc<Self>, files: &[LiveFile]) -> Result<Written> {
+        let rows = Amount::rows(files.iter().filter_map(LiveFile::live_rows).sum());
+        self.permit.begin("reads rows of worn files", rows);
         let Some(plan) = &self.plan else { return self.write_in_turn(files).await };
         let runs = Arc::new(self.runs(plan, files).await?);
+        self.permit.begin("writes them in order", rows);
         let new_files = new_files(files, self.target_file_bytes);
         let ranges = runs.ranges(new_files);
         let of_each = ranges.len().div_ceil(new_files).max(1);
@@ -106,7 +110,7 @@ impl Compaction {
         let deleted = self.table.deleted_rows(file.remove.deletion_vector.as_ref()).await?;
         let rows = self.table.rows_of(file, &self.table.schema(), Pick::Without(deleted)).await?;
         let permit = self.permit.clone();
-        Ok(rows.map(move |batch| permit.check().and(batch)).boxed())
+        Ok(rows.map(move |batch| permit.counted(batch)).boxed())
     }
 
     async fn runs(self: &Arc<Self>, plan: &Plan, files: &[LiveFile]) -> Result<Runs> {
@@ -138,7 +142,7 @@ impl Compaction {
         let rows = ranges
             .into_iter()
             .flat_map(move |range| runs.rows_in(&range))
-            .map(move |batch| permit.check().and(batch));
+            .map(move |batch| permit.counted(batch));
         writer.write_rows(futures::stream::iter(rows)).await
     }
 }

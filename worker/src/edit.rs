@@ -10,6 +10,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use alluvium_protocol::heartbeat::Amount;
 use alluvium_protocol::pipeline::{DeletionVectors, Mode, same_name};
 use alluvium_protocol::{Epoch, Error, Pipeline, Result};
 use alluvium_table::arrow::array::{AsArray, BooleanArray, RecordBatch};
@@ -138,12 +139,13 @@ impl Editing<'_> {
         plan: &Plan,
     ) -> Result<Runs> {
         let mut sorter = Sorter::new(plan)?;
+        let rows = found.iter().map(|found| found.rows.len()).sum();
+        self.permit.begin("reads rows of main", Amount::rows(rows));
         for found in found {
             let pick = Pick::Only(found.rows.clone());
             let mut rows = self.main.rows_of(&found.file, columns, pick).await?;
-            while let Some(batch) = rows.try_next().await? {
-                self.permit.check()?;
-                sorter.push(batch)?;
+            while let Some(batch) = rows.next().await {
+                sorter.push(self.permit.counted(batch)?)?;
             }
         }
         sorter.finish()
@@ -268,11 +270,22 @@ impl Editing<'_> {
             let file = found.file.clone();
             copying.push(async move {
                 permit.check()?;
+                let (bytes, rows) = (file.size, file.rows.unwrap_or(0));
                 let copy =
                     async move { main.copy_without(&file, &main.schema(), gone, target).await };
                 let copying = AbortOnDropHandle::new(tokio::spawn(copy.in_current_span()));
-                copying.await.map_err(Error::internal)?
+                let copied = copying.await.map_err(Error::internal)??;
+                permit.done(Amount { rows, bytes, files: 1 })?;
+                Ok::<_, Error>(copied)
             });
+        }
+        let of = Amount {
+            rows: files.iter().map(|found| found.rows_in_file).sum(),
+            bytes: files.iter().map(|found| found.file.size).sum(),
+            files: files.len() as u64,
+        };
+        if of.files > 0 {
+            self.permit.begin("writes files anew without rows that go", of);
         }
         let mut copied = futures::stream::iter(copying).buffer_unordered(at_once);
         while let Some(copy) = copied.try_next().await? {

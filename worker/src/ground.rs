@@ -11,6 +11,7 @@
 
 use std::sync::Arc;
 
+use alluvium_protocol::heartbeat::Amount;
 use alluvium_protocol::pipeline::same_name;
 use alluvium_protocol::{Error, Pipeline, Result};
 use alluvium_table::arrow::array::RecordBatch;
@@ -150,7 +151,9 @@ impl Ground<'_> {
             let key = key_in(table, self.rule);
             let (memory_bytes, index) = (self.memory(), self.pipeline.side_index);
             let scan = Scan { table, key: &key, memory_bytes, index };
-            let found = scan.find(files, keys, &|| self.permit.check()).await?;
+            let found = scan
+                .find(files, keys, &|rows, of| self.permit.reached("looks for keys", rows, of))
+                .await?;
             picks.extend(found.into_iter().map(|found| (found.file, Pick::Only(found.rows))));
         } else {
             for file in files {
@@ -158,8 +161,13 @@ impl Ground<'_> {
                 picks.push((file.clone(), Pick::Without(deleted)));
             }
         }
+        let mut expected = 0;
         let mut opening = Vec::with_capacity(picks.len());
         for (file, pick) in picks {
+            expected += match &pick {
+                Pick::Only(rows) => rows.len(),
+                Pick::Without(_) => file.live_rows().unwrap_or(0),
+            };
             let (table, columns) = (table.clone(), Arc::clone(columns));
             opening.push(async move { table.rows_of(&file, &columns, pick).await });
         }
@@ -167,9 +175,9 @@ impl Ground<'_> {
         let opened = futures::stream::iter(opening).buffer_unordered(FILES_AT_ONCE);
         let mut rows = opened.try_flatten_unordered(FILES_AT_ONCE);
         let mut sorter = Sorter::new(plan)?;
-        while let Some(batch) = rows.try_next().await? {
-            self.permit.check()?;
-            sorter.push(batch)?;
+        self.permit.begin("reads rows of these keys", Amount::rows(expected));
+        while let Some(batch) = rows.next().await {
+            sorter.push(self.permit.counted(batch)?)?;
         }
         sorter.finish()
     }
@@ -213,11 +221,13 @@ impl Ground<'_> {
         let kinds: Vec<DataType> =
             columns.fields().iter().map(|field| field.data_type().clone()).collect();
         let mut keys = KeySet::new(&kinds, 0, &[])?;
+        let rows = files.iter().filter_map(LiveFile::live_rows).sum();
+        self.permit.begin("reads the keys of these epochs", Amount::rows(rows));
         for file in files {
             let deleted = self.raw.deleted_rows(file.remove.deletion_vector.as_ref()).await?;
             let mut rows = self.raw.rows_of(file, &columns, Pick::Without(deleted)).await?;
-            while let Some(batch) = rows.try_next().await? {
-                self.permit.check()?;
+            while let Some(batch) = rows.next().await {
+                let batch = self.permit.counted(batch)?;
                 keys.add(batch.columns(), &|_| false)?;
                 if keys.bytes() > self.memory() {
                     return Ok(None);

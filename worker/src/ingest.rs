@@ -9,6 +9,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use alluvium_protocol::heartbeat::Amount;
 use alluvium_protocol::manifest::Manifest;
 use alluvium_protocol::marker::{Generation, Markers};
 use alluvium_protocol::pipeline::{Format, full_hash, same_name};
@@ -72,6 +73,12 @@ pub async fn ingest(
         }
     }
     let manifest = read_manifest(pipeline, wanted).await?;
+    let of = Amount {
+        rows: 0,
+        bytes: manifest.objects.iter().map(|object| object.size).sum(),
+        files: manifest.objects.len() as u64,
+    };
+    permit.begin("opens the folder's files", of);
     let opened = SourceFile::open_all(pipeline, &manifest).await?;
     check_raw_has_it(workshop, pipeline, wanted).await?;
     let schema = match &present {
@@ -338,6 +345,7 @@ async fn write_files(
         (raw::INGESTED_AT, now),
         (raw::EPOCH, wanted.epoch.value()),
     ];
+    permit.begin("reads the folder's rows", Amount::rows(incoming.rows()));
     let mut written = match incoming.has_content() {
         true => {
             let delete_when = judged.delete_when();
@@ -397,8 +405,10 @@ async fn content_rows(
     let sql = format!("SELECT *, {op} AS {}, {own} FROM accepted", quoted(raw::OP));
     let sorted = sorted(session, &sql, &order, pipeline, permit).await?;
     let writer = FileWriter::new(table, pipeline.sizes.target_file_bytes)?;
+    let read = permit.meter.progress().done;
+    permit.begin("writes raw", Amount::rows(read.rows));
     let permit = permit.clone();
-    let rows = sorted.batches().map(move |batch| permit.check().and(batch));
+    let rows = sorted.batches().map(move |batch| permit.counted(batch));
     writer.write_rows(futures::stream::iter(rows)).await
 }
 
@@ -416,8 +426,7 @@ pub(crate) async fn sorted(
     let plan = Plan::new(&rows.schema(), order, pipeline.sizes.memory_bytes)?;
     let mut sorter = Sorter::new(&plan)?;
     while let Some(batch) = rows.next().await {
-        permit.check()?;
-        sorter.push(batch.map_err(|e| foreign(doing, &e))?)?;
+        sorter.push(permit.counted(batch.map_err(|e| foreign(doing, &e)))?)?;
     }
     sorter.finish()
 }

@@ -22,6 +22,7 @@ pub mod ingest;
 mod keeper;
 pub mod lineage;
 pub mod merge;
+pub mod meter;
 pub mod optimize;
 mod ordered;
 pub mod points;
@@ -67,12 +68,15 @@ pub struct Permit {
     pub stopping: CancellationToken,
     /// The lease went to somebody else.
     pub lease_lost: CancellationToken,
+    /// How far it is.
+    pub meter: Arc<meter::Meter>,
 }
 
 impl Permit {
     /// A permit that nobody takes back.
     pub fn unlimited() -> Self {
-        Self { stopping: CancellationToken::new(), lease_lost: CancellationToken::new() }
+        let (stopping, lease_lost) = (CancellationToken::new(), CancellationToken::new());
+        Self { stopping, lease_lost, meter: Arc::default() }
     }
 
     /// Err at a safe point: stop here, nothing is half-written.

@@ -279,7 +279,11 @@ async fn without(
     }
     let files: Vec<LiveFile> = adds.iter().map(LiveFile::of).collect();
     let scan = Scan { table, key, memory_bytes, index: pipeline.side_index };
-    let found = scan.find(&files, &Arc::new(keys), &|| permit.check()).await?;
+    let found = scan
+        .find(&files, &Arc::new(keys), &|rows, of| {
+            permit.reached("looks for rows that a merge marked", rows, of)
+        })
+        .await?;
     if found.iter().map(|found| found.rows.len()).sum::<u64>() != expected {
         return Ok(None);
     }

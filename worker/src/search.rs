@@ -136,7 +136,12 @@ impl<'a> Search<'a> {
         self.counted += keys.len() as u64;
         let (table, key, memory_bytes) = (self.main, &self.key, self.memory);
         let scan = Scan { table, key, memory_bytes, index: self.index };
-        for found in scan.find(&self.live, &keys, &|| self.permit.check()).await? {
+        for found in scan
+            .find(&self.live, &keys, &|rows, of| {
+                self.permit.reached("looks for keys in main", rows, of)
+            })
+            .await?
+        {
             match self.found.get_mut(&found.file.path) {
                 None => drop(self.found.insert(found.file.path.clone(), found)),
                 Some(held) => {

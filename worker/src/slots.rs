@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use alluvium_protocol::heartbeat::InHand;
+use alluvium_protocol::heartbeat::{InHand, Progress};
 use alluvium_protocol::lease::{Claim, Leases};
 use alluvium_protocol::metrics::metrics;
 use alluvium_protocol::queue::{Delivery, Lane, Queue};
@@ -31,6 +31,7 @@ use tracing::Instrument;
 
 use crate::answers::Answers;
 use crate::keeper::Keeper;
+use crate::meter::Meter;
 use crate::{Permit, Workshop};
 
 /// How long a lease lives without renewal. A dead worker's task waits at most this long.
@@ -78,7 +79,7 @@ pub struct Duty {
     /// How long to work.
     pub orders: Orders,
     begun: AtomicUsize,
-    in_hand: Mutex<HashMap<usize, InHand>>,
+    in_hand: Mutex<HashMap<usize, (InHand, Arc<Meter>)>>,
     resting: Mutex<Option<String>>,
 }
 
@@ -91,7 +92,11 @@ impl Duty {
     /// Tasks in hand.
     pub fn tasks(&self) -> Vec<InHand> {
         let in_hand = self.in_hand.lock().unwrap_or_else(PoisonError::into_inner);
-        in_hand.values().cloned().collect()
+        let told = |(task, meter): &(InHand, Arc<Meter>)| {
+            let progress = meter.progress();
+            InHand { progress, ..task.clone() }
+        };
+        in_hand.values().map(told).collect()
     }
 
     /// Why no tasks are taken at the moment.
@@ -104,7 +109,7 @@ impl Duty {
         *self.resting.lock().unwrap_or_else(PoisonError::into_inner) = why;
     }
 
-    fn note(&self, slot: usize, task: Option<InHand>) {
+    fn note(&self, slot: usize, task: Option<(InHand, Arc<Meter>)>) {
         let mut in_hand = self.in_hand.lock().unwrap_or_else(PoisonError::into_inner);
         match task {
             Some(task) => in_hand.insert(slot, task),
@@ -135,6 +140,7 @@ struct Attempt {
     received_at: DateTime<Utc>,
     claimed_at: DateTime<Utc>,
     redelivered: bool,
+    meter: Arc<Meter>,
 }
 
 impl Worker {
@@ -228,11 +234,13 @@ impl Worker {
                 (None, 0)
             }
         };
-        self.duty.note(slot, Some(in_hand(&task, received_at)));
+        let meter = Arc::new(Meter::default());
+        self.duty.note(slot, Some((in_hand(&task, received_at), Arc::clone(&meter))));
         let _counted = InFlight::of(task.work.step());
         let claimed_at = self.workshop.clock.now();
         let redelivered = delivery.redelivered;
-        let attempt = Attempt { task, owner, fence, deaths, received_at, claimed_at, redelivered };
+        let attempt =
+            Attempt { task, owner, fence, deaths, received_at, claimed_at, redelivered, meter };
         let sent = delivery.message.trace.as_deref().and_then(trace::parse);
         let lane = Lane::of(attempt.task.work.step());
         let span = trace::process_span(&attempt.task, sent.as_ref(), lane.as_str());
@@ -281,6 +289,7 @@ impl Worker {
         let permit = Permit {
             stopping: self.duty.orders.stopping.clone(),
             lease_lost: CancellationToken::new(),
+            meter: Arc::clone(&attempt.meter),
         };
         let keeper = Keeper {
             leases: Arc::clone(&self.leases),
@@ -402,6 +411,7 @@ fn in_hand(task: &Task, since: DateTime<Utc>) -> InHand {
         step: task.work.step(),
         epochs: task.work.epochs(),
         since,
+        progress: Progress::default(),
     }
 }
 

@@ -76,8 +76,9 @@ impl LastRows {
         });
         let mut merging = Merging::new(raw, columns, &deciding, picks.collect())?;
         merging.begin().await?;
+        let of = files.iter().filter_map(|file| file.rows).sum();
         while let Some(rows) = merging.next_batch().await? {
-            permit.check()?;
+            permit.reached("chooses the last row of each key", merging.rows_read, of)?;
             if !merging.is_sorted {
                 return Ok(None);
             }
@@ -249,8 +250,9 @@ struct Merging {
     runs: Vec<Run>,
     heads: BinaryHeap<Head>,
     is_sorted: bool,
-    /// Batches ever held.
+    /// Batches ever held, and the rows in them.
     held: usize,
+    rows_read: u64,
     /// Last rows that were not given out so far, and the batches that they are in.
     last: Vec<(usize, usize)>,
     sources: Vec<Arc<Held>>,
@@ -282,6 +284,7 @@ impl Merging {
             heads: BinaryHeap::new(),
             is_sorted: true,
             held: 0,
+            rows_read: 0,
             last: Vec::with_capacity(BATCH_ROWS),
             sources: Vec::new(),
             by_number: HashMap::new(),
@@ -354,6 +357,7 @@ impl Merging {
         let (number, epoch, order) = (self.held, self.runs[run].epoch, OnceLock::new());
         let held = Held { number, epoch, file, first_row, batch, keys, order };
         self.held += 1;
+        self.rows_read += held.batch.num_rows() as u64;
         self.heads.push(Head { held: Arc::new(held), row: 0, run });
         Ok(())
     }

@@ -11,6 +11,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use alluvium_protocol::pipeline::SideIndex;
 use alluvium_protocol::{Code, Error, Result};
@@ -108,15 +109,19 @@ struct Hits {
 }
 
 impl Scan<'_> {
-    /// Finds the rows of `files` with keys of the set. `go_on` is asked before each row group.
+    /// Finds the rows of `files` with keys of the set. `go_on` is asked before each row group, and told
+    /// how many rows were looked through and how many are to be, as far as that is known.
     pub async fn find(
         &self,
         files: &[LiveFile],
         keys: &Arc<KeySet>,
-        go_on: &(dyn Fn() -> Result<()> + Sync),
+        go_on: &(dyn Fn(u64, u64) -> Result<()> + Sync),
     ) -> Result<Vec<Found>> {
         let mut by_file: Vec<Option<(Hits, u64)>> = files.iter().map(|_| None).collect();
         let candidates = self.candidates(files, keys)?;
+        let of = candidates.iter().filter_map(|candidate| files[candidate.file].rows).sum();
+        let looked = AtomicU64::new(0);
+        let go_on = &|rows| go_on(looked.fetch_add(rows, Ordering::Relaxed), of);
         let unread = self.look_up(files, candidates, keys, &mut by_file, go_on).await?;
         let units = self.units(files, unread, keys).await?;
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
@@ -132,7 +137,8 @@ impl Scan<'_> {
             let (fetching, decoding) = (Arc::clone(&fetching), Arc::clone(&decoding));
             let (keys, file) = (Arc::clone(keys), &files[unit.file]);
             async move {
-                go_on()?;
+                let group = unit.footer.metadata().row_group(unit.group);
+                go_on(u64::try_from(group.num_rows()).unwrap_or(0))?;
                 let (at, path) = (unit.file, file.path.clone());
                 if let Some(local) = self.table.local_path(file)? {
                     let _turn = decoding.acquire_owned().await.map_err(Error::internal)?;
@@ -238,7 +244,7 @@ impl Scan<'_> {
         candidates: Vec<Candidate>,
         keys: &Arc<KeySet>,
         by_file: &mut [Option<(Hits, u64)>],
-        go_on: &(dyn Fn() -> Result<()> + Sync),
+        go_on: &(dyn Fn(u64) -> Result<()> + Sync),
     ) -> Result<Vec<Candidate>> {
         let Some(cache) = self.cache() else { return Ok(candidates) };
         let (mut named, mut unread) = (Vec::new(), Vec::new());
@@ -252,7 +258,7 @@ impl Scan<'_> {
         if named.is_empty() {
             return Ok(unread);
         }
-        go_on()?;
+        go_on(0)?;
         let wanted = keys.iter().map(|(key, comes)| (cache.hash(key), comes)).collect();
         let wanted = Arc::new(Wanted::new(wanted));
         let searching = named.into_iter().map(|(name, candidate)| {
@@ -262,8 +268,9 @@ impl Scan<'_> {
                 let rows = cache.find(name, &wanted, |row, comes| hits.add(row, comes));
                 (hits, rows)
             };
+            let rows = files[candidate.file].rows.unwrap_or(0);
             async move {
-                go_on()?;
+                go_on(rows)?;
                 let found = tokio::spawn(async move { work() }).await;
                 Ok::<_, Error>((candidate, found.map_err(Error::internal)?))
             }
