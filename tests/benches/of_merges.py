@@ -53,6 +53,8 @@ class Workload:
     own_layout: bool = False
 
 
+# All of a table in one bin.
+WHOLE = 'optimize = { bin_size = "1000GiB", enabled = false }'
 # The epoch before, which made the tables, made the indexes, too.
 INDEXED = 'merge = { deletion_vectors = "upgrade", index = "always" }'
 WORKLOADS = [
@@ -248,7 +250,7 @@ def in_our_layout(binary: str, table: Path, folder: Path) -> Path:
         lake = folder / "ordering"
         shutil.rmtree(lake, ignore_errors=True)
         epochs_of(Workload("", 1, 1, 0), lake)
-        before_the_merge(binary, table, lake, 'optimize = { bin_size = "1000GiB", enabled = false }')
+        before_the_merge(binary, table, lake, WHOLE)
         (lake / "waiting").rename(lake / "main")
         subprocess.run([binary, "step", "optimize"], cwd=lake, check=True, capture_output=True)
         # A table like any other: without what adoption noted in its log.
