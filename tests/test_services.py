@@ -75,7 +75,7 @@ def alive(pid: int) -> bool:
     """A process that only waits for its parent to notice is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
