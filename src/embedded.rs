@@ -66,12 +66,14 @@ pub(crate) fn keeper(config: &Config) -> Result<Option<Keeper>> {
 fn look_around(
     (disk_free, slots): (u64, usize),
     around: Arc<Mutex<Around>>,
+    duty: Arc<Duty>,
 ) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::spawn(async move {
         let mut system = System::new();
         loop {
             vitals::Used::now(&mut system).show(slots);
-            metrics().set("worker_up", &[], 1.0);
+            let is_up = !duty.orders.draining.is_cancelled();
+            metrics().set("worker_up", &[], f64::from(u8::from(is_up)));
             let full = vitals::full_disk(disk_free).map(|why| ("this process".to_owned(), why));
             let found =
                 Around { full_disks: Some(full.into_iter().collect()), ..Around::default() };
@@ -104,9 +106,10 @@ pub(crate) async fn run(
         lanes: Lane::TASKS.to_vec(),
         duty,
     };
-    let mut slots = tokio::spawn(worker.run(config.slots));
     let around = Arc::new(Mutex::new(Around::default()));
-    let _looking = look_around((config.disk_free, config.slots), Arc::clone(&around));
+    let duty = Arc::clone(&worker.duty);
+    let _looking = look_around((config.disk_free, config.slots), Arc::clone(&around), duty);
+    let mut slots = tokio::spawn(worker.run(config.slots));
     let alerts = keeper(config)?;
     let _telling = alerts.as_ref().map(Keeper::start);
     let settings = Settings {

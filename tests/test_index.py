@@ -148,11 +148,36 @@ def test_keys_of_several_columns_partitions_and_other_types(tmp_path: Path):
 
 def test_the_cache_keeps_to_its_size(tmp_path: Path):
     lake = Lake(tmp_path).pipeline(more=ALWAYS)
-    lake.configure('cache_size = "1MiB"\ncache = "./elsewhere"\n')
-    for epoch in range(1, 6):
-        deliver(lake, epoch, range(epoch * 10, 40_000 + epoch * 10))
+    lake.configure('cache_size = "256KiB"\ncache = "./elsewhere"\n')
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    others = tmp_path / "elsewhere/mine/notes.index"
+    others.parent.mkdir()
+    others.write_text("not an index")
+    os.utime(others, (0, 0))
+    # Each run writes less than what makes a long-lived worker look through its folder.
+    for epoch in range(1, 31):
+        deliver(lake, epoch, range(epoch * 700, (epoch + 1) * 700))
     kept = list((tmp_path / "elsewhere").glob("*/*.index"))
-    assert 0 < sum(path.stat().st_size for path in kept) <= 1 << 20
+    # The run that finds too much deletes before it ends, and may write one more.
+    assert 0 < sum(path.stat().st_size for path in kept) <= (256 + 64) << 10
+    assert others.read_text() == "not an index", "files of others stay"
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more=ALWAYS)
+    lake.configure('cache = "./shared"\n')
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    deliver(lake, 1, range(100))
+    deliver(lake, 2, range(50))
+    assert lake.main() == expected((1, range(100)), (2, range(50)))
+    assert list((tmp_path / "shared").iterdir()) == []
+    deliver(lake, 3, range(20))
+    assert "others may write to it" in lake.run().err
+
+
+def test_the_cache_is_a_folder_of_this_machine(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more=ALWAYS)
     lake.configure('cache = "s3://bucket/cache"\n')
     done = lake.alluvium("config", "validate")
     assert done.code == 2 and "worker.cache" in done.err and "folder of this machine" in done.err

@@ -122,3 +122,23 @@ def test_a_killed_process_leaves_nothing_on_the_disk(tmp_path: Path):
     assert list(scratch.rglob("*")) == []
     lake.run()
     assert counts(lake) == {10: 400_000}
+
+
+def test_files_of_an_epoch_are_not_all_in_memory_at_once(tmp_path: Path):
+    """Thirty files of one row group each, 15 MB as it is stored: together many times what they may take."""
+    lake = small(tmp_path, memory="256MiB")
+    folder = lake.deliver(1, [], schema=SCHEMA)
+    (folder / "part-0.parquet").unlink()
+    random = np.random.default_rng(1)
+    schema = SCHEMA.append(pa.field("noise", pa.binary()))
+    for number in range(30):
+        count = 60_000
+        noise = pa.array([random.bytes(250) for _ in range(count)])
+        ids = keys(np.arange(number * count, (number + 1) * count))
+        rows = pa.table({"id": ids, "v": np.full(count, 1), "noise": noise}, schema=schema)
+        pq.write_table(rows, folder / f"part-{number:02}.parquet", row_group_size=count)
+    process = lake.start("run", "--once")
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert usage.ru_maxrss < 550 * 1024, f"{usage.ru_maxrss / 1024:.0f} MiB"
+    assert counts(lake) == {1: 30 * 60_000}

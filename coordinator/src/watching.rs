@@ -88,11 +88,12 @@ impl Coordinator {
             let Some(lane) = Lane::TASKS.into_iter().find(|lane| lane.as_str() == queue) else {
                 continue;
             };
-            let unacked = around.in_hand.iter().filter(|(_, step)| Lane::of(*step) == lane).count();
+            let Some(in_hand) = &around.in_hand else { continue };
+            let unacked = in_hand.iter().filter(|(_, step)| Lane::of(*step) == lane).count();
             metrics().set("queue_messages", &labels("unacked"), unacked as f64);
             let waiting =
                 self.books.iter().flat_map(|book| &book.outstanding).filter(|(id, out)| {
-                    out.lane == lane && around.in_hand.iter().all(|(task, _)| task != *id)
+                    out.lane == lane && in_hand.iter().all(|(task, _)| task != *id)
                 });
             let oldest = waiting.map(|(_, out)| out.published_at).min();
             let age = oldest.map_or(0.0, |at| (now - at).as_seconds_f64());

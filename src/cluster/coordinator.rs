@@ -230,12 +230,9 @@ async fn look_around(services: Services, slots: Arc<AtomicUsize>, around: Arc<Mu
                 queues.iter().find(|(name, _)| name == DEAD).map(|(_, count)| *count)
             }),
             queues: queues.unwrap_or_default(),
-            in_hand: living
-                .iter()
-                .flatten()
-                .flat_map(|process| &process.tasks)
-                .map(of_task)
-                .collect(),
+            in_hand: living.as_ref().map(|living| {
+                living.iter().flat_map(|process| &process.tasks).map(of_task).collect()
+            }),
         };
         *around.lock().unwrap_or_else(PoisonError::into_inner) = found;
         tokio::time::sleep(LOOK_EVERY).await;

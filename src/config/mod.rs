@@ -68,7 +68,7 @@ impl Config {
         let Some(folder) = &self.cache else { return };
         if let Err(error) = keys::cache::keep(folder, self.cache_size) {
             let folder = folder.display();
-            tracing::info!(%error, %folder, "no indexes of keys are kept; set `worker.cache`");
+            tracing::warn!(%error, %folder, "no indexes of keys are kept: set `worker.cache`");
         }
     }
 }

@@ -267,10 +267,10 @@ impl Editing<'_> {
             let gone = &found.deleted | &found.rows;
             staying += found.rows_in_file - gone.len();
             let (main, permit) = (self.main.clone(), self.permit.clone());
-            let file = found.file.clone();
+            let (file, rows) = (found.file.clone(), found.rows_in_file);
             copying.push(async move {
                 permit.check()?;
-                let (bytes, rows) = (file.size, file.rows.unwrap_or(0));
+                let bytes = file.size;
                 let copy =
                     async move { main.copy_without(&file, &main.schema(), gone, target).await };
                 let copying = AbortOnDropHandle::new(tokio::spawn(copy.in_current_span()));

@@ -25,13 +25,14 @@ use alluvium_table::classify::foreign;
 use alluvium_table::datafusion::catalog::TableProvider;
 use alluvium_table::datafusion::catalog::streaming::StreamingTable;
 use alluvium_table::datafusion::datasource::empty::EmptyTable;
-use alluvium_table::datafusion::error::DataFusionError;
+use alluvium_table::datafusion::error::{DataFusionError, Result as SqlResult};
 use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use alluvium_table::datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use alluvium_table::datafusion::physical_plan::streaming::PartitionStream;
 use alluvium_table::schema::find_column;
 use futures::StreamExt;
+use futures::stream::BoxStream;
 
 use crate::Permit;
 use crate::aside::{Aside, AsideRef, CAME, MALFORMED, NULL_KEY, SELECT, line_as_json, texts_of};
@@ -42,6 +43,11 @@ use crate::typing::{fits_whole, shown, typed};
 
 const MISFIT_HELP: &str = "deliver the folder again with the table's type (a narrower one is fine); or \
                            refuse such rows: on_mismatch = \"quarantine\", then `alluvium retry`";
+
+/// Files read at a time, while their row groups are small: on object storage most of it is waiting.
+const FILES_AT_ONCE: usize = 16;
+/// Memory for row groups beyond which no more files are read at a time than there are processors.
+const HELD_BYTES: u64 = 64 << 20;
 
 const CORRECTION_HELP: &str = "correct it again: `alluvium quarantine replay PIPELINE EPOCH --rows FILE`; \
                                \"content\": null in the file takes the correction back";
@@ -148,6 +154,14 @@ impl Incoming {
         self.register_as(session, name, aside, &Arc::new(Schema::new(fields)))
     }
 
+    /// All partitions are read at once, and each file that is read holds a row group in memory.
+    fn files_at_once(&self) -> usize {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let largest = self.files.iter().map(SourceFile::held_bytes).max().unwrap_or(0);
+        let room = usize::try_from(HELD_BYTES / largest.max(1)).unwrap_or(FILES_AT_ONCE);
+        room.clamp(processors, FILES_AT_ONCE.max(processors))
+    }
+
     fn register_as(
         &self,
         session: &SessionContext,
@@ -155,19 +169,17 @@ impl Incoming {
         aside: &AsideRef,
         schema: &SchemaRef,
     ) -> Result<()> {
-        let partitions: Vec<Arc<dyn PartitionStream>> = self
-            .files
-            .iter()
-            .map(|file| {
-                Arc::new(FileRows {
-                    folder: self.folder.clone(),
-                    file: file.clone(),
-                    reading: Arc::clone(&self.reading),
-                    schema: Arc::clone(schema),
-                    aside: Arc::clone(aside),
-                }) as Arc<dyn PartitionStream>
-            })
-            .collect();
+        let file_rows = |file: &SourceFile| FileRows {
+            folder: self.folder.clone(),
+            file: file.clone(),
+            reading: Arc::clone(&self.reading),
+            schema: Arc::clone(schema),
+            aside: Arc::clone(aside),
+        };
+        let of_each = self.files.len().div_ceil(self.files_at_once()).max(1);
+        let files = self.files.chunks(of_each).map(|files| files.iter().map(file_rows).collect());
+        let partitions: Vec<Arc<dyn PartitionStream>> =
+            files.map(|files| Arc::new(FilesRows(files)) as Arc<dyn PartitionStream>).collect();
         let doing = "read the folder";
         let table: Arc<dyn TableProvider> = match partitions.is_empty() {
             // A streaming table without partitions makes DataFusion 55 panic when columns are left out.
@@ -197,12 +209,23 @@ impl std::fmt::Debug for FileRows {
     }
 }
 
-impl PartitionStream for FileRows {
+/// The rows of one file after the other's; at least one.
+#[derive(Debug)]
+struct FilesRows(Vec<FileRows>);
+
+impl PartitionStream for FilesRows {
     fn schema(&self) -> &SchemaRef {
-        &self.schema
+        &self.0[0].schema
     }
 
     fn execute(&self, _context: Arc<TaskContext>) -> SendableRecordBatchStream {
+        let rows = futures::stream::iter(self.0.clone()).flat_map(|file| file.batches());
+        Box::pin(RecordBatchStreamAdapter::new(Arc::clone(self.schema()), rows))
+    }
+}
+
+impl FileRows {
+    fn batches(&self) -> BoxStream<'static, SqlResult<RecordBatch>> {
         let this = self.clone();
         let read_as = match &self.reading.selection {
             Some(selection) => selection.input(),
@@ -219,7 +242,7 @@ impl PartitionStream for FileRows {
             let made = this.reading.permit.check().and(piece).and_then(|piece| this.take(piece));
             made.map_err(|error| DataFusionError::External(Box::new(error)))
         });
-        Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.schema), batches))
+        batches.boxed()
     }
 }
 

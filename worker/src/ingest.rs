@@ -73,12 +73,7 @@ pub async fn ingest(
         }
     }
     let manifest = read_manifest(pipeline, wanted).await?;
-    let of = Amount {
-        rows: 0,
-        bytes: manifest.objects.iter().map(|object| object.size).sum(),
-        files: manifest.objects.len() as u64,
-    };
-    permit.begin("opens the folder's files", of);
+    permit.begin("opens the folder's files", Amount::default());
     let opened = SourceFile::open_all(pipeline, &manifest).await?;
     check_raw_has_it(workshop, pipeline, wanted).await?;
     let schema = match &present {

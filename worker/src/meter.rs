@@ -38,8 +38,9 @@ impl Permit {
 
     /// The same where parts take turns: this one is as far as this.
     pub(crate) fn reached(&self, doing: &str, rows: u64, of: u64) -> Result<()> {
-        self.begin(doing, Amount::rows(of));
-        self.done(Amount::rows(rows))
+        let (done, of, doing) = (Amount::rows(rows), Amount::rows(of), doing.to_owned());
+        self.meter.change(|progress| *progress = Progress { doing, done, of });
+        self.check()
     }
 
     /// The same with a batch of rows that is passed on.

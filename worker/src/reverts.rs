@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::iter::repeat_n;
 use std::sync::Arc;
 
+use alluvium_protocol::heartbeat::Amount;
 use alluvium_protocol::{Epoch, Error, Pipeline, Result};
 use alluvium_table::Table;
 use alluvium_table::arrow::array::{ArrayRef, Int64Array, RecordBatch, StringArray};
@@ -31,6 +32,7 @@ pub(crate) async fn revert_rows(
     let key = table_names(table, &pipeline.content.key);
     let columns = columns_of(&table.schema(), &key)?;
     let memory = pipeline.sizes.memory_bytes;
+    permit.begin("looks for rows that the folder had before", Amount::default());
     let mut previous = Sorter::new(&Plan::new(&columns, &key, memory)?)?;
     for file in raw::files_of(table, &BTreeSet::from([epoch])).await? {
         let deleted = table.deleted_rows(file.remove.deletion_vector.as_ref()).await?;

@@ -393,7 +393,9 @@ fn count(task: &Task, verdict: &Verdict, seconds: f64) {
     if report.already {
         return;
     }
-    metrics().committed(step.as_str(), report.conflicts + 1);
+    if step != Step::Cleanup {
+        metrics().committed(step.as_str(), report.conflicts + 1);
+    }
     match step {
         Step::Ingest => {
             metrics().rows(pipeline, "raw", report.rows_written);

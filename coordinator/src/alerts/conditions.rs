@@ -30,8 +30,8 @@ pub struct Around {
     pub dead_letters: Option<usize>,
     /// Messages that nobody has in hand, by queue.
     pub queues: Vec<(String, usize)>,
-    /// Tasks that workers say they have in hand.
-    pub in_hand: Vec<(Uuid, Step)>,
+    /// Tasks that workers say they have in hand; `None`: nobody knows.
+    pub in_hand: Option<Vec<(Uuid, Step)>>,
 }
 
 /// Collects what one look finds.

@@ -8,8 +8,10 @@
 //! ```
 //! Nothing in it is believed without a check, and no failure here fails a merge: keys are then read.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,7 +21,7 @@ use alluvium_protocol::pipeline::SideIndex;
 use tempfile::NamedTempFile;
 use uuid::Uuid;
 
-use super::side::{self, Entry, Hash, Secret, Wanted};
+use super::side::{self, Entry, Secret, Wanted};
 
 /// <https://bford.info/cachedir/>
 const TAG: &str = "Signature: 8a477f597d28d172789f06886806bc55\n# Side indexes of Alluvium: may be deleted at any time.\n";
@@ -31,8 +33,13 @@ const TOUCH_EVERY: Duration = Duration::from_secs(600);
 const LEFTOVER_AFTER: Duration = Duration::from_secs(3600);
 /// Marks of data files that were scanned once are kept for so long.
 const SEEN_FOR: Duration = Duration::from_secs(30 * 86_400);
-/// The folder is looked through each time that this part of its limit was written.
+/// The folder is looked through when a process first writes, and each time that it wrote this part of the
+/// limit.
 const LOOK_PART: u64 = 16;
+/// Begins the names of files that are being written.
+const UNFINISHED: &str = ".making-";
+/// Letters of a folder's and of an index's name, which make one hash.
+const NAME_LETTERS: (usize, usize) = (2, 30);
 
 /// A folder of side indexes.
 pub struct Cache {
@@ -59,13 +66,15 @@ pub(super) fn kept() -> Option<&'static Cache> {
 
 impl Cache {
     fn open(folder: &Path, bytes_max: u64) -> io::Result<Self> {
-        fs::create_dir_all(folder)?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+        check_owner(folder)?;
         let tag = folder.join("CACHEDIR.TAG");
         if !tag.exists() {
             fs::write(tag, TAG)?;
         }
         let secret = Self::secret(folder)?;
-        let cache = Self { folder: folder.to_owned(), secret, bytes_max, written: 0.into() };
+        let cache =
+            Self { folder: folder.to_owned(), secret, bytes_max, written: bytes_max.into() };
         Ok(cache)
     }
 
@@ -73,19 +82,23 @@ impl Cache {
     /// nothing that is there is found any more.
     fn secret(folder: &Path) -> io::Result<Secret> {
         let path = folder.join("secret");
-        let read = || fs::read(&path).ok().and_then(|bytes| bytes.try_into().ok()).map(Secret);
-        if let Some(secret) = read() {
-            return Ok(secret);
-        }
+        let read =
+            || -> io::Result<Option<Secret>> { Ok(fs::read(&path)?.try_into().ok().map(Secret)) };
+        let is_there = match read() {
+            Ok(Some(secret)) => return Ok(secret),
+            Ok(None) => true,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            Err(error) => return Err(error),
+        };
         // Readable for its owner only.
-        let mut file = NamedTempFile::new_in(folder)?;
+        let mut file = unfinished(folder)?;
         file.write_all(Uuid::new_v4().as_bytes())?;
-        match path.exists() {
+        match is_there {
             true => drop(file.persist(&path)?),
             // Of two processes that begin together one is first.
             false => drop(file.persist_noclobber(&path)),
         }
-        read().ok_or_else(|| io::Error::other(format!("{} cannot be read", path.display())))
+        read()?.ok_or_else(|| io::Error::other(format!("{} is damaged", path.display())))
     }
 
     /// The name of the index of what `text` tells apart from all else.
@@ -93,14 +106,15 @@ impl Cache {
         self.secret.name(text)
     }
 
-    /// A key's hash.
-    pub(super) fn hash(&self, key: &[u8]) -> Hash {
-        self.secret.hash(key)
+    /// What hashes are keyed with.
+    pub(super) fn key(&self) -> Secret {
+        self.secret
     }
 
     fn path(&self, name: u128, kind: &str) -> PathBuf {
         let name = format!("{name:032x}");
-        self.folder.join(&name[..2]).join(format!("{}.{kind}", &name[2..]))
+        let (folder, name) = name.split_at(NAME_LETTERS.0);
+        self.folder.join(folder).join(format!("{name}.{kind}"))
     }
 
     /// Calls `hit` with the rows of the wanted keys; returns the rows of the data file. `None`: there is
@@ -172,7 +186,7 @@ impl Cache {
         let path = self.path(name, "index");
         parent(&path)?;
         let folder = path.parent().unwrap_or(&self.folder);
-        let file = NamedTempFile::new_in(folder)?;
+        let file = unfinished(folder)?;
         side::write(BufWriter::new(&file), name, rows, entries)?;
         let bytes = file.as_file().metadata()?.len();
         file.persist(&path)?;
@@ -189,11 +203,10 @@ impl Cache {
             let used = metadata.modified().unwrap_or(now);
             let age = now.duration_since(used).unwrap_or_default();
             let path = file.path();
-            match path.extension().and_then(|kind| kind.to_str()) {
-                Some("index") => kept.push((used, metadata.len(), path)),
-                Some("seen") if age < SEEN_FOR => {}
-                Some("seen") => drop(fs::remove_file(path)),
-                _ if age > LEFTOVER_AFTER => drop(fs::remove_file(path)),
+            match kind_of(&file) {
+                Kind::Index => kept.push((used, metadata.len(), path)),
+                Kind::Seen if age > SEEN_FOR => drop(fs::remove_file(path)),
+                Kind::Unfinished if age > LEFTOVER_AFTER => drop(fs::remove_file(path)),
                 _ => {}
             }
         }
@@ -217,10 +230,56 @@ fn parent(path: &Path) -> io::Result<()> {
     path.parent().map_or(Ok(()), fs::create_dir_all)
 }
 
-/// The files one level below a folder.
+/// What is written by the name of something else when it is whole.
+fn unfinished(folder: &Path) -> io::Result<NamedTempFile> {
+    tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder)
+}
+
+/// Whoever can write to the folder can make indexes that are believed: it must be ours alone to write to.
+fn check_owner(folder: &Path) -> io::Result<()> {
+    let ours = unfinished(folder)?.as_file().metadata()?.uid();
+    let metadata = fs::metadata(folder)?;
+    if metadata.uid() != ours || metadata.mode() & 0o022 != 0 {
+        let text = format!("{} is another user's, or others may write to it", folder.display());
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
+    Ok(())
+}
+
+/// The files one level below a folder, in folders that are named as ours are.
 fn files(folder: &Path) -> impl Iterator<Item = fs::DirEntry> {
     let below = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten();
-    below(folder).flat_map(move |entry| below(&entry.path()))
+    let is_ours = |entry: &fs::DirEntry| {
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        is_folder && is_hash(&entry.file_name(), NAME_LETTERS.0)
+    };
+    below(folder).filter(is_ours).flat_map(move |entry| below(&entry.path()))
+}
+
+enum Kind {
+    Index,
+    Seen,
+    Unfinished,
+    /// Somebody else's.
+    Other,
+}
+
+fn kind_of(file: &fs::DirEntry) -> Kind {
+    let name = PathBuf::from(file.file_name());
+    if name.to_str().is_some_and(|name| name.starts_with(UNFINISHED)) {
+        return Kind::Unfinished;
+    }
+    let is_ours = name.file_stem().is_some_and(|stem| is_hash(stem, NAME_LETTERS.1));
+    match name.extension().and_then(|kind| kind.to_str()) {
+        Some("index") if is_ours => Kind::Index,
+        Some("seen") if is_ours => Kind::Seen,
+        _ => Kind::Other,
+    }
+}
+
+fn is_hash(name: &OsStr, letters: usize) -> bool {
+    let is_digit = |letter: u8| matches!(letter, b'0'..=b'9' | b'a'..=b'f');
+    name.len() == letters && name.as_encoded_bytes().iter().all(|letter| is_digit(*letter))
 }
 
 /// It was used now.
@@ -235,14 +294,16 @@ fn touch(file: &File) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn entries(cache: &Cache, keys: std::ops::Range<u32>) -> Vec<Entry> {
-        keys.map(|row| Entry { hash: cache.hash(&row.to_le_bytes()), row }).collect()
+        keys.map(|row| cache.key().entry(&row.to_le_bytes(), row)).collect()
     }
 
     fn rows_of(cache: &Cache, name: u128, key: u32) -> Option<Vec<u64>> {
-        let wanted = Wanted::new(vec![(cache.hash(&key.to_le_bytes()), true)]);
+        let wanted = Wanted::new(cache.key(), [(&key.to_le_bytes()[..], true)].into_iter());
         let mut rows = Vec::new();
         cache.find(name, &wanted, |row, _| rows.push(row)).map(|_| rows)
     }
@@ -284,6 +345,18 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_that_others_may_write_to_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        for (mode, is_fine) in [(0o700, true), (0o750, true), (0o770, false), (0o1777, false)] {
+            fs::set_permissions(folder.path(), fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(Cache::open(folder.path(), 1 << 30).is_ok(), is_fine, "{mode:o}");
+        }
+        let made = folder.path().join("made/here");
+        Cache::open(&made, 1 << 30).unwrap();
+        assert_eq!(fs::metadata(&made).unwrap().mode() & 0o777, 0o700);
+    }
+
+    #[test]
     fn what_was_not_used_for_longest_goes_first() {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::open(folder.path(), 200_000).unwrap();
@@ -292,13 +365,20 @@ mod tests {
             let file = File::open(cache.path(name, "index")).unwrap();
             file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
         }
-        let leftover = folder.path().join("00/.tmpleft");
-        parent(&leftover).unwrap();
-        let file = File::create(&leftover).unwrap();
-        file.set_modified(SystemTime::now() - 2 * LEFTOVER_AFTER).unwrap();
+        let old = |path: &str| {
+            let path = folder.path().join(path);
+            parent(&path).unwrap();
+            let file = File::create(&path).unwrap();
+            file.set_modified(SystemTime::now() - 2 * SEEN_FOR).unwrap();
+            path
+        };
+        let leftovers = [old("00/.making-x"), old("00/000000000000000000000000000000.seen")];
+        // The folder may have been somebody's before.
+        let others = [old("00/theirs"), old("00/theirs.index"), old("etc/passwd"), old("mine")];
         cache.evict();
         let left: Vec<u128> = (1..4).filter(|name| cache.has(*name)).collect();
         assert_eq!(left, [1, 3]);
-        assert!(!leftover.exists());
+        assert!(leftovers.iter().all(|path| !path.exists()));
+        assert!(others.iter().all(|path| path.exists()));
     }
 }

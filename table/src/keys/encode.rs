@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use deltalake::arrow::ARROW_VERSION;
 use deltalake::arrow::array::{
     Array, ArrayRef, AsArray, BinaryArray, Int64Array, StringArray, new_null_array,
 };
@@ -13,6 +14,10 @@ use deltalake::arrow::compute::{CastOptions, cast_with_options};
 use deltalake::arrow::datatypes::{DataType, Int64Type};
 use deltalake::arrow::error::ArrowError;
 use deltalake::arrow::row::{RowConverter, Rows, SortField};
+
+/// The way that keys become bytes, which is to change with any change in them: side indexes hold hashes of
+/// these bytes. Arrow's row format may change with arrow.
+pub(super) const FORM: (u32, &str) = (1, ARROW_VERSION);
 
 /// Makes bytes of the keys of one table.
 pub(super) struct Encoder {
@@ -158,5 +163,39 @@ impl Encoded {
             }
             Keys::Rows(keys) => keys.row(row).data(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use deltalake::arrow::array::{Date32Array, Float64Array};
+
+    use super::*;
+
+    fn bytes(types: &[DataType], columns: &[ArrayRef]) -> Vec<Vec<u8>> {
+        let encoded = Encoder::new(types).unwrap().encode(columns).unwrap();
+        let mut keys = Vec::new();
+        encoded.each(|_, key| keys.push(key.to_vec()));
+        keys
+    }
+
+    /// Side indexes on disk hold hashes of these bytes: when this fails, `FORM` is to change.
+    #[test]
+    fn keys_become_the_bytes_that_they_became_before() {
+        let text: ArrayRef = Arc::new(StringArray::from(vec![Some("k\u{e9}"), None]));
+        assert_eq!(bytes(&[DataType::Utf8], &[text]), [b"k\xc3\xa9".to_vec()]);
+        let day: ArrayRef = Arc::new(Date32Array::from(vec![-2]));
+        assert_eq!(bytes(&[DataType::Date32], &[day]), [(-2_i64).to_le_bytes().to_vec()]);
+        let float: ArrayRef = Arc::new(Float64Array::from(vec![1.0]));
+        let whole: ArrayRef = Arc::new(Int64Array::from(vec![3]));
+        assert_eq!(
+            bytes(&[DataType::Float64, DataType::Int64], &[float, whole]),
+            [[1, 0xbf, 0xf0, 0, 0, 0, 0, 0, 0, 1, 0x80, 0, 0, 0, 0, 0, 0, 3]]
+        );
+        assert_eq!(
+            FORM,
+            (1, "59.3.2"),
+            "the row format may have changed: see above, then say so here"
+        );
     }
 }

@@ -30,7 +30,7 @@ enum State {
     Begun,
     /// The entries so far, and the memory that all of them take.
     Taken(Vec<Entry>, OwnedSemaphorePermit),
-    /// There was no memory: another scan makes it.
+    /// There was no memory: another scan may make it, unless the file is too large for that.
     Dropped,
 }
 
@@ -51,7 +51,14 @@ impl Making {
         if let State::Begun = held.state {
             let kibibytes = u32::try_from(self.rows * ENTRY_BYTES / 1024 + 1).unwrap_or(u32::MAX);
             let room = Arc::clone(&self.room).try_acquire_many_owned(kibibytes);
-            held.state = room.map_or(State::Dropped, |room| State::Taken(Vec::new(), room));
+            let rows = usize::try_from(self.rows).unwrap_or(usize::MAX);
+            held.state = match room {
+                Ok(room) => State::Taken(Vec::with_capacity(rows), room),
+                Err(_) => {
+                    tracing::debug!(self.rows, "no memory for a side index");
+                    State::Dropped
+                }
+            };
         }
         matches!(held.state, State::Taken(..))
     }
@@ -59,7 +66,7 @@ impl Making {
     /// Where a key's row is, to be given to [`Self::take`].
     pub(super) fn entry(&self, key: &[u8], row: u64) -> Entry {
         // Rows of such files are counted before: they fit.
-        Entry { hash: self.cache.hash(key), row: row as u32 }
+        self.cache.key().entry(key, row as u32)
     }
 
     /// Takes a row group's keys; with the last one the index is kept.

@@ -27,6 +27,7 @@ use futures::{StreamExt, TryStreamExt};
 use tokio::sync::Semaphore;
 
 use super::cache::{self, Cache};
+use super::encode::FORM;
 use super::fetch::Parts;
 use super::footers::for_arrow;
 use super::making::Making;
@@ -84,10 +85,14 @@ enum Source {
     Partition(ArrayRef),
 }
 
-/// A file that may hold a key: its number, and the key's values that its partition gives.
+/// A file that may hold a key.
 struct Candidate {
+    /// Its number.
     file: usize,
+    /// The key's values that its partition gives.
     partition: Vec<Option<ArrayRef>>,
+    /// Of its side index.
+    name: u128,
 }
 
 /// A row group to be read.
@@ -100,6 +105,13 @@ struct Unit {
     ranges: Vec<Range<u64>>,
     mask: ProjectionMask,
     sources: Arc<Vec<Source>>,
+}
+
+impl Unit {
+    fn rows(&self) -> u64 {
+        let rows = self.footer.metadata().row_group(self.group).num_rows();
+        u64::try_from(rows).unwrap_or(0)
+    }
 }
 
 #[derive(Default)]
@@ -121,9 +133,12 @@ impl Scan<'_> {
         let candidates = self.candidates(files, keys)?;
         let of = candidates.iter().filter_map(|candidate| files[candidate.file].rows).sum();
         let looked = AtomicU64::new(0);
-        let go_on = &|rows| go_on(looked.fetch_add(rows, Ordering::Relaxed), of);
+        let go_on = &|rows| go_on(looked.fetch_add(rows, Ordering::Relaxed) + rows, of);
         let unread = self.look_up(files, candidates, keys, &mut by_file, go_on).await?;
+        let left: u64 = unread.iter().filter_map(|candidate| files[candidate.file].rows).sum();
         let units = self.units(files, unread, keys).await?;
+        // Passed over.
+        go_on(left.saturating_sub(units.iter().map(Unit::rows).sum()))?;
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let at_once = match place_of(self.table.uri())? {
             Place::Local(_) => processors,
@@ -137,8 +152,7 @@ impl Scan<'_> {
             let (fetching, decoding) = (Arc::clone(&fetching), Arc::clone(&decoding));
             let (keys, file) = (Arc::clone(keys), &files[unit.file]);
             async move {
-                let group = unit.footer.metadata().row_group(unit.group);
-                go_on(u64::try_from(group.num_rows()).unwrap_or(0))?;
+                go_on(unit.rows())?;
                 let (at, path) = (unit.file, file.path.clone());
                 if let Some(local) = self.table.local_path(file)? {
                     let _turn = decoding.acquire_owned().await.map_err(Error::internal)?;
@@ -219,7 +233,8 @@ impl Scan<'_> {
         for (at, file) in files.iter().enumerate() {
             let Some(partition) = self.partition_of(file, keys)? else { continue };
             if keys.is_within(self.key, file.stats.as_deref()) {
-                candidates.push(Candidate { file: at, partition });
+                let name = self.cache().map_or(0, |cache| self.index_name(cache, file, keys));
+                candidates.push(Candidate { file: at, partition, name });
             }
         }
         Ok(candidates)
@@ -234,7 +249,8 @@ impl Scan<'_> {
         let (table, types) = (self.table.id(), keys.types());
         let LiveFile { path, size, modified, .. } = file;
         let uri = self.table.uri();
-        cache.name(&format!("{uri} {table} {path:?} {size} {modified} {:?} {types:?}", self.key))
+        let key = self.key;
+        cache.name(&format!("{FORM:?} {uri} {table} {path:?} {size} {modified} {key:?} {types:?}"))
     }
 
     /// Finds the rows of those files that have a side index; returns the others.
@@ -247,22 +263,15 @@ impl Scan<'_> {
         go_on: &(dyn Fn(u64) -> Result<()> + Sync),
     ) -> Result<Vec<Candidate>> {
         let Some(cache) = self.cache() else { return Ok(candidates) };
-        let (mut named, mut unread) = (Vec::new(), Vec::new());
-        for candidate in candidates {
-            let name = self.index_name(cache, &files[candidate.file], keys);
-            match cache.has(name) {
-                true => named.push((name, candidate)),
-                false => unread.push(candidate),
-            }
-        }
+        let has_index = |candidate: &Candidate| cache.has(candidate.name);
+        let (named, mut unread): (Vec<_>, Vec<_>) = candidates.into_iter().partition(has_index);
         if named.is_empty() {
             return Ok(unread);
         }
         go_on(0)?;
-        let wanted = keys.iter().map(|(key, comes)| (cache.hash(key), comes)).collect();
-        let wanted = Arc::new(Wanted::new(wanted));
-        let searching = named.into_iter().map(|(name, candidate)| {
-            let wanted = Arc::clone(&wanted);
+        let wanted = Arc::new(Wanted::new(cache.key(), keys.iter()));
+        let searching = named.into_iter().map(|candidate| {
+            let (wanted, name) = (Arc::clone(&wanted), candidate.name);
             let work = move || {
                 let mut hits = Hits::default();
                 let rows = cache.find(name, &wanted, |row, comes| hits.add(row, comes));
@@ -296,11 +305,11 @@ impl Scan<'_> {
         candidates: Vec<Candidate>,
         keys: &KeySet,
     ) -> Result<Vec<Unit>> {
-        // What fetched bytes leave of the memory at most is theirs.
+        // Beside the keys and what is fetched, which take a share of this size each.
         let room = Arc::new(Semaphore::new(self.memory_bytes / 2 / 1024));
         let mut footers = Vec::new();
-        for Candidate { file, partition } in candidates {
-            footers.push(self.units_of(file, &files[file], partition, (keys, &room)));
+        for candidate in candidates {
+            footers.push(self.units_of(&files[candidate.file], candidate, (keys, &room)));
         }
         let footers = futures::stream::iter(footers).buffered(FOOTERS_AT_ONCE);
         let units: Vec<Vec<Unit>> = footers.try_collect().await?;
@@ -309,9 +318,8 @@ impl Scan<'_> {
 
     async fn units_of(
         &self,
-        at: usize,
         file: &LiveFile,
-        partition: Vec<Option<ArrayRef>>,
+        Candidate { file: at, partition, name }: Candidate,
         (keys, room): (&KeySet, &Arc<Semaphore>),
     ) -> Result<Vec<Unit>> {
         let doing = || format!("read {} of {}", file.path, self.table.uri());
@@ -360,13 +368,11 @@ impl Scan<'_> {
         if let Some(cache) = self.cache()
             && units.len() == metadata.num_row_groups()
             && u32::try_from(first_row).is_ok()
+            && cache.pays(name, first_row, self.index)
         {
-            let name = self.index_name(cache, file, keys);
-            if cache.pays(name, first_row, self.index) {
-                let making = Making::new(cache, (name, first_row, units.len()), Arc::clone(room));
-                let making = Arc::new(making);
-                units.iter_mut().for_each(|unit| unit.making = Some(Arc::clone(&making)));
-            }
+            let making = Making::new(cache, (name, first_row, units.len()), Arc::clone(room));
+            let making = Arc::new(making);
+            units.iter_mut().for_each(|unit| unit.making = Some(Arc::clone(&making)));
         }
         Ok(units)
     }
@@ -501,10 +507,11 @@ fn decode_arrays<R: ChunkReader + 'static>(
                 Source::Partition(value) => repeated(value, batch.num_rows()),
             })
             .collect::<Result<Vec<ArrayRef>>>()?;
-        keys.find_in(&columns, |row, comes| hits.add(first_row + row as u64, comes))?;
+        let encoded = keys.encode(&columns)?;
+        keys.find_encoded(&encoded, |row, comes| hits.add(first_row + row as u64, comes));
         if let Some(making) = making {
-            let mut add = |row, key: &[u8]| entries.push(making.entry(key, first_row + row as u64));
-            keys.each_key(&columns, &mut add)?;
+            let entry = |row, key: &[u8]| making.entry(key, first_row + row as u64);
+            encoded.each(|row, key| entries.push(entry(row, key)));
         }
         first_row += batch.num_rows() as u64;
     }

@@ -71,7 +71,7 @@ impl KeySet {
     /// Adds a batch's keys; `comes` says of each row whether it is one that comes. A key that is there
     /// comes when one of its rows does. A key with a NULL in it is in no set.
     pub fn add(&mut self, columns: &[ArrayRef], comes: &dyn Fn(usize) -> bool) -> Result<()> {
-        let encoded = self.encoder.encode(columns).map_err(|e| unusable(&e))?;
+        let encoded = self.encode(columns)?;
         encoded.each(|row, key| self.insert(key, comes(row)));
         for ((bounds, column), kind) in self.bounds.iter_mut().zip(columns).zip(&self.types) {
             bounds.extend(column, kind);
@@ -173,19 +173,28 @@ impl KeySet {
 
     /// Calls `hit` with each row of these columns whose key is in the set, in order, and whether the
     /// key's row comes.
-    pub fn find_in(&self, columns: &[ArrayRef], mut hit: impl FnMut(usize, bool)) -> Result<()> {
-        let encoded = self.encoder.encode(columns).map_err(|e| unusable(&e))?;
+    pub fn find_in(&self, columns: &[ArrayRef], hit: impl FnMut(usize, bool)) -> Result<()> {
+        self.find_encoded(&self.encode(columns)?, hit);
+        Ok(())
+    }
+
+    /// These columns' keys as bytes, as this set compares them.
+    pub(super) fn encode(&self, columns: &[ArrayRef]) -> Result<Encoded> {
+        self.encoder.encode(columns).map_err(|e| unusable(&e))
+    }
+
+    /// The same as [`Self::find_in`].
+    pub(super) fn find_encoded(&self, encoded: &Encoded, mut hit: impl FnMut(usize, bool)) {
         let mut block: Vec<(usize, u64)> = Vec::with_capacity(BLOCK);
         let mut passed = vec![0; BLOCK];
         encoded.each(|row, key| {
             block.push((row, xxh3_64_with_seed(key, self.seed)));
             if block.len() == BLOCK {
-                self.find_block(&encoded, &block, &mut passed, &mut hit);
+                self.find_block(encoded, &block, &mut passed, &mut hit);
                 block.clear();
             }
         });
-        self.find_block(&encoded, &block, &mut passed, &mut hit);
-        Ok(())
+        self.find_block(encoded, &block, &mut passed, &mut hit);
     }
 
     fn find_block(
@@ -202,16 +211,6 @@ impl KeySet {
                 hit(row, self.comes[found]);
             }
         }
-    }
-
-    /// Calls `visit` with each row of these columns and its key as bytes, in order; NULL is no key.
-    pub(super) fn each_key(
-        &self,
-        columns: &[ArrayRef],
-        visit: impl FnMut(usize, &[u8]),
-    ) -> Result<()> {
-        self.encoder.encode(columns).map_err(|e| unusable(&e))?.each(visit);
-        Ok(())
     }
 
     /// The keys as bytes, each with whether its row comes.
@@ -268,9 +267,10 @@ impl KeySet {
         self.ends.is_empty()
     }
 
-    /// Memory that it takes.
+    /// Memory that it takes, and that it takes to ask side indexes for its keys.
     pub fn bytes(&self) -> usize {
-        self.bytes.capacity()
+        16 * self.len()
+            + self.bytes.capacity()
             + 8 * (self.ends.capacity() + self.hashes.capacity())
             + self.comes.capacity()
             + 8 * (self.slots.len() + self.filter.len())

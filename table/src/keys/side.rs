@@ -13,7 +13,7 @@
 use std::io::{Error, ErrorKind, Read, Result, Write};
 
 use siphasher::sip128::SipHasher13;
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// What a file begins with.
 const MAGIC: &[u8; 8] = b"ALLUVIX1";
@@ -30,18 +30,18 @@ const SPARSE: usize = 8;
 #[derive(Clone, Copy)]
 pub(super) struct Secret(pub(super) [u8; 16]);
 
-/// A key's hash.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Hash {
-    order: u64,
-    check: u32,
-}
-
 impl Secret {
-    /// A key's hash, by the bytes that it is compared by.
-    pub(super) fn hash(&self, key: &[u8]) -> Hash {
+    /// What a key is found by, and what it is told apart by from others that are found there: a hash of
+    /// the bytes that it is compared by.
+    fn hash(&self, key: &[u8]) -> (u64, u32) {
         let hash = SipHasher13::new_with_key(&self.0).hash(key);
-        Hash { order: hash.h1, check: hash.h2 as u32 }
+        (hash.h1, hash.h2 as u32)
+    }
+
+    /// The entry of a key in this row.
+    pub(super) fn entry(&self, key: &[u8], row: u32) -> Entry {
+        let (order, check) = self.hash(key);
+        Entry { order, check, row }
     }
 
     /// The name that a text gives.
@@ -53,25 +53,31 @@ impl Secret {
 /// Where a key is.
 #[derive(Clone, Copy)]
 pub(super) struct Entry {
-    pub(super) hash: Hash,
-    pub(super) row: u32,
+    order: u64,
+    check: u32,
+    row: u32,
 }
 
 /// Keys that are looked for, in the order of their hashes; of each it is known whether its row comes.
-pub(super) struct Wanted(Vec<(Hash, bool)>);
+pub(super) struct Wanted(Vec<(u64, u32, bool)>);
 
 impl Wanted {
     /// Distinct keys, in any order.
-    pub(super) fn new(mut keys: Vec<(Hash, bool)>) -> Self {
+    pub(super) fn new<'k>(secret: Secret, keys: impl Iterator<Item = (&'k [u8], bool)>) -> Self {
+        let hashed = keys.map(|(key, comes)| {
+            let (order, check) = secret.hash(key);
+            (order, check, comes)
+        });
+        let mut keys: Vec<_> = hashed.collect();
         keys.sort_unstable();
         Self(keys)
     }
 
     /// Those whose hashes lie between two.
-    fn between(&self, first: u64, last: u64) -> &[(Hash, bool)] {
-        let from = self.0.partition_point(|(hash, _)| hash.order < first);
+    fn between(&self, first: u64, last: u64) -> &[(u64, u32, bool)] {
+        let from = self.0.partition_point(|(order, ..)| *order < first);
         let left = &self.0[from..];
-        &left[..left.partition_point(|(hash, _)| hash.order <= last)]
+        &left[..left.partition_point(|(order, ..)| *order <= last)]
     }
 }
 
@@ -82,18 +88,23 @@ pub(super) fn write(
     rows: u64,
     entries: &mut [Entry],
 ) -> Result<()> {
-    entries.sort_unstable_by_key(|entry| entry.hash);
+    entries.sort_unstable_by_key(|entry| (entry.order, entry.check));
     out.write_all(&header(name, entries.len() as u64, rows))?;
     let mut section = Vec::with_capacity(SECTION.min(entries.len()) * ENTRY_BYTES);
-    for entries in entries.chunks(SECTION) {
+    for (place, entries) in entries.chunks(SECTION).enumerate() {
         section.clear();
-        entries.iter().for_each(|entry| section.extend(entry.hash.order.to_le_bytes()));
-        entries.iter().for_each(|entry| section.extend(entry.hash.check.to_le_bytes()));
+        entries.iter().for_each(|entry| section.extend(entry.order.to_le_bytes()));
+        entries.iter().for_each(|entry| section.extend(entry.check.to_le_bytes()));
         entries.iter().for_each(|entry| section.extend(entry.row.to_le_bytes()));
         out.write_all(&section)?;
-        out.write_all(&xxh3_64(&section).to_le_bytes())?;
+        out.write_all(&sum_of(&section, name, place).to_le_bytes())?;
     }
     out.flush()
+}
+
+/// A section's checksum, which no section of another index or at another place has.
+fn sum_of(section: &[u8], name: u128, place: usize) -> u64 {
+    xxh3_64_with_seed(section, (name as u64).wrapping_add(place as u64))
 }
 
 fn header(name: u128, entries: u64, rows: u64) -> [u8; HEADER_BYTES] {
@@ -125,15 +136,17 @@ pub(super) fn find(
     let mut left = usize::try_from(entries).map_err(|_| damaged("its header"))?;
     let mut section = vec![0; SECTION.min(left) * ENTRY_BYTES + 8];
     let mut order = Vec::with_capacity(SECTION.min(left));
+    let mut place = 0;
     while left > 0 {
         let count = left.min(SECTION);
         left -= count;
         let section = &mut section[..count * ENTRY_BYTES + 8];
         input.read_exact(section)?;
         let (body, sum) = section.split_at(count * ENTRY_BYTES);
-        if xxh3_64(body) != number(sum) {
+        if sum_of(body, name, place) != number(sum) {
             return Err(damaged("a checksum"));
         }
+        place += 1;
         let (hashes, others) = body.split_at(count * 8);
         let (checks, places) = others.split_at(count * 4);
         let (first, last) = (number(&hashes[..8]), number(&hashes[(count - 1) * 8..]));
@@ -145,18 +158,18 @@ pub(super) fn find(
         order.extend(hashes.chunks_exact(8).map(number));
         let is_sparse = wanted.len() * SPARSE < count;
         let mut at = 0;
-        for (hash, comes) in wanted {
+        for (of_key, check, comes) in wanted {
             if is_sparse {
-                at += order[at..].partition_point(|order| *order < hash.order);
+                at += order[at..].partition_point(|order| order < of_key);
             } else {
-                while order[at] < hash.order {
+                while order[at] < *of_key {
                     at += 1;
                 }
             }
-            let same = order[at..].iter().take_while(|order| **order == hash.order).count();
+            let same = order[at..].iter().take_while(|order| *order == of_key).count();
             for at in at..at + same {
                 let place = at * 4..at * 4 + 4;
-                if short(&checks[place.clone()]) == hash.check {
+                if short(&checks[place.clone()]) == *check {
                     let row = u64::from(short(&places[place]));
                     if row >= rows {
                         return Err(damaged("a row"));
@@ -194,14 +207,15 @@ mod tests {
     fn index(keys: &[u32]) -> Vec<u8> {
         let places = keys.iter().zip(0..);
         let mut entries: Vec<Entry> =
-            places.map(|(number, row)| Entry { hash: SECRET.hash(&key(*number)), row }).collect();
+            places.map(|(number, row)| SECRET.entry(&key(*number), row)).collect();
         let mut bytes = Vec::new();
         write(&mut bytes, 5, keys.len() as u64, &mut entries).unwrap();
         bytes
     }
 
     fn wanted(keys: impl Iterator<Item = u32>) -> Wanted {
-        Wanted::new(keys.map(|number| (SECRET.hash(&key(number)), number % 2 == 0)).collect())
+        let keys: Vec<_> = keys.map(|number| (key(number), number % 2 == 0)).collect();
+        Wanted::new(SECRET, keys.iter().map(|(key, comes)| (key.as_slice(), *comes)))
     }
 
     fn found(bytes: &[u8], wanted: &Wanted) -> Result<Vec<(u64, bool)>> {
@@ -244,6 +258,13 @@ mod tests {
         for length in [0, 20, 48, 9_000, bytes.len() - 1] {
             assert!(found(&bytes[..length], &wanted).is_err(), "{length}");
         }
+        // Sections that changed their places, or are of another index.
+        let keys: Vec<u32> = (0..200_000).collect();
+        let mut bytes = index(&keys);
+        let section = SECTION * ENTRY_BYTES + 8;
+        let (one, other) = bytes[HEADER_BYTES..HEADER_BYTES + 2 * section].split_at_mut(section);
+        one.swap_with_slice(other);
+        assert!(found(&bytes, &wanted).is_err());
         assert!(find(bytes.as_slice(), 6, &wanted, |_, _| {}).is_err());
     }
 }

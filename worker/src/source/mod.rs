@@ -203,6 +203,15 @@ impl SourceFile {
         self.schema = Arc::new(Schema::new(own.chain(added).collect::<Vec<_>>()));
     }
 
+    /// What reading it holds in memory, beside what is being decoded.
+    pub fn held_bytes(&self) -> u64 {
+        match &self.body {
+            Body::Parquet(file) => file.held_bytes(),
+            // Its rows lie on disk.
+            Body::Text(_) => 0,
+        }
+    }
+
     /// The file's rows from the start, in order. `columns` says which types nested values get.
     pub fn pieces(&self, folder: &str, columns: &SchemaRef) -> BoxStream<'static, Result<Piece>> {
         let pieces = match &self.body {

@@ -65,6 +65,13 @@ impl ParquetFile {
         u64::try_from(self.metadata.metadata().file_metadata().num_rows()).unwrap_or(0)
     }
 
+    /// What reading it holds in memory: its largest row group, as it is stored.
+    pub(super) fn held_bytes(&self) -> u64 {
+        let groups = self.metadata.metadata().row_groups().iter();
+        let bytes = groups.map(|group| u64::try_from(group.compressed_size()).unwrap_or(0));
+        bytes.max().unwrap_or(0)
+    }
+
     fn batches(&self) -> ParquetResult<ParquetRecordBatchStream<PinnedReader>> {
         ParquetRecordBatchStreamBuilder::new_with_metadata(
             self.reader.clone(),
