@@ -143,6 +143,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=300, help="so often each race")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", default="")
+    parser.add_argument("--more", default='merge.index = "always"\n', help="settings of the pipeline")
     arguments = parser.parse_args()
     lakes.BINARY = arguments.binary
     import tempfile
@@ -150,7 +151,7 @@ def main() -> int:
     passed = failed = 0
     for name, steps in RACES.items():
         with tempfile.TemporaryDirectory(dir=arguments.folder or None) as folder:
-            ground = Ground(Path(folder), arguments.seed)
+            ground = Ground(Path(folder), arguments.seed, arguments.more)
             ends: Counter = Counter()
             for number in range(arguments.count):
                 try:

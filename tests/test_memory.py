@@ -125,13 +125,13 @@ def test_a_killed_process_leaves_nothing_on_the_disk(tmp_path: Path):
 
 
 def test_files_of_an_epoch_are_not_all_in_memory_at_once(tmp_path: Path):
-    """Thirty files of one row group each, 15 MB as it is stored: together many times what they may take."""
-    lake = small(tmp_path, memory="256MiB")
+    """Forty files of one row group each, 15 MB as it is stored: together many times what they may take."""
+    lake = small(tmp_path, memory="128MiB")
     folder = lake.deliver(1, [], schema=SCHEMA)
     (folder / "part-0.parquet").unlink()
     random = np.random.default_rng(1)
     schema = SCHEMA.append(pa.field("noise", pa.binary()))
-    for number in range(30):
+    for number in range(40):
         count = 60_000
         noise = pa.array([random.bytes(250) for _ in range(count)])
         ids = keys(np.arange(number * count, (number + 1) * count))
@@ -140,5 +140,5 @@ def test_files_of_an_epoch_are_not_all_in_memory_at_once(tmp_path: Path):
     process = lake.start("run", "--once")
     _, status, usage = os.wait4(process.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
-    assert usage.ru_maxrss < 550 * 1024, f"{usage.ru_maxrss / 1024:.0f} MiB"
-    assert counts(lake) == {1: 30 * 60_000}
+    assert usage.ru_maxrss < 650 * 1024, f"{usage.ru_maxrss / 1024:.0f} MiB"
+    assert counts(lake) == {1: 40 * 60_000}

@@ -17,7 +17,7 @@ ROUNDS = 12
 @pytest.mark.parametrize("name", RACES)
 @pytest.mark.parametrize("vectors", ["auto", "off"])
 def test_no_row_is_lost_or_doubled(name: str, vectors: str, tmp_path: Path):
-    ground = Ground(tmp_path, seed=len(name), more=f'merge = {{ deletion_vectors = "{vectors}" }}')
+    ground = Ground(tmp_path, seed=len(name), more=f'merge = {{ deletion_vectors = "{vectors}", index = "always" }}')
     for number in range(ROUNDS):
         race(ground, RACES[name], number)
 
