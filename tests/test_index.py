@@ -101,8 +101,13 @@ def test_a_cache_that_is_gone_or_cannot_be_is_no_matter(tmp_path: Path):
     shutil.rmtree(cache)
     cache.write_text("a file")
     deliver(lake, 5, range(24, 30))
+    cache.unlink()
+    cache.mkdir(mode=0o700)
+    os.mkfifo(cache / "secret")
+    deliver(lake, 6, range(29, 31))
     assert lake.main() == expected(
-        (1, range(ROWS)), (2, range(10)), (3, range(5, 20)), (4, range(18, 25)), (5, range(24, 30))
+        (1, range(ROWS)), (2, range(10)), (3, range(5, 20)), (4, range(18, 25)), (5, range(24, 30)),
+        (6, range(29, 31)),
     )
 
 

@@ -82,8 +82,13 @@ impl Cache {
     /// nothing that is there is found any more.
     fn secret(folder: &Path) -> io::Result<Secret> {
         let path = folder.join("secret");
-        let read =
-            || -> io::Result<Option<Secret>> { Ok(fs::read(&path)?.try_into().ok().map(Secret)) };
+        let read = || -> io::Result<Option<Secret>> {
+            // A pipe would never end.
+            if !fs::metadata(&path)?.is_file() {
+                return Err(io::Error::other(format!("{} is no file", path.display())));
+            }
+            Ok(fs::read(&path)?.try_into().ok().map(Secret))
+        };
         let is_there = match read() {
             Ok(Some(secret)) => return Ok(secret),
             Ok(None) => true,
@@ -142,7 +147,7 @@ impl Cache {
 
     /// An index is there.
     pub(super) fn has(&self, name: u128) -> bool {
-        self.path(name, "index").exists()
+        self.path(name, "index").is_file()
     }
 
     /// A data file of so many rows, which is scanned now, is to have an index from now on: it was
