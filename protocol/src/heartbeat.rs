@@ -83,11 +83,6 @@ impl Amount {
     pub fn rows(rows: u64) -> Self {
         Self { rows, ..Self::default() }
     }
-
-    /// So many files.
-    pub fn files(files: u64) -> Self {
-        Self { files, ..Self::default() }
-    }
 }
 
 impl std::ops::AddAssign for Amount {
@@ -145,8 +140,8 @@ mod tests {
         progress.of.rows = 5_000_000;
         progress.done += Amount::rows(2_250_000);
         assert_eq!(progress.to_string(), "looks for keys: 45 % (2250000 of 5000000 rows)");
-        progress = Progress { doing: "reads".to_owned(), of: Amount::files(3), ..progress };
-        progress.of.bytes = 3 << 20;
+        progress = Progress { doing: "reads".to_owned(), ..progress };
+        progress.of = Amount { rows: 0, bytes: 3 << 20, files: 3 };
         progress.done = Amount { rows: 10, bytes: 1 << 20, files: 1 };
         assert_eq!(progress.to_string(), "reads: 33 % (10 rows, 1 of 3 MiB, 1 of 3 files)");
         // A file that grew while it was read.
