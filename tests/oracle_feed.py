@@ -132,7 +132,8 @@ def _typed(text: str | None, kind: str) -> Any:
         return float(text)
     if kind.startswith("decimal"):
         return Decimal(text)
-    readers = {"boolean": lambda value: value == "true", "date": dt.date.fromisoformat, "string": str}
+    times = {"date": dt.date.fromisoformat, "timestamp_ntz": dt.datetime.fromisoformat}
+    readers = {"boolean": lambda value: value == "true", "string": str} | times
     if kind not in readers:
         raise OracleError(f"no reader for partition values of type {kind}")
     return readers[kind](text)

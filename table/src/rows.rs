@@ -103,15 +103,17 @@ impl Table {
         Ok(rows.boxed())
     }
 
-    /// A file's partition as columns of one row, those of `schema`.
+    /// A file's partition as columns of one row, those of `schema`, in the table's own types: "0.1" of a
+    /// float is another number than "0.1" of the double that it may be on its way to.
     fn partition_fields(&self, file: &LiveFile, schema: &Schema) -> Result<Vec<(Field, ArrayRef)>> {
-        let mut fields = Vec::new();
+        let (mut fields, held) = (Vec::new(), self.schema());
         for name in self.partition_columns() {
             let Some(at) = find_column(schema, &name) else { continue };
-            let field = schema.field(at).clone();
+            let own = find_column(&held, &name).ok_or_else(|| Error::internal(&name))?;
+            let kind = held.field(own).data_type();
+            let field = schema.field(at).clone().with_data_type(kind.clone());
             let text = file.partition.get(&name).and_then(Option::as_deref);
-            let value = partition_value(text, field.data_type())?;
-            fields.push((field, value));
+            fields.push((field, partition_value(text, kind)?));
         }
         Ok(fields)
     }

@@ -19,6 +19,7 @@ use alluvium_protocol::marker::{
 };
 use alluvium_protocol::task::{Report, RestoreTo, Task};
 use alluvium_protocol::{Code, Epoch, Error, Pipeline, Result, crash};
+use alluvium_table::arrow::datatypes::Field;
 use alluvium_table::classify::foreign;
 use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
 use alluvium_table::deletion::version_of;
@@ -35,6 +36,7 @@ use crate::ingest::COMMIT_PATIENCE;
 use crate::merge::{check_age, count_files};
 use crate::points::kept_versions;
 use crate::tables::is_ours;
+use crate::widening::{narrower, rewritten};
 use crate::{Permit, Workshop, feed, raw};
 
 /// What a restore will do, on exactly these snapshots.
@@ -298,18 +300,38 @@ impl RestorePlan {
         permit: &Permit,
     ) -> Result<(Vec<Add>, Vec<Remove>, Vec<Action>, Report)> {
         let mut feed = Vec::new();
+        let adds = self.as_now_typed(main, permit).await?;
         if main.tells_changes() {
-            let coming: Vec<LiveFile> = self.adds.iter().map(LiveFile::of).collect();
+            let coming: Vec<LiveFile> = adds.iter().map(LiveFile::of).collect();
             feed = feed::of_files(main, pipeline, (&self.removes, &coming), permit).await?;
         }
         let report = Report {
-            files_added: self.adds.len() as u64,
+            files_added: adds.len() as u64,
             files_removed: self.removes.len() as u64,
-            bytes_written: bytes_of(&self.adds),
+            bytes_written: bytes_of(&adds),
             ..Report::default()
         };
         let removes = self.removes.iter().map(|file| file.remove.clone()).collect();
-        Ok((self.adds.clone(), removes, feed, report))
+        Ok((adds, removes, feed, report))
+    }
+
+    /// The version's files; where columns got wider types since, written anew: readers take what a file
+    /// and its folder say for the types of the table as it is now.
+    async fn as_now_typed(&self, main: &Table, permit: &Permit) -> Result<Vec<Add>> {
+        let version = self.version.and_then(|version| u64::try_from(version).ok());
+        let then = Table::open_at(main.uri(), version).await?;
+        let then = then.ok_or_else(|| Error::internal("the version is gone"))?;
+        let schema = main.schema();
+        let columns: Vec<Field> = schema.fields().iter().map(|field| (**field).clone()).collect();
+        if narrower(&then.schema(), &columns).is_empty() {
+            return Ok(self.adds.clone());
+        }
+        let mut adds = Vec::new();
+        for add in &self.adds {
+            permit.check()?;
+            adds.extend(rewritten(&then, &LiveFile::of(add), &schema).await?.adds);
+        }
+        Ok(adds)
     }
 
     /// Each key of the epochs that go, by the rule over the epochs that stay.

@@ -2,10 +2,11 @@
 //! snapshot that was read. Readers need no protocol feature for that.
 
 use alluvium_protocol::{Epoch, Error, Pipeline, Result, crash};
-use alluvium_table::Table;
-use alluvium_table::arrow::datatypes::{Field, Schema};
+use alluvium_table::arrow::datatypes::{Field, Schema, SchemaRef};
 use alluvium_table::commit::{Change, CommitOutcome, Operation};
 use alluvium_table::schema::{find_column, widens_to};
+use alluvium_table::write::Written;
+use alluvium_table::{LiveFile, Table};
 
 use crate::Permit;
 
@@ -41,14 +42,7 @@ pub(crate) async fn widen(
     // File by file: a table of a thousand epochs has a thousand partitions, one writer each.
     for file in table.files().await? {
         ingest.map_or(Ok(()), |(_, permit)| permit.check())?;
-        let deleted = table.deleted_rows(file.remove.deletion_vector.as_ref()).await?;
-        let written = table.copy_without(&file, &schema, deleted, u64::MAX).await?;
-        if file.live_rows().is_some_and(|rows| rows != written.rows) {
-            return Err(Error::internal(format!(
-                "{} rows of {:?} written anew",
-                written.rows, file.rows
-            )));
-        }
+        let written = rewritten(table, &file, &schema).await?;
         adds.extend(written.adds.into_iter().map(|mut add| {
             add.data_change = false;
             add
@@ -75,4 +69,19 @@ pub(crate) async fn widen(
             }),
         })
         .await
+}
+
+/// Writes the live rows of a table's file anew, with wider columns.
+pub(crate) async fn rewritten(
+    table: &Table,
+    file: &LiveFile,
+    schema: &SchemaRef,
+) -> Result<Written> {
+    let deleted = table.deleted_rows(file.remove.deletion_vector.as_ref()).await?;
+    let written = table.copy_without(file, schema, deleted, u64::MAX).await?;
+    if file.live_rows().is_some_and(|rows| rows != written.rows) {
+        let text = format!("{} rows of {:?} written anew", written.rows, file.rows);
+        return Err(Error::internal(text));
+    }
+    Ok(written)
 }
