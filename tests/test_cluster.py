@@ -239,7 +239,7 @@ def test_all_connections_closed_by_the_broker(make, services: Services):
 def test_queues_deleted_beneath_everybody(make, services: Services):
     cluster = make()
     names = [f"{cluster.name}.v1.{queue}" for queue in
-             ("task.ingest", "task.merge", "task.maintenance", "results", "delay", "dead")]
+             ("task.ingest", "task.merge", "task.maintenance", "task.shard", "results", "delay", "dead")]
     run_while(cluster, lambda: services.rabbitmq.delete_queues(names))
 
 

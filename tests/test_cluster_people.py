@@ -120,7 +120,7 @@ def test_the_api_says_whether_it_lives_and_is_ready(make):
     assert cluster.wait(lambda: cluster.api("/readyz")).strip() in ("leads", "stands by")
     cluster.wait(lambda: "leads" in coordinator.text())
     queues = cluster.api("/api/v1/queues")["items"]
-    assert {queue["queue"] for queue in queues} == {"ingest", "merge", "maintenance", "results", "dead"}
+    assert {queue["queue"] for queue in queues} == {"ingest", "merge", "maintenance", "shard", "results", "dead"}
 
 
 # --- what can be wrong ------------------------------------------------------------------------

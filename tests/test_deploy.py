@@ -357,7 +357,7 @@ def test_keda_counts_the_queues_that_there_are(scaled, make):
             counted.append(queue)
         elif depth is None:
             assert not re.search(pattern, f"{name}.v1.{queue}"), queue
-    assert counted == ["task.ingest", "task.merge", "task.maintenance"]
+    assert counted == ["task.ingest", "task.merge", "task.maintenance", "task.shard"]
 
 
 def test_processes_answer_what_probes_and_prometheus_ask(make):

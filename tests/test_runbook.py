@@ -418,7 +418,7 @@ def test_queues_deleted_with_a_task_in_them(make):
     cluster.deliver(2, [("a", 2, "U"), ("c", 2, "U")])
     queue = f"{cluster.name}.v1.task.ingest"
     cluster.wait(lambda: cluster.services.rabbitmq.queue_depth(queue))
-    lanes = ["task.ingest", "task.merge", "task.maintenance", "results", "delay", "dead"]
+    lanes = ["task.ingest", "task.merge", "task.maintenance", "task.shard", "results", "delay", "dead"]
     cluster.services.rabbitmq.delete_queues([f"{cluster.name}.v1.{lane}" for lane in lanes])
     cluster.worker()
     assert cluster.states()[2] == "ingesting" and cluster.applied() == {1}
@@ -459,7 +459,7 @@ def test_reset(make):
         "Reset of a cluster", cluster.root, CLUSTER=cluster.name, REDIS=redis.url, **broker
     )
     assert not list(redis.client().scan_iter(f"{{{cluster.name}}}:*"))
-    for lane in ("task.ingest", "task.merge", "task.maintenance", "results", "delay", "dead"):
+    for lane in ("task.ingest", "task.merge", "task.maintenance", "task.shard", "results", "delay", "dead"):
         assert rabbitmq.queue_depth(f"{cluster.name}.v1.{lane}") is None, said
     # Others are not touched.
     assert rabbitmq.queue_depth(f"{cluster.name}x.v1.results") == 1

@@ -145,3 +145,26 @@ def test_log_lines_of_a_task_carry_the_trace_id(cluster, receiver):
     trace_ids = set(receiver.traces())
     found = set(re.findall(r'"trace_id":"([0-9a-f]{32})"', worker.text()))
     assert found and found <= trace_ids
+
+
+def test_pieces_of_a_large_epoch_are_in_its_trace_and_others_did_some(cluster, receiver):
+    cluster.pipeline(more='shard_size = "1KiB"\noptimize = { enabled = false }')
+    files = range(8)
+    for file in files:
+        rows = [(f"k{file}-{at}", at, "U") for at in range(300)]
+        cluster.deliver(1, rows, file=f"part-{file}.parquet", complete=file == files[-1])
+    for _ in range(3):
+        worker = cluster.worker("--slots", "1")
+        cluster.wait(lambda: "serves" in worker.text())
+    cluster.coordinator()
+    settle(cluster, {1})
+    spans = runs_of(receiver, {1})[1]
+    steps = {span.span_id: span for span in spans if span.name in ("process ingest", "process merge")}
+    by_others = [span for span in spans if span.name == "process shard"]
+    assert by_others and all(span.parent_id in steps for span in by_others)
+    worked = {span.parent_id for span in spans if span.name in ("source.open", "delta.write")}
+    instance = "service.instance.id"
+    assert any(
+        span.span_id in worked and span.resource[instance] != steps[span.parent_id].resource[instance]
+        for span in by_others
+    )

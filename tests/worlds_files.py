@@ -80,6 +80,8 @@ def config_text(shape: Shape) -> str:
         lines.append("merge.skip_unchanged = true")
     if shape.deletion_vectors:
         lines.append(f'merge.deletion_vectors = "{shape.deletion_vectors}"')
+    if shape.shard_size:
+        lines.append(f'shard_size = "{shape.shard_size}"')
     if shape.index:
         lines.append(f'merge.index = "{shape.index}"')
     if shape.change_feed:

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from worlds_shape import APPEND, CSV, PARQUET, SCD2, Shape, draw_index, draw_shape
+from worlds_shape import APPEND, CSV, PARQUET, SCD2, Shape, draw_index, draw_shape, draw_shard_size
 
 Columns = dict[str, Any]
 
@@ -168,7 +168,9 @@ class Plan:
 def make_plan(seed: int) -> Plan:
     """The world of this seed."""
     planner = _Planner(random.Random(seed))
-    shape = replace(planner.shape, index=draw_index(random.Random(f"index {seed}")))
+    index = draw_index(random.Random(f"index {seed}"))
+    shard_size = draw_shard_size(random.Random(f"shards {seed}"))
+    shape = replace(planner.shape, index=index, shard_size=shard_size)
     return Plan(seed, shape, tuple(planner.play()))
 
 

@@ -75,6 +75,8 @@ class Shape:
     deletion_vectors: str | None = None
     # Side indexes of keys: of what is scanned again (None), of all, or none.
     index: str | None = None
+    # Steps of more bytes are done in pieces.
+    shard_size: str | None = None
 
     @property
     def is_typed_by_rows(self) -> bool:
@@ -139,6 +141,11 @@ def draw_shape(rng: random.Random) -> Shape:
 def draw_index(rng: random.Random) -> str | None:
     """Apart from all else, so that a seed's plan is what it was before there were indexes."""
     return rng.choice((None, "always", "always", "off"))
+
+
+def draw_shard_size(rng: random.Random) -> str | None:
+    """Apart from all else, too. Files are of a few KiB: two or three make a piece, or each makes one."""
+    return rng.choice((None, None, "1KiB", "8KiB"))
 
 
 def _partition(rng: random.Random, composite: bool, ignore: tuple[str, ...]) -> tuple[str, ...]:

@@ -172,8 +172,8 @@ fn done(
             book.cleaned_here = true;
             Ok(Vec::new())
         }
-        // Taken by `restored`.
-        Work::Restore { .. } => Ok(Vec::new()),
+        // Taken by `restored`; pieces of steps have no results here.
+        Work::Restore { .. } | Work::Shard { .. } => Ok(Vec::new()),
     }
 }
 
@@ -270,7 +270,7 @@ fn notice_of(book: &Book, result: &TaskResult, report: &Report, merged: &[Epoch]
             let late = merged.iter().filter(is_late).copied().collect();
             Notice::EpochsMerged { pipeline, epochs: merged.to_vec(), late, report }
         }
-        Work::Optimize | Work::Cleanup | Work::Restore { .. } => {
+        Work::Optimize | Work::Cleanup | Work::Restore { .. } | Work::Shard { .. } => {
             Notice::Maintained { pipeline, step: result.work.step(), report }
         }
     }

@@ -347,7 +347,7 @@ impl Coordinator {
         let event = match work.step() {
             Step::Ingest => Some(Event::IngestPublished),
             Step::Merge => Some(Event::MergePublished),
-            Step::Optimize | Step::Cleanup | Step::Restore => None,
+            Step::Optimize | Step::Cleanup | Step::Restore | Step::Shard => None,
         };
         let epochs = work.epochs();
         traces::note_sent(book, &epochs, message.trace.as_deref());

@@ -284,6 +284,9 @@ pub struct Sizes {
     pub read_cost_max: u32,
     /// Bytes of small files that one optimize commit rewrites at most.
     pub bin_bytes: u64,
+    /// An ingest or merge of more bytes, or worn files of more bytes, are work for several workers.
+    #[serde(default = "shard_bytes")]
+    pub shard_bytes: u64,
     /// Age after which an unreferenced file is deleted.
     pub vacuum_retention: Duration,
     /// Memory that one task's sorting and joining may use before it spills to disk.
@@ -292,6 +295,10 @@ pub struct Sizes {
 
 fn read_cost_max() -> u32 {
     225
+}
+
+fn shard_bytes() -> u64 {
+    1 << 30
 }
 
 /// One pipeline: a source prefix and the tables it feeds.

@@ -29,12 +29,14 @@ pub enum Step {
     Cleanup,
     /// Main back to an earlier point.
     Restore,
+    /// A piece of a large ingest, merge or optimize.
+    Shard,
 }
 
 impl Step {
-    /// All steps, in the order of a run.
-    pub const ALL: [Step; 5] =
-        [Step::Ingest, Step::Merge, Step::Optimize, Step::Cleanup, Step::Restore];
+    /// All steps, in the order of a run; pieces of them last.
+    pub const ALL: [Step; 6] =
+        [Step::Ingest, Step::Merge, Step::Optimize, Step::Cleanup, Step::Restore, Step::Shard];
 
     /// The word people read.
     pub fn as_str(self) -> &'static str {
@@ -44,6 +46,7 @@ impl Step {
             Self::Optimize => "optimize",
             Self::Cleanup => "cleanup",
             Self::Restore => "restore",
+            Self::Shard => "shard",
         }
     }
 }
@@ -89,6 +92,15 @@ pub enum Work {
         /// The request that asks for it: done once, however often it is tried.
         request: String,
     },
+    /// Do one piece of a step, for the worker that has the step. The coordinator knows nothing of it.
+    Shard {
+        /// The step's epochs.
+        epochs: Vec<Epoch>,
+        /// The folder of the plan, below the state folder.
+        plan: String,
+        /// Which piece.
+        number: u32,
+    },
 }
 
 impl Work {
@@ -100,6 +112,7 @@ impl Work {
             Self::Optimize => Step::Optimize,
             Self::Cleanup => Step::Cleanup,
             Self::Restore { .. } => Step::Restore,
+            Self::Shard { .. } => Step::Shard,
         }
     }
 
@@ -107,7 +120,7 @@ impl Work {
     pub fn epochs(&self) -> Vec<Epoch> {
         match self {
             Self::Ingest { epoch, .. } => vec![*epoch],
-            Self::Merge { epochs } => epochs.clone(),
+            Self::Merge { epochs } | Self::Shard { epochs, .. } => epochs.clone(),
             Self::Optimize | Self::Cleanup | Self::Restore { .. } => Vec::new(),
         }
     }
@@ -144,6 +157,7 @@ impl Task {
             Work::Optimize => format!("{pipeline}/optimize/{salt}"),
             Work::Cleanup => format!("{pipeline}/cleanup/{salt}"),
             Work::Restore { request, .. } => format!("{pipeline}/restore/{request}"),
+            Work::Shard { plan, number, .. } => format!("{plan}/{number}"),
         };
         Uuid::new_v5(&Uuid::NAMESPACE_OID, name.as_bytes())
     }
@@ -211,6 +225,9 @@ pub struct Report {
     /// Main is held: nothing was done.
     #[serde(default)]
     pub held: bool,
+    /// Pieces that it was done in; 0: in one.
+    #[serde(default)]
+    pub pieces: u64,
     /// Epochs that a restore took out of main; they merge again after `resume`.
     #[serde(default)]
     pub taken_out: Vec<Epoch>,

@@ -99,10 +99,12 @@ async fn expired(duty: &Duty, grace: Duration) {
 fn lanes_of(steps: &[String]) -> Vec<Lane> {
     let is_asked =
         |names: &[&str]| steps.is_empty() || names.iter().any(|n| steps.iter().any(|s| s == n));
+    // Pieces of large steps are every worker's.
     let lanes = [
         (Lane::Ingest, &["ingest"][..]),
         (Lane::Merge, &["merge"]),
         (Lane::Maintenance, &["optimize", "cleanup"]),
+        (Lane::Shard, &["ingest", "merge", "optimize", "cleanup"]),
     ];
     lanes.into_iter().filter(|(_, names)| is_asked(names)).map(|(lane, _)| lane).collect()
 }

@@ -204,6 +204,9 @@ pub(super) fn build(
         problems.push(Problem { path: "state.uri".to_owned(), text: text.to_owned() });
     }
     let cache = cache(source, &state, &mut problems);
+    if source.leaves.contains_key("worker.cache") {
+        check_cache(cache.as_deref(), &pipelines, &mut problems);
+    }
     let cluster = cluster::build(source, &mut problems);
     let sinks = watch::sinks(source, names, &mut problems);
     let policies = watch::policies(source, names, &mut problems);
@@ -396,6 +399,27 @@ fn check_collisions(pipelines: &[Pipeline], state: &str, problems: &mut Vec<Prob
     }
 }
 
+/// Files that come and go are no epochs, and no table's.
+fn check_cache(cache: Option<&Path>, pipelines: &[Pipeline], problems: &mut Vec<Problem>) {
+    let Some(cache) = cache.map(|folder| real_place(&folder.to_string_lossy())) else { return };
+    let places = pipelines.iter().flat_map(|p| {
+        let places = [
+            ("source", &p.source),
+            ("raw", &p.raw),
+            ("main", &p.main),
+            ("quarantine", &p.quarantine),
+        ];
+        places.map(|(key, uri)| (real_place(uri), format!("pipeline.{}.{key}", p.id)))
+    });
+    for (place, path) in places.filter(|(place, _)| cache.starts_with(place)) {
+        // An empty location is a problem of its own.
+        if !place.as_os_str().is_empty() {
+            let text = format!("lies inside {path}; the cache needs a folder of its own");
+            problems.push(Problem { path: "worker.cache".to_owned(), text });
+        }
+    }
+}
+
 /// Where a location really is: without scheme, and with the links of the part that exists followed.
 fn real_place(uri: &str) -> PathBuf {
     let path = match place_of(uri) {
@@ -504,6 +528,7 @@ fn pipeline(source: &Source, name: &str, state: &str, memory: u64) -> Pipeline {
                 .and_then(|hundredths| u32::try_from(hundredths / 100).ok())
                 .unwrap_or(u32::MAX),
             bin_bytes: section.bytes("optimize.bin_size"),
+            shard_bytes: section.bytes("shard_size"),
             vacuum_retention: section.duration("cleanup.retention"),
             memory_bytes: usize::try_from(memory).unwrap_or(usize::MAX),
         },

@@ -224,6 +224,8 @@ settings! {
         "Data files of raw and main are cut at about this size.";
     "pipeline.*.optimize.bin_size", Kind::Size, Some(r#""512MiB""#), "", r#""256MiB""#,
         "Most bytes that one optimize commit rewrites (two files at least).";
+    "pipeline.*.shard_size", Kind::Size, Some(r#""1GiB""#), "", r#""256MiB""#,
+        "An ingest or a merge of more bytes is done in pieces of about this size by all workers that have time, and so are several bins of an optimize.";
     "pipeline.*.schedule", Kind::Text, None, "the source is listed at every poll", r#""0 6 * * MON-FRI""#,
         "Cron expression (minute hour day month weekday, or seconds first): the source is listed at these times only, and when something wakes it.";
     "pipeline.*.timezone", Kind::Text, Some(r#""UTC""#), "", r#""Europe/Berlin""#,

@@ -67,6 +67,11 @@ fn nothing_lies_in_a_tables_folder() {
     assert_eq!(with("raw", "file:///x/raw/main", ""), ["pipeline.p.main"]);
     assert_eq!(with("raw", "file:///x/raw", ""), ["pipeline.p.main"]);
     assert_eq!(with("in_raw", "m", "[state]\nuri='m/_state'"), ["state.uri"]);
+    for cache in ["in", "in/cache", "raw/x", "main"] {
+        let more = format!("[worker]\ncache='{cache}'");
+        assert_eq!(with("raw", "main", &more), ["worker.cache"], "{cache}");
+    }
+    assert_eq!(with("raw", "main", "[worker]\ncache='main_cache'"), Vec::<String>::new());
     assert_eq!(
         with("raw", "main", "[pipeline.q]\nsource='raw/in'\nkey=['a','A']\nraw='r2'\nmain='m2'"),
         ["pipeline.q.key", "pipeline.q.source"]

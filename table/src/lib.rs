@@ -17,6 +17,7 @@ pub mod history;
 pub mod keys;
 mod log_cache;
 pub mod pause;
+pub mod posted;
 pub mod query;
 pub mod race;
 pub mod rows;

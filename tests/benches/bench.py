@@ -3,7 +3,7 @@
     drain    N waiting epochs, Alluvium beside a hand-written loop of delta-rs MERGE
     growth   the time of one more epoch after 10, 100 and 1,000 earlier ones
     queue    no-op tasks through the whole path, beside Celery on the same broker
-    scale    1, 2 and 4 workers with a slow S3, over many pipelines and over one
+    scale    1, 2 and 4 workers with a slow S3, over one large epoch, many pipelines, and one
     merge    merges of many sizes beside a delta-rs MERGE: time, CPU and memory
     reads    what a delta-rs read of main costs after each merge
     requests what one merge asks of object storage, beside a delta-rs MERGE
@@ -112,7 +112,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--earlier", type=int, nargs="+", default=[10, 100, 1000])
-    parser.add_argument("--only", default="", help="merge: workloads whose name holds this")
+    parser.add_argument("--only", default="", help="merge: workloads whose name holds this; scale: `pieces`")
+    parser.add_argument("--files", type=int, default=64, help="scale: files of the one large epoch")
+    parser.add_argument("--file-rows", type=int, default=20_000, help="scale: rows of each of them")
+    parser.add_argument("--shard-size", default="1MiB", help="scale: size of the pieces of that epoch")
     parser.add_argument("--keep", help="merge, reads: a folder for the tables, kept for the next time")
     parser.add_argument("--target", type=int, default=5_000_000, help="reads, requests: rows of main")
     parser.add_argument("--binary", default=os.environ.get("ALLUVIUM_BINARY", "alluvium"))

@@ -83,6 +83,9 @@ def scale(arguments: argparse.Namespace, folder: Path) -> None:
     services = Services()
     proxy = S3Proxy(services.moto.url).start()
     try:
+        one_epoch(services, proxy, folder, arguments)
+        if arguments.only == "pieces":
+            return
         for pipelines in (arguments.pipelines, 1):
             epochs = max(arguments.epochs // 20, 4) if pipelines > 1 else max(arguments.epochs // 4, 10)
             print(
@@ -106,6 +109,45 @@ def scale(arguments: argparse.Namespace, folder: Path) -> None:
     finally:
         proxy.stop()
         services.stop()
+
+
+def one_epoch(services, proxy, folder: Path, arguments: argparse.Namespace) -> None:
+    """One epoch of many files: its ingest, and its merge into a table of as many."""
+    files, rows = arguments.files, arguments.file_rows
+    print(
+        f"workload: one epoch of {files} files of {rows} rows on S3, after one of the same keys; {arguments.latency} ms for each "
+        "request, 1 slot a worker; alone: in one piece, else in pieces"
+    )
+    first = None
+    for workers in arguments.workers:
+        root = folder / f"pieces-{workers}"
+        root.mkdir()
+        steps = in_pieces(services, proxy, root, arguments, workers)
+        first = first or steps
+        told = (f"{step} {steps[step]:.2f} s, {first[step] / steps[step]:.2f} times as fast" for step in steps)
+        print(f"{workers} worker(s): {'; '.join(told)}")
+
+
+def in_pieces(services, proxy, root: Path, arguments, workers: int) -> dict[str, float]:
+    cluster = Cluster(root, services, "s3", endpoint=proxy.url)
+    try:
+        quiet = "cleanup = { enabled = false }\noptimize = { enabled = false }"
+        cluster.pipeline("p0", f'{quiet}\nshard_size = "{arguments.shard_size if workers > 1 else "1GiB"}"')
+        for epoch in (1, 2):
+            for file in range(arguments.files):
+                first = file * arguments.file_rows
+                rows = [(f"{(first + at) * 2654435761 % 2**32:08x}", epoch, "U") for at in range(arguments.file_rows)]
+                cluster.deliver(epoch, rows, "p0", f"part-{file:03}.parquet", complete=file == arguments.files - 1)
+        for _ in range(workers):
+            worker = cluster.worker("--slots", "1")
+            cluster.wait(lambda: "serves" in worker.text())
+        proxy.set(latency_ms=arguments.latency)
+        assert cluster.coordinator("--once").popen.wait(1800) == 0
+        proxy.set(latency_ms=0)
+        runs = cluster.alluvium("runs", "p0", "-o", "json", config="embedded.toml").json()
+        return {step: min(run["duration_ms"] for run in runs if run["step"] == step and run["epoch"] == 2) / 1000 for step in ("ingest", "merge")}
+    finally:
+        cluster.stop()
 
 
 def scaled(services, proxy, root: Path, arguments, pipelines: int, epochs: int, workers: int):

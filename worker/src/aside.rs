@@ -124,6 +124,11 @@ impl Aside {
         self.refused.push(batch)
     }
 
+    /// Takes up where a taken one was left.
+    pub(crate) fn put_back(&mut self, rows: Spool) {
+        self.refused = rows;
+    }
+
     /// All that were kept.
     pub fn take(&mut self) -> Spool {
         std::mem::replace(&mut self.refused, Spool::new(schema()))

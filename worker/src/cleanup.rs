@@ -3,14 +3,16 @@
 //! It makes no commit on main: data files that no version within the retention names are deleted,
 //! which changes nothing that a reader of those versions sees.
 
+use std::time::Instant;
+
 use alluvium_protocol::heartbeat::Amount;
 use alluvium_protocol::task::{Report, Task};
 use alluvium_protocol::{Pipeline, Result, crash};
 use alluvium_table::Table;
 
-use crate::optimize::rewrite;
+use crate::optimize::{Landing, Order, write_bin};
 use crate::points::kept_versions;
-use crate::{Permit, Workshop};
+use crate::{Permit, Workshop, shards};
 
 /// A ledger table with more files than this is rewritten into one.
 const LEDGER_FILES_MAX: usize = 50;
@@ -33,6 +35,7 @@ pub async fn cleanup(workshop: &Workshop, task: &Task, permit: &Permit) -> Resul
             report.files_removed += clean(&table, pipeline).await?;
         }
     }
+    report.files_removed += shards::forget_old(pipeline).await?;
     for (path, order) in LEDGER {
         permit.check()?;
         let uri = format!("{}/{path}", pipeline.state.trim_end_matches('/'));
@@ -75,6 +78,9 @@ async fn compact(
         return Ok(());
     }
     let order: Vec<String> = order.iter().map(|name| (*name).to_owned()).collect();
-    rewrite(table, pipeline, "cleanup", &files, (&[], &order), permit).await?;
+    let started = Instant::now();
+    let written = write_bin(table, pipeline, &files, &Order::by(order.clone()), permit).await?;
+    let landing = Landing { started, pipeline, step: "cleanup", pieces: 0, key: &order, permit };
+    landing.land(table, &files, &written).await?;
     Ok(())
 }

@@ -51,14 +51,21 @@ pub(crate) struct Edit {
     pub(crate) updated: u64,
     /// Files with rows that go.
     touched: Vec<Found>,
-    /// Files that go whole, without a look at their keys.
-    whole: Vec<LiveFile>,
+    /// Files, or states of files, that stop being live.
+    pub(crate) gone: Vec<Gone>,
     /// New files: rows that come, and those that stay of files that are written anew.
     pub(crate) written: Written,
     /// Touched files that stay, with marks at the rows that go.
-    marked: Vec<Add>,
+    pub(crate) marked: Vec<Add>,
     /// Files that tell the changes row by row, where main is to.
     pub(crate) feed: Vec<Action>,
+}
+
+/// A file that stops being live as it is.
+pub(crate) struct Gone {
+    pub(crate) file: LiveFile,
+    /// Live rows that it had.
+    pub(crate) rows: u64,
 }
 
 /// One row per key of the epochs, or several versions of it; and `_op`.
@@ -245,6 +252,10 @@ impl Editing<'_> {
             let text = format!("{} rows written, {expected} expected", edit.written.rows);
             return Err(Error::internal(text));
         }
+        edit.gone.extend(edit.touched.iter().map(|found| Gone {
+            file: found.file.clone(),
+            rows: found.rows_in_file - found.deleted.len(),
+        }));
         Ok(())
     }
 
@@ -327,23 +338,19 @@ impl Edit {
 
     /// The files, or states of files, that stop being live.
     pub(crate) fn removes(&self) -> Vec<Remove> {
-        let touched = self.touched.iter().map(|found| &found.file);
-        touched.chain(&self.whole).map(|file| file.remove.clone()).collect()
+        self.gone.iter().map(|gone| gone.file.remove.clone()).collect()
     }
 
     /// The files that go and come make main as many rows larger as were counted.
     pub(crate) fn check_counts(&self, uri: &str) -> Result<()> {
-        let of_touched = self.touched.iter().map(|found| found.rows_in_file - found.deleted.len());
-        let of_whole = self.whole.iter().filter_map(LiveFile::live_rows);
-        let gone: u64 = of_touched.chain(of_whole).sum();
+        let gone: u64 = self.gone.iter().map(|gone| gone.rows).sum();
         let after = self.written.rows + self.marked_rows();
         agree("merge", "rows of main", self.upserts + gone, after + self.hits, uri)
     }
 
     /// Rows of main afterwards, as statistics will tell them.
     pub(crate) fn rows_after(&self) -> Option<u64> {
-        let gone = self.touched.iter().map(|found| &found.file).chain(&self.whole);
-        let gone: u64 = gone.map(LiveFile::live_rows).sum::<Option<u64>>()?;
+        let gone: u64 = self.gone.iter().map(|gone| gone.file.live_rows()).sum::<Option<u64>>()?;
         Some((self.rows_before? + self.marked_rows() + self.written.rows).saturating_sub(gone))
     }
 
@@ -353,7 +360,7 @@ impl Edit {
 
     /// How many files go for good.
     pub(crate) fn files_removed(&self) -> u64 {
-        (self.touched.len() + self.whole.len() - self.marked.len()) as u64
+        (self.gone.len() - self.marked.len()) as u64
     }
 
     fn take(&mut self, searched: Searched) {
@@ -375,8 +382,9 @@ impl Edit {
         let live = main.files().await?;
         self.rows_before = live.iter().map(LiveFile::live_rows).sum();
         let is_of = |file: &LiveFile| raw::epoch_of(file).is_some_and(|e| epochs.contains(&e));
-        self.whole = live.into_iter().filter(is_of).collect();
-        self.hits = self.whole.iter().filter_map(LiveFile::live_rows).sum();
+        let gone = live.into_iter().filter(is_of);
+        self.gone = gone.map(|file| Gone { rows: file.live_rows().unwrap_or(0), file }).collect();
+        self.hits = self.gone.iter().map(|gone| gone.rows).sum();
         let rows = futures::stream::iter(added.batches().map(|batch| without_reverts(&batch?)));
         self.written = FileWriter::new(main, target_file_bytes)?.write_rows(rows).await?;
         self.upserts = self.written.rows;

@@ -107,6 +107,16 @@ impl Incoming {
         &self.schema
     }
 
+    /// The data columns, as they are read.
+    pub(crate) fn columns(&self) -> &SchemaRef {
+        &self.reading.columns
+    }
+
+    /// What `select` is over.
+    pub(crate) fn selects_from(&self) -> Option<&SchemaRef> {
+        self.reading.selection.as_ref().map(Selection::input)
+    }
+
     /// Rows of all files.
     pub fn rows(&self) -> u64 {
         self.files.iter().map(|file| file.rows).sum()

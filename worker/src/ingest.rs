@@ -27,6 +27,7 @@ use alluvium_table::store::object_store_at;
 use alluvium_table::write::{FileWriter, Written};
 use futures::StreamExt;
 use object_store::ObjectStoreExt;
+use serde::{Deserialize, Serialize};
 
 use crate::aside::{self, AsideRef};
 use crate::checks::{agree, read_back};
@@ -36,6 +37,7 @@ use crate::raw_commit::{Prepared, RawCommit, already, partition_paths};
 use crate::refusals::{Judged, judge, read_through};
 use crate::reverts::revert_rows;
 use crate::selecting::{Selection, input_of};
+use crate::shards::of_ingest::{Split, in_pieces};
 use crate::sorter::{Plan, Runs, Sorter};
 use crate::source::SourceFile;
 use crate::widening::{narrower, widen};
@@ -96,8 +98,16 @@ pub async fn ingest(
     gates::check(pipeline, &manifest, present.as_ref(), &incoming, &judged).await?;
     let table =
         prepare_table(workshop, pipeline, present, &columns, (manifest.epoch, permit)).await?;
-    let prepared =
-        write_files(workshop, task, wanted, &table, (&incoming, &judged), permit).await?;
+    let own = own_values(wanted, workshop);
+    let split = Split { manifest: &manifest, corrupt: &opened.corrupt };
+    let whole = (&incoming, &judged);
+    let job = split.into_job(pipeline, &table, whole, &own)?;
+    let pieces = job.as_ref().map_or(0, |job| job.parts.len() as u64);
+    let (written, aside) = match job {
+        Some(job) => in_pieces(workshop, task, job, permit).await?,
+        None => write_content(pipeline, &table, whole, &own, permit).await?,
+    };
+    let prepared = with_reverts(pipeline, &table, whole, (written, aside), &own, permit).await?;
     crash::point("ingest.after_write")?;
     permit.check()?;
 
@@ -135,6 +145,7 @@ pub async fn ingest(
         columns_left_out: names_of(&columns.left_out),
         files_added: prepared.written.adds.len() as u64,
         bytes_written: alluvium_table::bytes_of(&prepared.written.adds),
+        pieces,
         ..Report::default()
     };
     let age_max = pipeline.sizes.vacuum_retention / 4;
@@ -178,6 +189,20 @@ async fn incoming_of(
     check_columns(pipeline, &manifest.folder, table, &with_rows)?;
     let columns =
         columns::decide(pipeline, manifest.epoch, &manifest.folder, table, is_first_raw, &schemas)?;
+    // Expressions may speak of columns that do not enter the table.
+    let read = Arc::new(Schema::new(columns.read()));
+    Ok((incoming_as(pipeline, manifest, files, (read, selection), permit), columns))
+}
+
+/// The rows of these files of the folder, read so.
+pub(crate) fn incoming_as(
+    pipeline: &Pipeline,
+    manifest: &Manifest,
+    files: Vec<SourceFile>,
+    (columns, selection): (SchemaRef, Option<Selection>),
+    permit: &Permit,
+) -> Incoming {
+    let content = &pipeline.content;
     let repairs = manifest.repairs.iter().map(|(file, rows)| {
         (
             file.clone(),
@@ -192,13 +217,12 @@ async fn incoming_of(
         written: exact.iter().filter(|name| !is_declared(name)).cloned().collect(),
         exact,
         selection,
-        // Expressions may speak of columns that do not enter the table.
-        columns: Arc::new(Schema::new(columns.read())),
+        columns,
         on_mismatch: content.on_mismatch,
         repairs: repairs.collect(),
         permit: permit.clone(),
     };
-    Ok((Incoming::new(&manifest.folder, files, reading), columns))
+    Incoming::new(&manifest.folder, files, reading)
 }
 
 /// Content after the first takes back what the first said: without that in raw, nobody knows it.
@@ -319,44 +343,75 @@ fn check_types(table: &Table, columns: &[Field]) -> Result<()> {
     Ok(())
 }
 
-async fn write_files(
-    workshop: &Workshop,
-    task: &Task,
-    wanted: &Wanted<'_>,
+/// What raw says of each row of the epoch, beside the row.
+fn own_values(wanted: &Wanted<'_>, workshop: &Workshop) -> Own {
+    Own {
+        generation: wanted.generation,
+        at: workshop.clock.now().timestamp_micros(),
+        epoch: wanted.epoch,
+    }
+}
+
+/// Raw's own columns of an epoch's rows.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct Own {
+    generation: Generation,
+    /// Microseconds since 1970.
+    at: i64,
+    epoch: Epoch,
+}
+
+impl Own {
+    fn columns(self) -> [(&'static str, i64); 3] {
+        [
+            (raw::GENERATION, self.generation),
+            (raw::INGESTED_AT, self.at),
+            (raw::EPOCH, self.epoch.value()),
+        ]
+    }
+}
+
+/// Writes the rows that are content; the others are set aside.
+pub(crate) async fn write_content(
+    pipeline: &Pipeline,
     table: &Table,
     (incoming, judged): (&Incoming, &Judged),
+    own: &Own,
     permit: &Permit,
-) -> Result<Prepared> {
-    let pipeline = &task.pipeline;
+) -> Result<(Written, AsideRef)> {
     let session = work_session(pipeline.sizes.memory_bytes);
     let aside = aside::new();
     incoming.register_with_came(&session, "incoming", &aside::new())?;
     judged.set_aside(&session, &aside).await?;
     // Read once with the aside: rows without a key go there.
     read_with(&session, incoming, judged, &aside).await?;
-    let now = workshop.clock.now().timestamp_micros();
-    let own = [
-        (raw::GENERATION, wanted.generation),
-        (raw::INGESTED_AT, now),
-        (raw::EPOCH, wanted.epoch.value()),
-    ];
     permit.begin("reads the folder's rows", Amount::rows(incoming.rows()));
-    let mut written = match incoming.has_content() {
-        true => {
-            let delete_when = judged.delete_when();
-            content_rows(&session, pipeline, table, delete_when, &own, permit).await?
-        }
-        false => {
-            read_through(&session).await?;
-            Written::default()
-        }
-    };
+    if !incoming.has_content() {
+        read_through(&session).await?;
+        return Ok((Written::default(), aside));
+    }
+    let delete_when = judged.delete_when();
+    let written = content_rows(&session, pipeline, table, delete_when, own, permit).await?;
+    Ok((written, aside))
+}
+
+/// Keys that an earlier content of the epoch had, and this one has not, come to what was written.
+async fn with_reverts(
+    pipeline: &Pipeline,
+    table: &Table,
+    (incoming, judged): (&Incoming, &Judged),
+    (mut written, aside): (Written, AsideRef),
+    own: &Own,
+    permit: &Permit,
+) -> Result<Prepared> {
     let content_rows = written.rows;
-    let previous = partition_paths(table, pipeline, wanted.epoch).await?;
+    let previous = partition_paths(table, pipeline, own.epoch).await?;
     if !previous.is_empty() && !pipeline.content.key.is_empty() {
         // Read again only for the keys; what it refuses was kept by the first reading.
+        let session = work_session(pipeline.sizes.memory_bytes);
         read_with(&session, incoming, judged, &aside::new()).await?;
-        let own = (wanted.epoch, own.as_slice());
+        let columns = own.columns();
+        let own = (own.epoch, columns.as_slice());
         let reverts = revert_rows(&session, pipeline, table, own, permit).await?;
         written.adds.extend(reverts.adds);
         written.rows += reverts.rows;
@@ -382,11 +437,14 @@ async fn content_rows(
     pipeline: &Pipeline,
     table: &Table,
     delete_when: Option<&str>,
-    own: &[(&str, i64)],
+    own: &Own,
     permit: &Permit,
 ) -> Result<Written> {
     let content = &pipeline.content;
-    let own = own.iter().map(|(n, value)| format!("CAST({value} AS BIGINT) AS {}", quoted(n)));
+    let own = own
+        .columns()
+        .into_iter()
+        .map(|(n, value)| format!("CAST({value} AS BIGINT) AS {}", quoted(n)));
     let own = own.collect::<Vec<_>>().join(", ");
     let op = match delete_when {
         Some(condition) => {

@@ -35,6 +35,7 @@ mod reverts;
 pub mod rowwise;
 mod search;
 pub mod selecting;
+mod shards;
 pub mod slots;
 mod slowly;
 mod sorted;
@@ -44,6 +45,8 @@ pub mod tables;
 pub mod typing;
 mod widening;
 pub mod winners;
+
+pub use shards::Team;
 
 use std::sync::Arc;
 
@@ -70,13 +73,15 @@ pub struct Permit {
     pub lease_lost: CancellationToken,
     /// How far it is.
     pub meter: Arc<meter::Meter>,
+    /// Others, who may do pieces of the work.
+    pub team: Option<Team>,
 }
 
 impl Permit {
     /// A permit that nobody takes back.
     pub fn unlimited() -> Self {
         let (stopping, lease_lost) = (CancellationToken::new(), CancellationToken::new());
-        Self { stopping, lease_lost, meter: Arc::default() }
+        Self { stopping, lease_lost, meter: Arc::default(), team: None }
     }
 
     /// Err at a safe point: stop here, nothing is half-written.
@@ -110,6 +115,9 @@ impl Workshop {
             Work::Cleanup => cleanup::cleanup(self, task, permit).await,
             Work::Restore { to, request } => {
                 restore::restore(self, task, *to, request, permit).await
+            }
+            Work::Shard { plan, number, .. } => {
+                shards::help(self, task, (plan, *number), permit).await
             }
         }
     }

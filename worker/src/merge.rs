@@ -29,6 +29,7 @@ use crate::checks::{agree, read_back};
 use crate::edit::Edit;
 use crate::folding::Fold;
 use crate::ingest::{COMMIT_PATIENCE, table_names};
+use crate::shards::of_merge::{Job, in_pieces};
 use crate::tables::is_ours;
 use crate::widening::{narrower, widen};
 use crate::{Permit, Workshop, raw};
@@ -150,7 +151,19 @@ impl<'a> Attempt<'a> {
         applied.extend(&epochs);
         let (main, raw) = (&self.main, &self.raw);
         let fold = Fold { pipeline, main, raw, changed: &epochs, applied: &applied, is_fast };
-        let edit = fold.edit(permit).await?;
+        let job = Job::of(&fold, &changed).await?;
+        let mut pieces = job.as_ref().map_or(0, |job| job.parts.len() as u64);
+        let in_pieces = match job {
+            Some(job) => in_pieces(workshop, self.task, (job, main), permit).await?,
+            None => None,
+        };
+        let edit = match in_pieces {
+            Some(edit) => edit,
+            None => {
+                pieces = 0;
+                fold.edit(permit).await?
+            }
+        };
         crash::point("merge.after_write")?;
         permit.check()?;
         read_back("merge.files", &self.main, &edit.written.adds, edit.written.rows).await?;
@@ -158,7 +171,7 @@ impl<'a> Attempt<'a> {
         edit.check_counts(self.main.uri())?;
 
         check_age(started, pipeline)?;
-        let report = self.report(&edit, rows_read, !is_fast);
+        let report = Report { pieces, ..self.report(&edit, rows_read, !is_fast) };
         let change = self.change(&edit, &report);
         crash::point("merge.before_commit")?;
         match self.main.commit(change).await? {
@@ -259,6 +272,7 @@ impl<'a> Attempt<'a> {
                 "raw_version": self.raw.version(),
                 "configuration": pipeline.hash(),
                 "reconciled": report.reconciled,
+                "pieces": report.pieces,
                 "rows_inserted": report.rows_inserted,
                 "rows_updated": report.rows_updated,
                 "rows_deleted": report.rows_deleted,

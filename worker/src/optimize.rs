@@ -18,6 +18,7 @@ use alluvium_table::keys::{KeySet, Scan};
 use alluvium_table::rows::Pick;
 use alluvium_table::schema::find_column;
 use alluvium_table::upkeep::{BIN_FILES_MIN, candidates, policy, saving};
+use alluvium_table::write::Written;
 use alluvium_table::{Add, LiveFile, Table};
 use futures::TryStreamExt;
 
@@ -26,6 +27,8 @@ use crate::curve::Curve;
 use crate::ingest::table_names;
 use crate::merge::{check_age, count_files};
 use crate::search::KEYS_SHARE;
+use crate::shards::PIECES_MAX;
+use crate::shards::of_optimize::in_pieces;
 use crate::{Permit, Workshop};
 
 /// So often a bin that lost to another commit is fitted to what that one did.
@@ -38,23 +41,27 @@ pub async fn optimize(workshop: &Workshop, task: &Task, permit: &Permit) -> Resu
     let Some(mut table) = workshop.tables.open(&pipeline.main).await? else {
         return Ok(Report { already: true, ..Report::default() });
     };
-    let key = table_names(&table, &pipeline.content.key);
-    let bin = pick_bin(&table, pipeline).await?;
-    if bin.is_empty() {
-        let main = count_files(&table, pipeline).await?;
-        return Ok(Report { already: true, main, ..Report::default() });
-    }
-    let clustered = clustered_by(&table, pipeline)?;
-    let report =
-        rewrite(&mut table, pipeline, task.work.step().as_str(), &bin, (&clustered, &key), permit)
-            .await?;
+    let started = Instant::now();
+    let bins = pick_bins(&table, pipeline).await?;
+    let order = Order::of(&table, pipeline)?;
+    let (bin, written, pieces) = match bins.as_slice() {
+        [] => {
+            let main = count_files(&table, pipeline).await?;
+            return Ok(Report { already: true, main, ..Report::default() });
+        }
+        [bin] => (bin.clone(), write_bin(&table, pipeline, bin, &order, permit).await?, 0),
+        several => in_pieces(workshop, task, (&table, several), permit).await?,
+    };
+    let step = task.work.step().as_str();
+    let landing = Landing { started, pipeline, step, pieces, key: &order.key, permit };
+    let report = landing.land(&mut table, &bin, &written).await?;
     workshop.tables.remember(&table);
     Ok(Report { main: count_files(&table, pipeline).await?, ..report })
 }
 
-/// Candidates of the partition where most is to be saved, those that save most for their bytes first, up
-/// to the bin's size.
-async fn pick_bin(table: &Table, pipeline: &Pipeline) -> Result<Vec<LiveFile>> {
+/// Candidates of the partition where most is to be saved, those that save most for their bytes first, in
+/// bins: one, or all where they are work for several workers.
+async fn pick_bins(table: &Table, pipeline: &Pipeline) -> Result<Vec<Vec<LiveFile>>> {
     let by_partition = candidates(table.files().await?, policy(pipeline));
     let of_all = |files: &Vec<LiveFile>| files.iter().map(saving).sum::<f64>();
     let most = by_partition.into_iter().max_by(|one, other| of_all(one).total_cmp(&of_all(other)));
@@ -63,16 +70,49 @@ async fn pick_bin(table: &Table, pipeline: &Pipeline) -> Result<Vec<LiveFile>> {
     most.sort_by(|one, other| {
         of_byte(other).total_cmp(&of_byte(one)).then_with(|| one.path.cmp(&other.path))
     });
+    let all: u64 = most.iter().map(|file| file.size).sum();
+    let bins_max = if all > pipeline.sizes.shard_bytes { PIECES_MAX } else { 1 };
     let mut bytes = 0;
-    let mut bin = Vec::new();
+    let mut bins: Vec<Vec<LiveFile>> = vec![Vec::new()];
     for file in most {
         bytes += file.size;
-        if bytes > pipeline.sizes.bin_bytes && bin.len() >= BIN_FILES_MIN {
-            break;
+        let held = bins.last().map_or(0, Vec::len);
+        if bytes > pipeline.sizes.bin_bytes && held >= BIN_FILES_MIN {
+            if bins.len() == bins_max {
+                break;
+            }
+            bytes = file.size;
+            bins.push(Vec::new());
         }
-        bin.push(file);
+        if let Some(bin) = bins.last_mut() {
+            bin.push(file);
+        }
     }
-    Ok(bin)
+    // What is left over for the last one may be too little to gain by it.
+    if bins.len() > 1 {
+        bins.retain(|bin| bin.len() >= BIN_FILES_MIN);
+    }
+    Ok(bins)
+}
+
+/// In which order the rows of a bin are written.
+pub(crate) struct Order {
+    /// Several: along a curve. None: by the key.
+    clustered: Vec<String>,
+    key: Vec<String>,
+}
+
+impl Order {
+    /// As the pipeline has it, in the table's names.
+    pub(crate) fn of(table: &Table, pipeline: &Pipeline) -> Result<Self> {
+        let key = table_names(table, &pipeline.content.key);
+        Ok(Self { clustered: clustered_by(table, pipeline)?, key })
+    }
+
+    /// By these columns.
+    pub(crate) fn by(key: Vec<String>) -> Self {
+        Self { clustered: Vec::new(), key }
+    }
 }
 
 /// The columns of `cluster_by`, as the table spells them.
@@ -95,60 +135,82 @@ fn clustered_by(table: &Table, pipeline: &Pipeline) -> Result<Vec<String>> {
     pipeline.cluster_by.iter().map(place).collect()
 }
 
-/// Writes the rows of `bin` anew, by the columns of `clustered` (several: along a curve) and then by `key`, and commits for exactly the snapshot that they were
-/// read of, or that they were fitted to.
-pub(crate) async fn rewrite(
-    table: &mut Table,
+/// Writes the rows of `bin` anew, in this order.
+pub(crate) async fn write_bin(
+    table: &Table,
     pipeline: &Pipeline,
-    step: &str,
     bin: &[LiveFile],
-    (clustered, key): (&[String], &[String]),
+    order: &Order,
     permit: &Permit,
-) -> Result<Report> {
-    let started = Instant::now();
+) -> Result<Written> {
     let (memory, target) = (pipeline.sizes.memory_bytes, pipeline.sizes.target_file_bytes);
-    let (mut curve, mut order) = (None, key.to_vec());
-    match clustered {
+    let (mut curve, mut by) = (None, order.key.clone());
+    match order.clustered.as_slice() {
         [] => {}
-        [one] => order.insert(0, one.clone()),
+        [one] => by.insert(0, one.clone()),
         several => curve = Some(Curve::learn(table, bin, several, permit).await?),
     }
-    let compaction = Compaction::new(table, (curve, &order), memory, target, permit)?;
+    let compaction = Compaction::new(table, (curve, &by), memory, target, permit)?;
     let written = compaction.write(bin).await?;
     crash::point("optimize.after_write")?;
     let before: Option<u64> = bin.iter().map(LiveFile::live_rows).sum();
     if before.is_some_and(|before| before != written.rows) {
         return Err(Error::internal(format!("{} rows of {before:?} rewritten", written.rows)));
     }
-    let mut fitted = Fitted { adds: written.adds.clone(), bin: bin.to_vec() };
-    let mut conflicts = 0;
-    loop {
-        permit.check()?;
-        check_age(started, pipeline)?;
-        let change = fitted.change(table, pipeline, step);
-        crash::point("optimize.before_commit")?;
-        let CommitOutcome::Lost(lost) = table.commit(change).await? else { break };
-        table.refresh().await?;
-        match fitted.to(table, pipeline, key, &written.adds, bin, permit).await? {
-            Fit::Landed => break,
-            Fit::Again if conflicts < u64::from(REBASES_MAX) => conflicts += 1,
-            Fit::Again | Fit::Not => return Err(Error::new(Code::TableMovedOn, lost.message)),
+    Ok(written)
+}
+
+/// What a bin's commit is made with.
+pub(crate) struct Landing<'a> {
+    pub(crate) started: Instant,
+    pub(crate) pipeline: &'a Pipeline,
+    pub(crate) step: &'a str,
+    /// In which the bin was written; 0: in one.
+    pub(crate) pieces: u64,
+    pub(crate) key: &'a [String],
+    pub(crate) permit: &'a Permit,
+}
+
+impl Landing<'_> {
+    /// Commits the new files of `bin` for exactly the snapshot that they were read of, or that they were
+    /// fitted to.
+    pub(crate) async fn land(
+        &self,
+        table: &mut Table,
+        bin: &[LiveFile],
+        written: &Written,
+    ) -> Result<Report> {
+        let Self { started, pipeline, step, pieces, key, permit } = *self;
+        let mut fitted = Fitted { adds: written.adds.clone(), bin: bin.to_vec() };
+        let mut conflicts = 0;
+        loop {
+            permit.check()?;
+            check_age(started, pipeline)?;
+            let change = fitted.change(table, pipeline, (step, pieces));
+            crash::point("optimize.before_commit")?;
+            let CommitOutcome::Lost(lost) = table.commit(change).await? else { break };
+            table.refresh().await?;
+            match fitted.to(table, pipeline, key, &written.adds, bin, permit).await? {
+                Fit::Landed => break,
+                Fit::Again if conflicts < u64::from(REBASES_MAX) => conflicts += 1,
+                Fit::Again | Fit::Not => return Err(Error::new(Code::TableMovedOn, lost.message)),
+            }
         }
+        crash::point("optimize.after_commit")?;
+        if let Err(error) = table.checkpoint_if_due().await {
+            tracing::warn!(%error, "no checkpoint; the next one makes up for it");
+        }
+        Ok(Report {
+            main_version: Some(table.version()),
+            rows_read: written.rows,
+            rows_written: written.rows,
+            files_added: written.adds.len() as u64,
+            files_removed: bin.len() as u64,
+            bytes_written: alluvium_table::bytes_of(&written.adds),
+            conflicts,
+            ..Report::default()
+        })
     }
-    crash::point("optimize.after_commit")?;
-    if let Err(error) = table.checkpoint_if_due().await {
-        tracing::warn!(%error, "no checkpoint; the next one makes up for it");
-    }
-    Ok(Report {
-        main_version: Some(table.version()),
-        rows_read: written.rows,
-        rows_written: written.rows,
-        files_added: written.adds.len() as u64,
-        files_removed: bin.len() as u64,
-        bytes_written: alluvium_table::bytes_of(&written.adds),
-        conflicts,
-        ..Report::default()
-    })
 }
 
 /// A bin's new and old files, as a snapshot is to have and has them.
@@ -168,7 +230,7 @@ enum Fit {
 }
 
 impl Fitted {
-    fn change(&self, table: &Table, pipeline: &Pipeline, step: &str) -> Change {
+    fn change(&self, table: &Table, pipeline: &Pipeline, (step, pieces): (&str, u64)) -> Change {
         let silent = |add: &Add| Add { data_change: false, ..add.clone() };
         let removes = self.bin.iter().map(|file| {
             let mut remove = file.remove.clone();
@@ -185,7 +247,7 @@ impl Fitted {
                 app_id: maintenance_app_id(&pipeline.id),
                 version: maintenance + 1,
             }],
-            info: serde_json::json!({"pipeline": pipeline.id, "step": step}),
+            info: serde_json::json!({"pipeline": pipeline.id, "step": step, "pieces": pieces}),
         }
     }
 

@@ -183,6 +183,7 @@ impl RawCommit<'_> {
                 "rows_read": report.rows_read,
                 "rows_quarantined": report.rows_quarantined,
                 "rows_filtered": report.rows_filtered,
+                "pieces": report.pieces,
             }),
         }
     }

@@ -82,17 +82,7 @@ pub fn reason_of(expectation: &Expectation) -> String {
 /// epoch must not go in.
 pub async fn judge(pipeline: &Pipeline, incoming: &Incoming) -> Result<Judged> {
     let content = &pipeline.content;
-    let names = Names::new(pipeline, incoming.schema());
-    // A folder without rows has perhaps no columns to speak of.
-    let only_last = content.on_duplicate == OnDuplicate::Quarantine && incoming.has_content();
-    let mut judged = Judged {
-        names,
-        delete_when: None,
-        conditions: Vec::new(),
-        failed: Vec::new(),
-        refusing: Vec::new(),
-        only_last,
-    };
+    let mut judged = Judged::unseen(pipeline, incoming);
     let is_asked = content.delete_when.is_some() || !content.expectations.is_empty();
     let is_asked = is_asked || content.on_duplicate != OnDuplicate::Last;
     let session = work_session(pipeline.sizes.memory_bytes);
@@ -106,16 +96,7 @@ pub async fn judge(pipeline: &Pipeline, incoming: &Incoming) -> Result<Judged> {
         judged.failed.extend(none);
         return Ok(judged);
     }
-    let compile = async |what: &str, sql: &str| {
-        Condition::compile(pipeline, incoming.schema(), what, sql).await
-    };
-    if let Some(condition) = &content.delete_when {
-        judged.delete_when = Some(compile("delete_when", condition).await?);
-    }
-    for expectation in &content.expectations {
-        let what = format!("expect {:?}", expectation.name);
-        judged.conditions.push(compile(&what, &expectation.sql).await?);
-    }
+    judged.compile(pipeline, incoming).await?;
     judged.make_known(&session);
     judged.look(pipeline, &session, incoming).await?;
     Ok(judged)
@@ -127,6 +108,61 @@ pub async fn read_through(session: &SessionContext) -> Result<()> {
 }
 
 impl Judged {
+    fn unseen(pipeline: &Pipeline, incoming: &Incoming) -> Self {
+        // A folder without rows has perhaps no columns to speak of.
+        let is_quarantine = pipeline.content.on_duplicate == OnDuplicate::Quarantine;
+        Self {
+            names: Names::new(pipeline, incoming.schema()),
+            delete_when: None,
+            conditions: Vec::new(),
+            failed: Vec::new(),
+            refusing: Vec::new(),
+            only_last: is_quarantine && incoming.has_content(),
+        }
+    }
+
+    async fn compile(&mut self, pipeline: &Pipeline, incoming: &Incoming) -> Result<()> {
+        let compile = async |what: &str, sql: &str| {
+            Condition::compile(pipeline, incoming.schema(), what, sql).await
+        };
+        if let Some(condition) = &pipeline.content.delete_when {
+            self.delete_when = Some(compile("delete_when", condition).await?);
+        }
+        for expectation in &pipeline.content.expectations {
+            let what = format!("expect {:?}", expectation.name);
+            self.conditions.push(compile(&what, &expectation.sql).await?);
+        }
+        Ok(())
+    }
+
+    /// What some files' rows are, where the folder's were judged: its expectations that refuse rows are
+    /// those of which `refuses` gives the reasons.
+    pub(crate) async fn of_some(
+        pipeline: &Pipeline,
+        incoming: &Incoming,
+        refuses: &[String],
+    ) -> Result<Self> {
+        let mut judged = Self::unseen(pipeline, incoming);
+        if !incoming.has_content() {
+            return Ok(judged);
+        }
+        judged.compile(pipeline, incoming).await?;
+        for (expectation, condition) in pipeline.content.expectations.iter().zip(&judged.conditions)
+        {
+            let reason = reason_of(expectation);
+            if refuses.contains(&reason) {
+                judged.refusing.push((reason, condition.clone()));
+            }
+        }
+        Ok(judged)
+    }
+
+    /// The reasons for which rows are refused; `None`: it takes the whole folder to know them.
+    pub(crate) fn refuses(&self) -> Option<Vec<String>> {
+        let reasons = self.refusing.iter().map(|(reason, _)| reason.clone());
+        (!self.only_last).then(|| reasons.collect())
+    }
+
     /// Reads the folder for what is demanded of its rows.
     async fn look(
         &mut self,

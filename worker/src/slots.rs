@@ -32,7 +32,7 @@ use tracing::Instrument;
 use crate::answers::Answers;
 use crate::keeper::Keeper;
 use crate::meter::Meter;
-use crate::{Permit, Workshop};
+use crate::{Permit, Team, Workshop, shards};
 
 /// How long a lease lives without renewal. A dead worker's task waits at most this long.
 pub(crate) const LEASE_TTL: Duration = Duration::from_secs(15);
@@ -281,7 +281,33 @@ impl Worker {
                 return delivery.give_back().await;
             }
         }
+        if attempt.task.work.step() == Step::Shard {
+            return self.settle_piece(attempt, &verdict, delivery).await;
+        }
         self.answer(attempt, verdict, delivery, answers).await
+    }
+
+    /// Who has the step waits for its pieces, not the coordinator: what a piece made is told already.
+    async fn settle_piece(
+        &self,
+        attempt: &Attempt,
+        verdict: &Verdict,
+        delivery: Delivery,
+    ) -> Result<()> {
+        self.count(attempt, verdict);
+        if let Verdict::Failed(error) = verdict {
+            tracing::info!(%error, task = %attempt.task.id, "a piece of a step failed");
+            if matches!(error.class(), Class::Transient | Class::Stopping) {
+                return delivery.give_back().await;
+            }
+            shards::give_up(&attempt.task, error).await?;
+        }
+        delivery.ack().await
+    }
+
+    fn count(&self, attempt: &Attempt, verdict: &Verdict) {
+        let took = self.workshop.clock.now() - attempt.claimed_at;
+        count(&attempt.task, verdict, took.as_seconds_f64());
     }
 
     /// Executes with the lease renewed beside it.
@@ -290,6 +316,12 @@ impl Worker {
             stopping: self.duty.orders.stopping.clone(),
             lease_lost: CancellationToken::new(),
             meter: Arc::clone(&attempt.meter),
+            team: Some(Team {
+                queue: Arc::clone(&self.queue),
+                leases: Arc::clone(&self.leases),
+                owner: attempt.owner.clone(),
+                keeping: self.keeping.clone(),
+            }),
         };
         let keeper = Keeper {
             leases: Arc::clone(&self.leases),
@@ -318,7 +350,7 @@ impl Worker {
         answers: &Answers,
     ) -> Result<()> {
         let task = &attempt.task;
-        count(task, &verdict, (self.workshop.clock.now() - attempt.claimed_at).as_seconds_f64());
+        self.count(attempt, &verdict);
         let result = TaskResult {
             task: task.id,
             pipeline: task.pipeline.id.clone(),
@@ -393,7 +425,7 @@ fn count(task: &Task, verdict: &Verdict, seconds: f64) {
     if report.already {
         return;
     }
-    if step != Step::Cleanup {
+    if !matches!(step, Step::Cleanup | Step::Shard) {
         metrics().committed(step.as_str(), report.conflicts + 1);
     }
     match step {
@@ -402,7 +434,7 @@ fn count(task: &Task, verdict: &Verdict, seconds: f64) {
             metrics().rows(pipeline, "quarantine", report.rows_quarantined);
         }
         Step::Merge => metrics().rows(pipeline, "main", report.rows_written),
-        Step::Optimize | Step::Cleanup | Step::Restore => {}
+        Step::Optimize | Step::Cleanup | Step::Restore | Step::Shard => {}
     }
 }
 

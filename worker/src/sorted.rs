@@ -1,5 +1,6 @@
-//! The last row of each key out of raw's files, which hold an epoch's rows by key: a merge of as many
-//! sorted runs as there are epochs, in memory that does not grow with their rows.
+//! The last row of each key out of raw's files, which hold rows by key: a merge of as many sorted runs as
+//! there are writers (one for an epoch, or for a piece of a large one), in memory that does not grow with
+//! their rows.
 //!
 //! ```text
 //!  epoch 3   a b   d ┐
@@ -11,6 +12,7 @@
 use std::cmp::Ordering;
 use std::collections::binary_heap::PeekMut;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use alluvium_protocol::{Epoch, Error, Result};
@@ -40,17 +42,28 @@ const RUNS_AT_ONCE: usize = 16;
 pub(crate) struct LastRows {
     raw: Table,
     rule: Rule,
-    /// Files by epoch, in order, with their rows that are the last of a key.
-    runs: BTreeMap<Epoch, Vec<(LiveFile, RowSet)>>,
+    /// Files by epoch and writer, in order, with their rows that are the last of a key.
+    runs: BTreeMap<RunId, Vec<(LiveFile, RowSet)>>,
+}
+
+/// The epoch and the writer of files that follow one another in the order of their keys.
+type RunId = (Epoch, String);
+
+/// The writer of a file: what its name (`part-00001-<writer>-c000.zstd.parquet`) says after its number.
+fn writer_of(path: &str) -> String {
+    let name = path.rsplit('/').next().unwrap_or(path);
+    let writer = name.strip_prefix("part-").and_then(|rest| rest.split_once('-'));
+    writer.map_or_else(String::new, |(_, writer)| writer.to_owned())
 }
 
 impl LastRows {
-    /// Finds them, by the columns that decide, and has their keys searched for. `None`: a file is not
-    /// in the order of its keys.
+    /// Finds them, by the columns that decide, and has their keys searched for; keeps those of `share`,
+    /// counted in the order of their keys. `None`: a file is not in the order of its keys.
     pub(crate) async fn find(
         raw: &Table,
         rule: &Rule,
         files: &[LiveFile],
+        share: Range<u64>,
         search: &mut Search<'_>,
         permit: &Permit,
     ) -> Result<Option<Self>> {
@@ -58,10 +71,11 @@ impl LastRows {
             // Somebody else deleted rows of raw.
             return Ok(None);
         }
-        let mut runs: BTreeMap<Epoch, Vec<(LiveFile, RowSet)>> = BTreeMap::new();
+        let mut runs: BTreeMap<RunId, Vec<(LiveFile, RowSet)>> = BTreeMap::new();
         for file in files {
             let epoch = raw::epoch_of(file).ok_or_else(|| Error::internal("a file of no epoch"))?;
-            runs.entry(epoch).or_default().push((file.clone(), RowSet::new()));
+            let run = runs.entry((epoch, writer_of(&file.path))).or_default();
+            run.push((file.clone(), RowSet::new()));
         }
         for files in runs.values_mut() {
             // The writer numbers its files in their names.
@@ -70,24 +84,34 @@ impl LastRows {
         let mut found = Self { raw: raw.clone(), rule: rule.clone(), runs };
         let deciding = [rule.key.clone(), vec![raw::OP.to_owned()]].concat();
         let columns = Columns::new(raw, rule, &deciding)?;
-        let picks = found.runs.iter().map(|(epoch, files)| {
+        let picks = found.runs.iter().map(|((epoch, _), files)| {
             let all = |(file, _): &(LiveFile, RowSet)| (file.clone(), Pick::Without(RowSet::new()));
             (*epoch, files.iter().map(all).collect())
         });
         let mut merging = Merging::new(raw, columns, &deciding, picks.collect())?;
         merging.begin().await?;
         let of = files.iter().filter_map(|file| file.rows).sum();
+        let ids: Vec<RunId> = found.runs.keys().cloned().collect();
+        let (mut next, mut keys, mut upserts) = (0, 0, 0);
         while let Some(rows) = merging.next_batch().await? {
             permit.reached("chooses the last row of each key", merging.rows_read, of)?;
             if !merging.is_sorted {
                 return Ok(None);
             }
-            for (epoch, file, row) in merging.places.drain(..) {
-                let of_epoch = found.runs.get_mut(&epoch).and_then(|files| files.get_mut(file));
-                of_epoch.ok_or_else(|| Error::internal("a row of no file"))?.1.insert(row);
+            let comes = comes(&rows)?;
+            for (at, (run, file, row)) in merging.places.drain(..).enumerate() {
+                if !share.contains(&(next + at as u64)) {
+                    continue;
+                }
+                let of_run = found.runs.get_mut(&ids[run]).and_then(|files| files.get_mut(file));
+                of_run.ok_or_else(|| Error::internal("a row of no file"))?.1.insert(row);
+                keys += 1;
+                upserts += u64::from(comes.value(at));
             }
-            search.add(&rows.columns()[..rule.key.len()], &comes(&rows)?).await?;
+            next += rows.num_rows() as u64;
+            search.add(&rows.columns()[..rule.key.len()], &comes).await?;
         }
+        search.count_only(keys, upserts);
         Ok(merging.is_sorted.then_some(found))
     }
 
@@ -95,7 +119,7 @@ impl LastRows {
     pub(crate) async fn rows(&self) -> Result<BoxStream<'static, Result<RecordBatch>>> {
         let output = [self.rule.columns.clone(), vec![raw::OP.to_owned()]].concat();
         let columns = Columns::new(&self.raw, &self.rule, &output)?;
-        let picks = self.runs.iter().map(|(epoch, files)| {
+        let picks = self.runs.iter().map(|((epoch, _), files)| {
             let last = |(file, rows): &(LiveFile, RowSet)| (file.clone(), Pick::Only(rows.clone()));
             (*epoch, files.iter().map(last).collect())
         });
@@ -207,6 +231,7 @@ impl Run {
 /// Rows of a run in memory.
 struct Held {
     number: usize,
+    run: usize,
     epoch: Epoch,
     file: usize,
     first_row: u64,
@@ -259,8 +284,8 @@ struct Merging {
     by_number: HashMap<usize, usize>,
     /// Positions of the columns that go out.
     projection: Vec<usize>,
-    /// Epoch, file and position of each row given out.
-    places: Vec<(Epoch, usize, u64)>,
+    /// Run, file and position of each row given out.
+    places: Vec<(usize, usize, u64)>,
 }
 
 impl Merging {
@@ -321,7 +346,7 @@ impl Merging {
         }
         let place = |(source, row): &(usize, usize)| {
             let held = &self.sources[*source];
-            (held.epoch, held.file, held.first_row + *row as u64)
+            (held.run, held.file, held.first_row + *row as u64)
         };
         self.places = self.last.iter().map(place).collect();
         let whole = match self.sources.as_slice() {
@@ -355,7 +380,7 @@ impl Merging {
             self.is_sorted &= last.held.keys.row(last.row).data() <= keys.row(0).data();
         }
         let (number, epoch, order) = (self.held, self.runs[run].epoch, OnceLock::new());
-        let held = Held { number, epoch, file, first_row, batch, keys, order };
+        let held = Held { number, run, epoch, file, first_row, batch, keys, order };
         self.held += 1;
         self.rows_read += held.batch.num_rows() as u64;
         self.heads.push(Head { held: Arc::new(held), row: 0, run });

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use alluvium_protocol::Result;
+use alluvium_protocol::{Code, Error, Result};
 use alluvium_table::{Table, TableSpec};
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
@@ -31,6 +31,22 @@ impl Tables {
             None => drop(self.lock().remove(uri)),
         }
         Ok(table)
+    }
+
+    /// The snapshot of this version, which somebody works on.
+    ///
+    /// # Errors
+    /// `TableUnreadable`, among others: it is gone.
+    pub async fn at(&self, uri: &str, version: i64) -> Result<Table> {
+        match self.open(uri).await? {
+            Some(newest) if newest.version() == version => return Ok(newest),
+            _ => {}
+        }
+        let at = u64::try_from(version).map_err(Error::internal)?;
+        let text = || format!("version {version} of {uri} is gone");
+        Table::open_at(uri, Some(at))
+            .await?
+            .ok_or_else(|| Error::new(Code::TableUnreadable, text()))
     }
 
     /// The newest snapshot; the table is created when it does not exist.

@@ -47,6 +47,7 @@ fn pipeline(folder: &std::path::Path) -> Pipeline {
             small_files: 2,
             read_cost_max: 225,
             bin_bytes: 1 << 20,
+            shard_bytes: 1 << 30,
             vacuum_retention: Duration::from_secs(3600),
             memory_bytes: 64 << 20,
         },

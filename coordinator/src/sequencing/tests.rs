@@ -34,6 +34,7 @@ fn pipeline() -> Pipeline {
             small_files: 10,
             read_cost_max: 225,
             bin_bytes: 1000,
+            shard_bytes: 1000,
             vacuum_retention: Duration::from_secs(3600),
             memory_bytes: 1 << 20,
         },

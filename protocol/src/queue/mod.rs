@@ -30,16 +30,19 @@ pub enum Lane {
     Merge,
     /// Optimize and cleanup tasks.
     Maintenance,
+    /// Pieces of large steps, published by the workers that have them.
+    Shard,
     /// Results of all tasks.
     Results,
 }
 
 impl Lane {
     /// The lanes of tasks.
-    pub const TASKS: [Lane; 3] = [Lane::Ingest, Lane::Merge, Lane::Maintenance];
+    pub const TASKS: [Lane; 4] = [Lane::Ingest, Lane::Merge, Lane::Maintenance, Lane::Shard];
 
     /// All lanes.
-    pub const ALL: [Lane; 4] = [Lane::Ingest, Lane::Merge, Lane::Maintenance, Lane::Results];
+    pub const ALL: [Lane; 5] =
+        [Lane::Ingest, Lane::Merge, Lane::Maintenance, Lane::Shard, Lane::Results];
 
     /// Where the tasks of a step wait.
     pub fn of(step: Step) -> Self {
@@ -47,6 +50,7 @@ impl Lane {
             Step::Ingest => Self::Ingest,
             Step::Merge | Step::Restore => Self::Merge,
             Step::Optimize | Step::Cleanup => Self::Maintenance,
+            Step::Shard => Self::Shard,
         }
     }
 
@@ -56,6 +60,7 @@ impl Lane {
             Self::Ingest => "ingest",
             Self::Merge => "merge",
             Self::Maintenance => "maintenance",
+            Self::Shard => "shard",
             Self::Results => "results",
         }
     }

@@ -1,0 +1,327 @@
+"""Steps in pieces: what comes out is what one worker makes alone, whoever does the pieces and whoever dies.
+
+Owns: `shard_size`, the lane of pieces, what is left below the state folder. Rules of rows are the others' (the
+worlds run with pieces, too).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable
+
+from cluster import Cluster
+from lake import Lake
+
+SMALL = 'shard_size = "1KiB"\n'
+SCHEMA = pa.schema([("id", pa.string()), ("value", pa.int64()), ("op", pa.string())])
+FILES, ROWS = 6, 400
+WAYS = {
+    "marks": "",
+    "copies": 'merge.deletion_vectors = "off"',
+    "little memory": "",
+    "sequence": 'sequence_by = "value"',
+}
+
+
+def rows_of(epoch: int, file: int) -> list[tuple]:
+    """Keys that occur in several files and epochs; every eleventh row is a delete."""
+    draw = random.Random(f"{epoch}/{file}")
+    return [
+        (f"k{draw.randrange(4 * ROWS):05}", epoch * 1_000_000 + draw.randrange(1000) * 1000 + at, "D" if at % 11 == 0 else "U")
+        for at in range(ROWS)
+    ]  # fmt: skip
+
+
+def deliver(lake: Lake, epoch: int, files: int = FILES) -> None:
+    for file in range(files):
+        lake.deliver(epoch, rows_of(epoch, file), file=f"part-{file}.parquet", complete=file == files - 1)
+
+
+def expected(epochs: list[int], sequenced: bool = False, files: int = FILES) -> dict[str, int]:
+    main: dict[str, int] = {}
+    for epoch in sorted(epochs):
+        rows = [row for file in range(files) for row in rows_of(epoch, file)]
+        for key, value, op in sorted(rows, key=lambda row: row[1]) if sequenced else rows:
+            if op == "D":
+                main.pop(key, None)
+            else:
+                main[key] = value
+    return main
+
+
+def pieces(lake: Lake, table: str, step: str) -> list[int]:
+    """In how many pieces the commits of a step were made, the oldest first."""
+    history = DeltaTable(lake.root / "p" / table).history()
+    told = [entry.get("alluvium", {}) for entry in reversed(history)]
+    return [entry["pieces"] for entry in told if entry.get("step") == step]
+
+
+def nothing_is_left(lake: Lake) -> None:
+    assert [path for path in (lake.root / "state/shards").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pieces_make_what_one_makes(way: str, tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more=SMALL + WAYS[way])
+    if way == "little memory":
+        lake.configure(head='memory = "16MiB"\n')
+    sequenced = way == "sequence"
+    for epoch in (10, 20, 30):
+        deliver(lake, epoch)
+        lake.run()
+    assert lake.main() == expected([10, 20, 30], sequenced)
+    assert pieces(lake, "raw", "ingest") == [FILES] * 3
+    # The first one finds no rows to take out, and is split all the same.
+    assert all(count > 1 for count in pieces(lake, "main", "merge")[:3])
+    nothing_is_left(lake)
+    # A late one is computed over all epochs: by one worker, out of what pieces wrote.
+    deliver(lake, 15)
+    lake.run()
+    assert lake.main() == expected([10, 15, 20, 30], sequenced)
+    assert pieces(lake, "main", "merge")[-1] == 0 and pieces(lake, "raw", "ingest")[-1] == FILES
+    for verb, epochs in (("undo", [10, 15, 30]), ("replay", [10, 15, 20, 30])):
+        done = lake.alluvium(verb, "p", "20", "--yes")
+        assert done.code == 0, done.err
+        lake.run()
+        assert lake.main() == expected(epochs, sequenced)
+    nothing_is_left(lake)
+
+
+def test_a_content_that_lost_files_takes_their_keys_back(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more=SMALL + 'on_changed = "replay"')
+    deliver(lake, 10)
+    deliver(lake, 20)
+    lake.run()
+    for file in (0, 3, 4):
+        (lake.folder(20) / f"part-{file}.parquet").unlink()
+    lake.run()
+    main = expected([10])
+    for file in (1, 2, 5):
+        for key, value, op in rows_of(20, file):
+            if op == "D":
+                main.pop(key, None)
+            else:
+                main[key] = value
+    assert lake.main() == main
+
+
+@pytest.mark.parametrize("settings", ["", 'format = "csv"', 'format = "json"'])
+def test_rows_are_refused_as_they_are_by_one(settings: str, tmp_path: Path):
+    """By expectation, by type and for want of a key: with reason, place and content."""
+    found = []
+    for shard_size in ("1KiB", "1GiB"):
+        folder = tmp_path / shard_size
+        folder.mkdir()
+        more = f'shard_size = "{shard_size}"\n{settings}\non_mismatch = "quarantine"\n'
+        more += "select = \"SELECT id, CAST(value AS INT) * 2 AS value, op FROM incoming WHERE op <> 'X'\"\n"
+        lake = Lake(folder).pipeline(columns='id = "string"\nvalue = "int"\nop = "string"', more=more)
+        expectation = '[[pipeline.p.expect]]\nname = "small"\nsql = "value < 1900"\naction = "quarantine"\n'
+        lake.pipelines["p"] += expectation
+        lake.configure()
+        for file in range(4):
+            rows = [(f"k{file}-{at}", file * 300 + at, "X" if at % 7 == 0 else "U") for at in range(250)]
+            rows += [(None, 1, "U"), (f"large{file}", 2**31 - 5, "U")]
+            lake.write(10, *written(settings, file, rows))
+        lake.run()
+        found.append((lake.rows(), sorted(map(str, lake.refused())), counts(lake)))
+        assert pieces(lake, "raw", "ingest") == [4 if shard_size == "1KiB" else 0]
+        nothing_is_left(lake)
+    assert found[0] == found[1]
+    reasons = " ".join(found[0][1])
+    assert "null_key" in reasons and "expect:small" in reasons and len(found[0][1]) > 8, reasons
+
+
+def counts(lake: Lake) -> list:
+    runs = lake.alluvium("runs", "p", "-o", "json").json()
+    return [(run["step"], run.get("rows_read"), run.get("rows_written"), run.get("rows_quarantined")) for run in runs]
+
+
+def written(settings: str, file: int, rows: list[tuple]) -> tuple[str, str | pa.Table]:
+    if "csv" in settings:
+        lines = [",".join("" if cell is None else str(cell) for cell in row) for row in rows]
+        return f"part-{file}.csv", "\n".join(["id,value,op", *lines]) + "\n"
+    if "json" in settings:
+        lines = [json.dumps(dict(zip(("id", "value", "op"), row))) for row in rows]
+        return f"part-{file}.json", "\n".join(lines) + "\n"
+    columns = [list(column) for column in zip(*rows)]
+    return f"part-{file}.parquet", pa.table(columns, schema=SCHEMA)
+
+
+def test_repaired_rows_are_read_in_their_pieces(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more=SMALL + 'on_mismatch = "quarantine"')
+    for file in range(3):
+        rows = [(f"k{file}-{at}", at, "U") for at in range(200)] + [(None, 7, "U")]
+        lake.write(10, *written("", file, rows))
+    lake.run()
+    refused = lake.alluvium("quarantine", "show", "p", "-o", "json").json()
+    corrected = [{"file": item["file"], "row": item["row"], "content": item["content"] | {"id": f"new{at}"}} for at, item in enumerate(refused)]  # fmt: skip
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, corrected)))
+    done = lake.alluvium("quarantine", "replay", "p", "10", "--rows", "rows.json", "--yes")
+    assert done.code == 0, done.err
+    lake.run()
+    assert {key: value for key, value in lake.main().items() if key.startswith("new")} == {"new0": 7, "new1": 7, "new2": 7}
+    assert lake.refused() == [] and pieces(lake, "raw", "ingest") == [3, 3]
+
+
+def test_a_file_that_cannot_be_read_blocks_the_epoch_as_ever(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more=SMALL)
+    deliver(lake, 10)
+    damaged = lake.folder(10) / "part-3.parquet"
+    body = bytearray(damaged.read_bytes())
+    body[4:400] = bytes(396)  # the footer is whole
+    damaged.write_bytes(body)
+    done = lake.run(code=1)
+    assert "part-3.parquet" in done.err and "AL-0301" in done.err, done.err
+    assert lake.states() == {10: "blocked"} and not (tmp_path / "p/main").exists()
+    nothing_is_left(lake)
+    lake.deliver(10, rows_of(10, 3), file="part-3.parquet")
+    assert lake.alluvium("replay", "p", "10", "--yes").code == 0
+    lake.run()
+    assert lake.main() == expected([10])
+
+
+def test_several_bins_are_written_at_a_time(tmp_path: Path):
+    optimize = 'optimize = { small_files = 12, bin_size = "1KiB" }\nmerge.batch_epochs = 1\n'
+    lake = Lake(tmp_path).pipeline(more=SMALL + optimize)
+    lake.configure(head="")
+    for epoch in range(1, 13):
+        deliver(lake, epoch, files=1)
+    assert "optimized" in lake.run().err
+    assert lake.main() == expected(list(range(1, 13)), files=1)
+    assert pieces(lake, "main", "optimize")[0] >= 1
+    nothing_is_left(lake)
+
+
+@pytest.mark.parametrize("point", ["shard.after_plan", "shard.before_result", "shard.after_result"])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_kill_at_a_piece_loses_and_doubles_nothing(point: str, nth: int, tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more=SMALL)
+    deliver(lake, 10)
+    lake.run()
+    deliver(lake, 20)
+    killed = lake.alluvium("run", "--once", env={"ALLUVIUM_CRASH": f"{point}:{nth}"})
+    assert killed.code == -signal.SIGKILL
+    assert lake.main() in (expected([10]), expected([10, 20]))
+    lake.run()
+    assert lake.main() == expected([10, 20])
+
+
+@pytest.mark.parametrize("point", ["shard.after_plan", "shard.before_result", "shard.after_result"])
+def test_a_piece_whose_storage_fails_is_tried_again(point: str, tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more=SMALL)
+    deliver(lake, 10)
+    lake.run(env={"ALLUVIUM_FAIL": f"{point}:1-2"})
+    assert lake.main() == expected([10])
+    nothing_is_left(lake)
+
+
+def test_a_cleanup_takes_what_a_killed_worker_laid_out(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more=SMALL + 'cleanup = { every = "1s", retention = "1h" }')
+    deliver(lake, 10)
+    lake.alluvium("run", "--once", env={"ALLUVIUM_CRASH": "shard.after_plan"})
+    left = [path for path in (tmp_path / "state/shards").rglob("*") if path.is_file()]
+    assert left != []
+    for path in left:
+        os.utime(path, (time.time() - 7200,) * 2)
+    lake.run()
+    done = lake.alluvium("step", "cleanup")
+    assert done.code == 0, done.err
+    nothing_is_left(lake)
+
+
+# --- over several workers ---------------------------------------------------------------------
+
+
+def large(make, store: str = "disk") -> Cluster:
+    cluster: Cluster = make(store)
+    cluster.pipeline(more=SMALL)
+    return cluster
+
+
+def deliver_large(cluster: Cluster, epoch: int) -> None:
+    """Six files of one epoch."""
+    rows = []
+    for file in range(FILES):
+        some = rows_of(epoch, file)
+        rows += some
+        cluster.deliver(epoch, some, file=f"part-{file}.parquet", complete=file == FILES - 1)
+    cluster.delivered["p"][epoch] = rows
+
+
+@pytest.mark.parametrize("store", ["disk", "s3"])
+def test_workers_share_an_epoch(make, store: str):
+    cluster = large(make, store)
+    deliver_large(cluster, 10)
+    deliver_large(cluster, 20)
+    for _ in range(3):
+        cluster.worker("--slots", "1")
+    cluster.coordinator()
+    cluster.wait_applied({10, 20})
+    cluster.check()
+    # Messages of pieces that were done meanwhile find nothing to do.
+    queue = f"{cluster.name}.v1.task.shard"
+    cluster.wait(lambda: cluster.services.rabbitmq.queue_depth(queue) == 0)
+
+
+@pytest.mark.parametrize("point", ["shard.before_result", "shard.after_result", "task.after_claim"])
+def test_a_worker_that_dies_at_a_piece_costs_that_piece(make, point: str):
+    cluster = large(make)
+    deliver_large(cluster, 10)
+    cluster.worker("--slots", "1")
+    for nth in (1, 2):
+        cluster.worker("--slots", "1", env={"ALLUVIUM_CRASH": f"{point}:{nth}"})
+    cluster.coordinator()
+    cluster.wait_applied({10})
+    deliver_large(cluster, 20)
+    cluster.wait_applied({20})
+    cluster.check()
+
+
+def test_pieces_go_on_without_redis(make):
+    cluster = large(make)
+    deliver_large(cluster, 10)
+    workers = [cluster.worker("--slots", "1") for _ in range(2)]
+    cluster.coordinator()
+    cluster.wait_applied({10})
+    cluster.services.redis.client().flushall()
+    deliver_large(cluster, 20)
+    cluster.wait_applied({20})
+    cluster.check()
+    assert all(worker.alive for worker in workers)
+
+
+def test_files_of_other_writers_in_no_order_are_merged_all_the_same(tmp_path: Path):
+    """Somebody rewrote raw's files in another order: pieces cannot be made of them, and one worker does it."""
+    lake = Lake(tmp_path).pipeline(more=SMALL + 'merge.batch_epochs = 1\n')
+    deliver(lake, 10)
+    lake.run()
+    deliver(lake, 20)
+    lake.alluvium("run", "--once", env={"ALLUVIUM_CRASH": "merge.after_plan"})
+    for path in (tmp_path / "p/raw/_epoch=20").glob("*.parquet"):
+        rows = pq.read_table(path, partitioning=None)
+        reverse = rows.take(pa.array(range(len(rows) - 1, -1, -1)))
+        pq.write_table(reverse, path)
+    # The log's sizes are of the files as they were: a reader asks for the footer by them.
+    sizes(tmp_path / "p/raw")
+    lake.run()
+    assert lake.main() == expected([10, 20]) and pieces(lake, "main", "merge")[-1] == 0
+
+
+def sizes(table: Path) -> None:
+    for entry in (table / "_delta_log").glob("*.json"):
+        lines = []
+        for line in entry.read_text().splitlines():
+            action = json.loads(line)
+            if "add" in action and (table / action["add"]["path"]).exists():
+                action["add"]["size"] = (table / action["add"]["path"]).stat().st_size
+            lines.append(json.dumps(action))
+        entry.write_text("\n".join(lines) + "\n")

@@ -1,0 +1,358 @@
+//! Steps that are larger than `shard_size`, in pieces: every worker that has time does some, and the one
+//! that has the step commits them all.
+//!
+//! ```text
+//!  the step's worker                                  any worker
+//!  job ─► plan.json ─► a message for each piece ─────► claims the piece, does it:
+//!    │                                                 its files lie in the table's folder, unnamed
+//!    ├─ does pieces itself that nobody has             │
+//!    └─ all of 0.json, 1.json … ◄──────────────────────┘ what it made, put if absent
+//!         └─► one commit
+//! ```
+//! The plan is there as long as somebody waits for its pieces: a message that comes later finds nothing to do.
+//! Where no other worker has time, or there is none, the step's worker does all pieces, one after the other.
+
+mod board;
+pub(crate) mod of_ingest;
+pub(crate) mod of_merge;
+pub(crate) mod of_optimize;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use alluvium_protocol::heartbeat::Amount;
+use alluvium_protocol::lease::{Claim, Leases};
+use alluvium_protocol::queue::{Lane, Message, Queue};
+use alluvium_protocol::retry::CRASHES_MAX;
+use alluvium_protocol::task::{FORMAT_MAJOR, Report, Task, Work, encode};
+use alluvium_protocol::trace;
+use alluvium_protocol::{Class, Code, Error, Pipeline, Result, crash};
+use alluvium_table::Add;
+use alluvium_table::write::Written;
+use serde::{Deserialize, Serialize};
+use tokio::runtime::Handle;
+
+use self::board::{Board, Outcome};
+use crate::keeper::Keeper;
+use crate::slots::LEASE_TTL;
+use crate::tables::Tables;
+use crate::{Permit, Workshop};
+
+/// Most pieces of a step.
+pub(crate) const PIECES_MAX: usize = 64;
+/// Between two looks at what others have done: at first, and at most.
+const PAUSES: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(500)];
+/// So often a piece is tried by the step's worker.
+const TRIES: u32 = 3;
+
+/// The other workers, as one of them reaches them.
+#[derive(Clone)]
+pub struct Team {
+    /// Pieces go there.
+    pub queue: Arc<dyn Queue>,
+    /// Who has which piece.
+    pub leases: Arc<dyn Leases>,
+    /// Who claims.
+    pub owner: String,
+    /// Where leases are renewed.
+    pub keeping: Handle,
+}
+
+/// A step's work in pieces, on exactly the snapshots that it names.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Job {
+    Ingest(of_ingest::Job),
+    Merge(of_merge::Job),
+    Optimize(of_optimize::Job),
+}
+
+/// What a piece made, and found.
+#[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Product {
+    /// New data files, which no commit names yet, and their rows.
+    adds: Vec<Add>,
+    rows: u64,
+    of_ingest: Option<of_ingest::Findings>,
+    of_merge: Option<of_merge::Findings>,
+}
+
+impl Product {
+    fn of(written: Written) -> Self {
+        Self { adds: written.adds, rows: written.rows, ..Self::default() }
+    }
+}
+
+impl Job {
+    fn pieces(&self) -> usize {
+        match self {
+            Self::Ingest(job) => job.parts.len(),
+            Self::Merge(job) => job.parts.len(),
+            Self::Optimize(job) => job.bins.len(),
+        }
+    }
+
+    async fn carry_out(
+        &self,
+        (tables, board): (&Tables, &Board),
+        pipeline: &Pipeline,
+        number: usize,
+        permit: &Permit,
+    ) -> Result<Product> {
+        match self {
+            Self::Ingest(job) => job.carry_out((tables, board), pipeline, number, permit).await,
+            Self::Merge(job) => job.carry_out(tables, pipeline, number, permit).await,
+            Self::Optimize(job) => job.carry_out(tables, pipeline, number, permit).await,
+        }
+    }
+}
+
+/// How many pieces so many bytes are.
+pub(crate) fn pieces_of(bytes: u64, pipeline: &Pipeline) -> usize {
+    let pieces = bytes.div_ceil(pipeline.sizes.shard_bytes.max(1));
+    usize::try_from(pieces).unwrap_or(PIECES_MAX).clamp(1, PIECES_MAX)
+}
+
+/// A step's pieces, while they are being done.
+pub(crate) struct Shared<'a> {
+    workshop: &'a Workshop,
+    task: &'a Task,
+    job: Job,
+    board: Board,
+    permit: &'a Permit,
+}
+
+impl<'a> Shared<'a> {
+    /// Lays the work out for others.
+    pub(crate) async fn begin(
+        workshop: &'a Workshop,
+        task: &'a Task,
+        job: Job,
+        permit: &'a Permit,
+    ) -> Result<Self> {
+        let board = Board::of(&task.pipeline)?;
+        board.pin(&job).await?;
+        let shared = Self { workshop, task, job, board, permit };
+        match shared.ask_others().await {
+            Ok(()) => Ok(shared),
+            Err(error) => {
+                shared.end().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn ask_others(&self) -> Result<()> {
+        crash::point("shard.after_plan")?;
+        let Some(team) = &self.permit.team else { return Ok(()) };
+        let trace = trace::traceparent(&trace::context_of(&tracing::Span::current()));
+        // The last one is begun here.
+        for number in 0..self.job.pieces().saturating_sub(1) {
+            let task = self.task_of(number)?;
+            let message =
+                Message { id: task.id.to_string(), body: encode(&task)?, trace: trace.clone() };
+            if let Err(error) = team.queue.publish(Lane::Shard, message).await {
+                tracing::warn!(%error, "nobody is asked to help; does all pieces itself");
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn task_of(&self, number: usize) -> Result<Task> {
+        let work = Work::Shard {
+            epochs: self.task.work.epochs(),
+            plan: self.board.plan().to_owned(),
+            number: u32::try_from(number).map_err(Error::internal)?,
+        };
+        Ok(Task {
+            format: FORMAT_MAJOR,
+            id: Task::id_of(&self.task.pipeline.id, &work, 0),
+            pipeline: self.task.pipeline.clone(),
+            work,
+            attempt: self.task.attempt,
+            published_at: self.workshop.clock.now(),
+        })
+    }
+
+    /// All pieces, by number; `None` where `all` is not asked for and nobody began one.
+    pub(crate) async fn gather(&self, all: bool) -> Result<Vec<Option<Product>>> {
+        let pieces = self.job.pieces();
+        let mut products: Vec<Option<Product>> = vec![None; pieces];
+        let mut pause = PAUSES[0];
+        // Those that are waited for once one is done, where not all are.
+        let mut awaited: Option<Vec<usize>> = None;
+        loop {
+            self.permit.check()?;
+            for number in self.board.told().await? {
+                let Some(product @ None) = products.get_mut(number) else { continue };
+                match self.board.outcome(number).await? {
+                    Outcome::Done(made) => *product = Some(*made),
+                    Outcome::Failed(error) => return Err(error),
+                }
+                pause = PAUSES[0];
+            }
+            let mut open: Vec<usize> = (0..pieces).filter(|at| products[*at].is_none()).collect();
+            if !all && open.len() < pieces {
+                if awaited.is_none() {
+                    awaited = Some(self.taken(&open).await?);
+                }
+                open.retain(|number| awaited.iter().flatten().any(|awaited| awaited == number));
+            }
+            if open.is_empty() {
+                return Ok(products);
+            }
+            // Others begin at the first.
+            let mut made = None;
+            for number in open.into_iter().rev() {
+                made = self.do_one(number).await?.map(|product| (number, product));
+                if made.is_some() {
+                    break;
+                }
+            }
+            if let Some((number, product)) = made {
+                products[number] = Some(product);
+                continue;
+            }
+            let of = Amount { files: pieces as u64, ..Amount::default() };
+            let done = products.iter().flatten().count() as u64;
+            self.permit.begin("waits for pieces that other workers do", of);
+            self.permit.done(Amount { files: done, ..Amount::default() })?;
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSES[1]);
+        }
+    }
+
+    /// Those of the pieces that another worker has.
+    async fn taken(&self, pieces: &[usize]) -> Result<Vec<usize>> {
+        let mut taken = Vec::new();
+        let Some(team) = &self.permit.team else { return Ok(taken) };
+        for number in pieces {
+            // Without leases nobody knows: what comes late is not waited for.
+            let holder = team.leases.holder(self.task_of(*number)?.id).await;
+            if holder.is_ok_and(|holder| holder.is_some()) {
+                taken.push(*number);
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Does a piece; `None`: another worker has it.
+    async fn do_one(&self, number: usize) -> Result<Option<Product>> {
+        let Some(team) = &self.permit.team else { return self.try_one(number, self.permit).await };
+        let id = self.task_of(number)?.id;
+        let fence = match team.leases.claim(id, &team.owner, LEASE_TTL, false).await {
+            Ok(Claim::Taken { .. }) => return Ok(None),
+            Ok(Claim::Held { deaths, .. }) if deaths >= CRASHES_MAX => {
+                let text = format!("{deaths} workers died at piece {number} of this task");
+                return Err(Error::new(Code::TaskPoison, text));
+            }
+            Ok(Claim::Held { fence, .. }) => Some(fence),
+            // The lease only saves work.
+            Err(_) => None,
+        };
+        let permit =
+            Permit { lease_lost: self.permit.lease_lost.child_token(), ..self.permit.clone() };
+        let keeper = Keeper {
+            leases: Arc::clone(&team.leases),
+            task: id,
+            owner: team.owner.clone(),
+            fence,
+            lost: permit.lease_lost.clone(),
+            span: trace::context_of(&tracing::Span::current()),
+        };
+        let kept = keeper.start(&team.keeping);
+        let made = self.try_one(number, &permit).await;
+        drop(kept);
+        if let Some(fence) = fence
+            && let Err(error) = team.leases.release(id, &team.owner, fence).await
+        {
+            tracing::debug!(%error, "a piece's lease was not released; it runs out");
+        }
+        match made {
+            // Only the piece's: who has it now does it.
+            Err(error)
+                if error.code == Code::LeaseLost && !self.permit.lease_lost.is_cancelled() =>
+            {
+                Ok(None)
+            }
+            made => made,
+        }
+    }
+
+    async fn try_one(&self, number: usize, permit: &Permit) -> Result<Option<Product>> {
+        let (board, pipeline) = (&self.board, &self.task.pipeline);
+        let tables = &self.workshop.tables;
+        if board.has(number).await? {
+            return Ok(None);
+        }
+        let mut tries = 1;
+        let made = loop {
+            match self.job.carry_out((tables, board), pipeline, number, permit).await {
+                // The other pieces stay done.
+                Err(error) if error.class() == Class::Transient && tries < TRIES => {
+                    tracing::info!(%error, number, "tries a piece again");
+                    tries += 1;
+                    tokio::time::sleep(PAUSES[1]).await;
+                }
+                made => break made?,
+            }
+        };
+        // For whoever gets its message.
+        board.tell(number, &Outcome::Done(Box::new(made.clone()))).await?;
+        Ok(Some(made))
+    }
+
+    /// What the pieces wrote beside data files.
+    pub(crate) fn board(&self) -> &Board {
+        &self.board
+    }
+
+    /// Takes the plan away: what comes now finds nothing to do.
+    pub(crate) async fn end(self) {
+        if let Err(error) = self.board.clear().await {
+            tracing::debug!(%error, "the plan of a step's pieces stays until a cleanup");
+        }
+    }
+}
+
+/// Does a piece that another worker asks for.
+pub(crate) async fn help(
+    workshop: &Workshop,
+    task: &Task,
+    (plan, number): (&str, u32),
+    permit: &Permit,
+) -> Result<Report> {
+    let board = Board::at(&task.pipeline, plan)?;
+    let number = usize::try_from(number).map_err(Error::internal)?;
+    let already = Report { already: true, ..Report::default() };
+    let Some(job) = board.job().await? else { return Ok(already) };
+    if number >= job.pieces() || board.has(number).await? {
+        return Ok(already);
+    }
+    let made = job.carry_out((&workshop.tables, &board), &task.pipeline, number, permit).await?;
+    crash::point("shard.before_result")?;
+    let rows_written = made.rows;
+    board.tell(number, &Outcome::Done(Box::new(made))).await?;
+    crash::point("shard.after_result")?;
+    board.clear_if_over().await?;
+    Ok(Report { rows_written, ..Report::default() })
+}
+
+/// Tells who waits for a piece that it cannot be done.
+pub(crate) async fn give_up(task: &Task, error: &Error) -> Result<()> {
+    let Work::Shard { plan, number, .. } = &task.work else { return Ok(()) };
+    let board = Board::at(&task.pipeline, plan)?;
+    if board.job().await?.is_none() {
+        return Ok(());
+    }
+    let number = usize::try_from(*number).map_err(Error::internal)?;
+    board.tell(number, &Outcome::Failed(error.clone())).await?;
+    board.clear_if_over().await
+}
+
+/// Deletes plans that nobody waits for any more.
+pub(crate) async fn forget_old(pipeline: &Pipeline) -> Result<u64> {
+    Board::clear_old(pipeline).await
+}
