@@ -104,6 +104,7 @@ pub(crate) async fn run(
         // One process: what starves renewals starves the work, too.
         keeping: tokio::runtime::Handle::current(),
         lanes: Lane::TASKS.to_vec(),
+        is_alone: config.slots == 1,
         duty,
     };
     let around = Arc::new(Mutex::new(Around::default()));

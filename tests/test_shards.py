@@ -198,7 +198,8 @@ def test_several_bins_are_written_at_a_time(tmp_path: Path):
     assert "optimized" in lake.run().err
     assert lake.main() == expected(list(range(1, 13)), files=1)
     assert pieces(lake, "main", "optimize")[0] >= 1
-    nothing_is_left(lake)
+    # A bin that nobody waited for may be told when the process ends; its plan is gone.
+    assert list((tmp_path / "state/shards").rglob("*plan.json")) == []
 
 
 @pytest.mark.parametrize("point", ["shard.after_plan", "shard.before_result", "shard.after_result"])

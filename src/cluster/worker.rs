@@ -67,6 +67,7 @@ pub(crate) async fn run(file: Option<&Path>, arguments: &WorkerArguments) -> Res
         workshop: Workshop { clock, tables: Arc::new(Tables::default()) },
         keeping: services.links.clone(),
         lanes,
+        is_alone: false,
         duty: Arc::clone(&duty),
     };
     let mut running = tokio::spawn(worker.run(slots));

@@ -266,6 +266,10 @@ impl Kind {
         };
         let expected = |what: &str| Err(format!("expected {what}; {}", found()));
         match self {
+            // Only a shell knows it: a folder of this name would be made.
+            Self::Location if value.as_str().is_some_and(|text| text.starts_with("~")) => {
+                expected("a path without `~`; \"${HOME}/…\" is understood")
+            }
             Self::Text | Self::Secret | Self::Location => match value.as_str() {
                 Some(text) if !text.is_empty() => Ok(()),
                 Some(_) => Err("expected a text in quotes that is not empty".to_owned()),

@@ -72,6 +72,7 @@ fn nothing_lies_in_a_tables_folder() {
         assert_eq!(with("raw", "main", &more), ["worker.cache"], "{cache}");
     }
     assert_eq!(with("raw", "main", "[worker]\ncache='main_cache'"), Vec::<String>::new());
+    assert_eq!(with("~/raw", "main", "[worker]\ncache='~/x'"), ["pipeline.p.raw", "worker.cache"]);
     assert_eq!(
         with("raw", "main", "[pipeline.q]\nsource='raw/in'\nkey=['a','A']\nraw='r2'\nmain='m2'"),
         ["pipeline.q.key", "pipeline.q.source"]

@@ -62,8 +62,7 @@ impl Fold<'_> {
             }
             let rows: u64 = changes.iter().filter_map(|file| file.rows).sum();
             let mut search = new_search(usize::try_from(rows).unwrap_or(0))?;
-            let last =
-                LastRows::find(raw, &rule, &changes, 0..u64::MAX, &mut search, permit).await?;
+            let last = LastRows::find(raw, &rule, &changes, &mut search, permit).await?;
             sorted = last.map(|last| (Winners::InRaw(Arc::new(last)), search));
         }
         let (winners, search) = match sorted {

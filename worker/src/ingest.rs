@@ -101,7 +101,7 @@ pub async fn ingest(
     let own = own_values(wanted, workshop);
     let split = Split { manifest: &manifest, corrupt: &opened.corrupt };
     let whole = (&incoming, &judged);
-    let job = split.into_job(pipeline, &table, whole, &own)?;
+    let job = split.into_job(pipeline, &table, whole, &own, permit)?;
     let pieces = job.as_ref().map_or(0, |job| job.parts.len() as u64);
     let (written, aside) = match job {
         Some(job) => in_pieces(workshop, task, job, permit).await?,

@@ -151,18 +151,11 @@ impl<'a> Attempt<'a> {
         applied.extend(&epochs);
         let (main, raw) = (&self.main, &self.raw);
         let fold = Fold { pipeline, main, raw, changed: &epochs, applied: &applied, is_fast };
-        let job = Job::of(&fold, &changed).await?;
-        let mut pieces = job.as_ref().map_or(0, |job| job.parts.len() as u64);
-        let in_pieces = match job {
+        let job = Job::of(&fold, &changed, permit).await?;
+        let pieces = job.as_ref().map_or(0, |job| job.shares.len() as u64);
+        let edit = match job {
             Some(job) => in_pieces(workshop, self.task, (job, main), permit).await?,
-            None => None,
-        };
-        let edit = match in_pieces {
-            Some(edit) => edit,
-            None => {
-                pieces = 0;
-                fold.edit(permit).await?
-            }
+            None => fold.edit(permit).await?,
         };
         crash::point("merge.after_write")?;
         permit.check()?;

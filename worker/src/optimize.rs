@@ -27,8 +27,8 @@ use crate::curve::Curve;
 use crate::ingest::table_names;
 use crate::merge::{check_age, count_files};
 use crate::search::KEYS_SHARE;
-use crate::shards::PIECES_MAX;
 use crate::shards::of_optimize::in_pieces;
+use crate::shards::{PIECES_MAX, pieces_of};
 use crate::{Permit, Workshop};
 
 /// So often a bin that lost to another commit is fitted to what that one did.
@@ -42,7 +42,7 @@ pub async fn optimize(workshop: &Workshop, task: &Task, permit: &Permit) -> Resu
         return Ok(Report { already: true, ..Report::default() });
     };
     let started = Instant::now();
-    let bins = pick_bins(&table, pipeline).await?;
+    let bins = pick_bins(&table, pipeline, permit).await?;
     let order = Order::of(&table, pipeline)?;
     let (bin, written, pieces) = match bins.as_slice() {
         [] => {
@@ -61,7 +61,11 @@ pub async fn optimize(workshop: &Workshop, task: &Task, permit: &Permit) -> Resu
 
 /// Candidates of the partition where most is to be saved, those that save most for their bytes first, in
 /// bins: one, or all where they are work for several workers.
-async fn pick_bins(table: &Table, pipeline: &Pipeline) -> Result<Vec<Vec<LiveFile>>> {
+async fn pick_bins(
+    table: &Table,
+    pipeline: &Pipeline,
+    permit: &Permit,
+) -> Result<Vec<Vec<LiveFile>>> {
     let by_partition = candidates(table.files().await?, policy(pipeline));
     let of_all = |files: &Vec<LiveFile>| files.iter().map(saving).sum::<f64>();
     let most = by_partition.into_iter().max_by(|one, other| of_all(one).total_cmp(&of_all(other)));
@@ -71,7 +75,7 @@ async fn pick_bins(table: &Table, pipeline: &Pipeline) -> Result<Vec<Vec<LiveFil
         of_byte(other).total_cmp(&of_byte(one)).then_with(|| one.path.cmp(&other.path))
     });
     let all: u64 = most.iter().map(|file| file.size).sum();
-    let bins_max = if all > pipeline.sizes.shard_bytes { PIECES_MAX } else { 1 };
+    let bins_max = if pieces_of(all, pipeline, permit) > 1 { PIECES_MAX } else { 1 };
     let mut bytes = 0;
     let mut bins: Vec<Vec<LiveFile>> = vec![Vec::new()];
     for file in most {

@@ -56,6 +56,8 @@ pub struct Worker {
     pub keeping: Handle,
     /// The lanes that it serves.
     pub lanes: Vec<Lane>,
+    /// No other slot, here or elsewhere, takes tasks.
+    pub is_alone: bool,
     /// What it has in hand, and how it is to end.
     pub duty: Arc<Duty>,
 }
@@ -296,7 +298,7 @@ impl Worker {
     ) -> Result<()> {
         self.count(attempt, verdict);
         if let Verdict::Failed(error) = verdict {
-            tracing::info!(%error, task = %attempt.task.id, "a piece of a step failed");
+            tracing::warn!(%error, task = %attempt.task.id, "could not do a piece of a step");
             if matches!(error.class(), Class::Transient | Class::Stopping) {
                 return delivery.give_back().await;
             }
@@ -316,7 +318,7 @@ impl Worker {
             stopping: self.duty.orders.stopping.clone(),
             lease_lost: CancellationToken::new(),
             meter: Arc::clone(&attempt.meter),
-            team: Some(Team {
+            team: (!self.is_alone).then(|| Team {
                 queue: Arc::clone(&self.queue),
                 leases: Arc::clone(&self.leases),
                 owner: attempt.owner.clone(),

@@ -12,11 +12,11 @@
 use std::cmp::Ordering;
 use std::collections::binary_heap::PeekMut;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
-use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
+use alluvium_protocol::heartbeat::Amount;
 use alluvium_protocol::{Epoch, Error, Result};
-use alluvium_table::arrow::array::{ArrayRef, RecordBatch};
+use alluvium_table::arrow::array::{ArrayRef, BooleanArray, RecordBatch};
 use alluvium_table::arrow::compute::{SortOptions, interleave_record_batch};
 use alluvium_table::arrow::datatypes::{Field, Schema, SchemaRef};
 use alluvium_table::arrow::row::{RowConverter, Rows, SortField};
@@ -24,9 +24,13 @@ use alluvium_table::deletion::RowSet;
 use alluvium_table::rows::Pick;
 use alluvium_table::schema::find_column;
 use alluvium_table::{LiveFile, Table};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD as STANDARD;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
+use serde::{Deserialize, Serialize};
 
+use crate::ground::columns_of;
 use crate::search::{Search, comes};
 use crate::winners::Rule;
 use crate::{Permit, raw};
@@ -38,12 +42,24 @@ const SOURCES_MAX: usize = 256;
 /// Runs that are opened at a time.
 const RUNS_AT_ONCE: usize = 16;
 
-/// The last row of each key: where it is in raw's files.
+/// The last row of each key, or of some keys: where it is in raw's files.
+#[derive(Clone)]
 pub(crate) struct LastRows {
     raw: Table,
     rule: Rule,
     /// Files by epoch and writer, in order, with their rows that are the last of a key.
     runs: BTreeMap<RunId, Vec<(LiveFile, RowSet)>>,
+    keys: u64,
+    upserts: u64,
+}
+
+/// Some of them, as processes tell each other.
+#[derive(Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Share {
+    keys: u64,
+    upserts: u64,
+    /// By the file's path: a bitmap of rows (<https://github.com/RoaringBitmap/RoaringFormatSpec>), in base 64.
+    rows: Vec<(String, String)>,
 }
 
 /// The epoch and the writer of files that follow one another in the order of their keys.
@@ -57,20 +73,8 @@ fn writer_of(path: &str) -> String {
 }
 
 impl LastRows {
-    /// Finds them, by the columns that decide, and has their keys searched for; keeps those of `share`,
-    /// counted in the order of their keys. `None`: a file is not in the order of its keys.
-    pub(crate) async fn find(
-        raw: &Table,
-        rule: &Rule,
-        files: &[LiveFile],
-        share: Range<u64>,
-        search: &mut Search<'_>,
-        permit: &Permit,
-    ) -> Result<Option<Self>> {
-        if files.iter().any(|file| file.remove.deletion_vector.is_some()) {
-            // Somebody else deleted rows of raw.
-            return Ok(None);
-        }
+    /// No rows so far of these files.
+    fn none(raw: &Table, rule: &Rule, files: &[LiveFile]) -> Result<Self> {
         let mut runs: BTreeMap<RunId, Vec<(LiveFile, RowSet)>> = BTreeMap::new();
         for file in files {
             let epoch = raw::epoch_of(file).ok_or_else(|| Error::internal("a file of no epoch"))?;
@@ -81,38 +85,127 @@ impl LastRows {
             // The writer numbers its files in their names.
             files.sort_by(|(a, _), (b, _)| a.path.cmp(&b.path));
         }
-        let mut found = Self { raw: raw.clone(), rule: rule.clone(), runs };
-        let deciding = [rule.key.clone(), vec![raw::OP.to_owned()]].concat();
-        let columns = Columns::new(raw, rule, &deciding)?;
-        let picks = found.runs.iter().map(|((epoch, _), files)| {
-            let all = |(file, _): &(LiveFile, RowSet)| (file.clone(), Pick::Without(RowSet::new()));
-            (*epoch, files.iter().map(all).collect())
-        });
-        let mut merging = Merging::new(raw, columns, &deciding, picks.collect())?;
-        merging.begin().await?;
-        let of = files.iter().filter_map(|file| file.rows).sum();
-        let ids: Vec<RunId> = found.runs.keys().cloned().collect();
-        let (mut next, mut keys, mut upserts) = (0, 0, 0);
-        while let Some(rows) = merging.next_batch().await? {
-            permit.reached("chooses the last row of each key", merging.rows_read, of)?;
-            if !merging.is_sorted {
-                return Ok(None);
+        Ok(Self { raw: raw.clone(), rule: rule.clone(), runs, keys: 0, upserts: 0 })
+    }
+
+    /// Finds them, by the columns that decide, and has their keys searched for. `None`: a file is not in the
+    /// order of its keys.
+    pub(crate) async fn find(
+        raw: &Table,
+        rule: &Rule,
+        files: &[LiveFile],
+        search: &mut Search<'_>,
+        permit: &Permit,
+    ) -> Result<Option<Self>> {
+        let mut found = Self::none(raw, rule, files)?;
+        let Some(mut walk) = Walk::begin(&found, files).await? else { return Ok(None) };
+        while let Some(chosen) = walk.next(permit).await? {
+            for (at, place) in chosen.places.iter().enumerate() {
+                found.insert(&walk.runs, place, chosen.comes.value(at))?;
             }
-            let comes = comes(&rows)?;
-            for (at, (run, file, row)) in merging.places.drain(..).enumerate() {
-                if !share.contains(&(next + at as u64)) {
-                    continue;
-                }
-                let of_run = found.runs.get_mut(&ids[run]).and_then(|files| files.get_mut(file));
-                of_run.ok_or_else(|| Error::internal("a row of no file"))?.1.insert(row);
-                keys += 1;
-                upserts += u64::from(comes.value(at));
-            }
-            next += rows.num_rows() as u64;
-            search.add(&rows.columns()[..rule.key.len()], &comes).await?;
+            search.add(&chosen.rows.columns()[..rule.key.len()], &chosen.comes).await?;
         }
-        search.count_only(keys, upserts);
-        Ok(merging.is_sorted.then_some(found))
+        Ok(walk.is_sorted().then_some(found))
+    }
+
+    /// The same in so many shares, about as many rows in each, which follow one another in the order of keys.
+    pub(crate) async fn in_shares(
+        raw: &Table,
+        rule: &Rule,
+        files: &[LiveFile],
+        shares: usize,
+        permit: &Permit,
+    ) -> Result<Option<Vec<Share>>> {
+        let none = Self::none(raw, rule, files)?;
+        let Some(mut walk) = Walk::begin(&none, files).await? else { return Ok(None) };
+        // No fewer than there are keys.
+        let of_each = walk.of.div_ceil(shares as u64).max(1);
+        let (mut found, mut next) = (vec![none; shares], 0);
+        while let Some(chosen) = walk.next(permit).await? {
+            for (at, place) in chosen.places.iter().enumerate() {
+                let share = usize::try_from(next / of_each).map_err(Error::internal)?;
+                found[share.min(shares - 1)].insert(&walk.runs, place, chosen.comes.value(at))?;
+                next += 1;
+            }
+        }
+        if !walk.is_sorted() {
+            return Ok(None);
+        }
+        found.iter().map(Self::told).collect::<Result<Vec<Share>>>().map(Some)
+    }
+
+    fn insert(&mut self, runs: &[RunId], place: &Place, comes: bool) -> Result<()> {
+        let (run, file, row) = *place;
+        let of_run = self.runs.get_mut(&runs[run]).and_then(|files| files.get_mut(file));
+        of_run.ok_or_else(|| Error::internal("a row of no file"))?.1.insert(row);
+        self.keys += 1;
+        self.upserts += u64::from(comes);
+        Ok(())
+    }
+
+    fn told(&self) -> Result<Share> {
+        let mut told = Share { keys: self.keys, upserts: self.upserts, rows: Vec::new() };
+        for (file, rows) in self.runs.values().flatten().filter(|(_, rows)| !rows.is_empty()) {
+            let mut bytes = Vec::with_capacity(rows.serialized_size());
+            rows.serialize_into(&mut bytes).map_err(Error::internal)?;
+            told.rows.push((file.path.clone(), STANDARD.encode(bytes)));
+        }
+        Ok(told)
+    }
+
+    /// The rows of some shares, of these files.
+    pub(crate) fn of_shares<'s>(
+        raw: &Table,
+        rule: &Rule,
+        files: &[LiveFile],
+        shares: impl IntoIterator<Item = &'s Share>,
+    ) -> Result<Self> {
+        let mut all: HashMap<&str, RowSet> = HashMap::new();
+        let mut found = Self::none(raw, rule, files)?;
+        for share in shares {
+            found.keys += share.keys;
+            found.upserts += share.upserts;
+            for (path, rows) in &share.rows {
+                let bytes = STANDARD.decode(rows).map_err(Error::internal)?;
+                let rows = RowSet::deserialize_from(bytes.as_slice()).map_err(Error::internal)?;
+                *all.entry(path).or_default() |= rows;
+            }
+        }
+        for (file, rows) in found.runs.values_mut().flatten() {
+            *rows = all.remove(file.path.as_str()).unwrap_or_default();
+        }
+        match all.keys().next() {
+            Some(path) => {
+                Err(Error::internal(format!("{path} is in no partition of these epochs")))
+            }
+            None => Ok(found),
+        }
+    }
+
+    /// How many keys, and rows that come.
+    pub(crate) fn counts(&self) -> (u64, u64) {
+        (self.keys, self.upserts)
+    }
+
+    /// Has the keys of these rows searched for.
+    pub(crate) async fn search_for(&self, search: &mut Search<'_>, permit: &Permit) -> Result<()> {
+        let names = [self.rule.key.clone(), vec![raw::OP.to_owned()]].concat();
+        let columns = columns_of(&self.raw.schema(), &names)?;
+        permit.begin("reads the keys of these epochs", Amount::rows(self.keys));
+        let with_rows = self.runs.values().flatten().filter(|(_, rows)| !rows.is_empty());
+        let opening = with_rows.map(|(file, rows)| {
+            let (raw, columns) = (self.raw.clone(), Arc::clone(&columns));
+            let (file, pick) = (file.clone(), Pick::Only(rows.clone()));
+            async move { raw.rows_of(&file, &columns, pick).await }
+        });
+        let opening: Vec<_> = opening.collect();
+        let opened = futures::stream::iter(opening).buffer_unordered(RUNS_AT_ONCE);
+        let mut rows = opened.try_flatten_unordered(RUNS_AT_ONCE);
+        while let Some(batch) = rows.next().await {
+            let batch = permit.counted(batch)?;
+            search.add(&batch.columns()[..self.rule.key.len()], &comes(&batch)?).await?;
+        }
+        Ok(())
     }
 
     /// These rows, by key: the columns of main that come from files, and `_op`.
@@ -130,6 +223,56 @@ impl LastRows {
             Ok(rows.map(|rows| (rows, merging)))
         });
         Ok(rows.boxed())
+    }
+}
+
+/// The run, the file of it, and the position of a row.
+type Place = (usize, usize, u64);
+
+/// A walk through runs, key by key.
+struct Walk {
+    merging: Merging,
+    runs: Vec<RunId>,
+    /// Rows in the files.
+    of: u64,
+}
+
+/// The last rows of some keys: the key's columns and `_op`, whether each comes, and where it is.
+struct Chosen {
+    rows: RecordBatch,
+    comes: BooleanArray,
+    places: Vec<Place>,
+}
+
+impl Walk {
+    /// `None`: somebody else deleted rows of raw.
+    async fn begin(none: &LastRows, files: &[LiveFile]) -> Result<Option<Self>> {
+        if files.iter().any(|file| file.remove.deletion_vector.is_some()) {
+            return Ok(None);
+        }
+        let deciding = [none.rule.key.clone(), vec![raw::OP.to_owned()]].concat();
+        let columns = Columns::new(&none.raw, &none.rule, &deciding)?;
+        let picks = none.runs.iter().map(|((epoch, _), files)| {
+            let all = |(file, _): &(LiveFile, RowSet)| (file.clone(), Pick::Without(RowSet::new()));
+            (*epoch, files.iter().map(all).collect())
+        });
+        let mut merging = Merging::new(&none.raw, columns, &deciding, picks.collect())?;
+        merging.begin().await?;
+        let of = files.iter().filter_map(|file| file.rows).sum();
+        Ok(Some(Self { merging, runs: none.runs.keys().cloned().collect(), of }))
+    }
+
+    /// The next ones; `None`: there are no more, or a file was not in order.
+    async fn next(&mut self, permit: &Permit) -> Result<Option<Chosen>> {
+        let rows = self.merging.next_batch().await?;
+        permit.reached("chooses the last row of each key", self.merging.rows_read, self.of)?;
+        let Some(rows) = rows.filter(|_| self.is_sorted()) else { return Ok(None) };
+        let places = std::mem::take(&mut self.merging.places);
+        Ok(Some(Chosen { comes: comes(&rows)?, rows, places }))
+    }
+
+    fn is_sorted(&self) -> bool {
+        self.merging.is_sorted
     }
 }
 
@@ -285,7 +428,7 @@ struct Merging {
     /// Positions of the columns that go out.
     projection: Vec<usize>,
     /// Run, file and position of each row given out.
-    places: Vec<(usize, usize, u64)>,
+    places: Vec<Place>,
 }
 
 impl Merging {

@@ -83,9 +83,14 @@ impl Cache {
     fn secret(folder: &Path) -> io::Result<Secret> {
         let path = folder.join("secret");
         let read = || -> io::Result<Option<Secret>> {
+            let metadata = fs::metadata(&path)?;
             // A pipe would never end.
-            if !fs::metadata(&path)?.is_file() {
+            if !metadata.is_file() {
                 return Err(io::Error::other(format!("{} is no file", path.display())));
+            }
+            // What others know, or gave us, is no secret: it is replaced.
+            if metadata.mode() & 0o066 != 0 {
+                return Ok(None);
             }
             Ok(fs::read(&path)?.try_into().ok().map(Secret))
         };
@@ -332,9 +337,15 @@ mod tests {
         assert!(!path.exists());
         // Another secret: nothing is found, nothing fails.
         cache.store(name, 100, entries(&cache, 0..100));
-        fs::write(folder.path().join("secret"), "short").unwrap();
+        let secret = folder.path().join("secret");
+        fs::write(&secret, "short").unwrap();
         let third = Cache::open(folder.path(), 1 << 30).unwrap();
         assert_ne!(third.name("a file"), name);
+        // Neither is one that others can read.
+        fs::set_permissions(&secret, fs::Permissions::from_mode(0o644)).unwrap();
+        let fourth = Cache::open(folder.path(), 1 << 30).unwrap();
+        assert_ne!(fourth.name("a file"), third.name("a file"));
+        assert_eq!(fs::metadata(&secret).unwrap().mode() & 0o777, 0o600);
     }
 
     #[test]

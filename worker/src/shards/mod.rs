@@ -10,13 +10,15 @@
 //!         └─► one commit
 //! ```
 //! The plan is there as long as somebody waits for its pieces: a message that comes later finds nothing to do.
-//! Where no other worker has time, or there is none, the step's worker does all pieces, one after the other.
+//! Where no other worker has time the step's worker does all pieces, one after the other; where there can be none
+//! (one slot in one process, one step by itself) there are no pieces.
 
 mod board;
 pub(crate) mod of_ingest;
 pub(crate) mod of_merge;
 pub(crate) mod of_optimize;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -88,7 +90,7 @@ impl Job {
     fn pieces(&self) -> usize {
         match self {
             Self::Ingest(job) => job.parts.len(),
-            Self::Merge(job) => job.parts.len(),
+            Self::Merge(job) => job.shares.len(),
             Self::Optimize(job) => job.bins.len(),
         }
     }
@@ -108,8 +110,11 @@ impl Job {
     }
 }
 
-/// How many pieces so many bytes are.
-pub(crate) fn pieces_of(bytes: u64, pipeline: &Pipeline) -> usize {
+/// How many pieces so many bytes are; one, where nobody else could do any.
+pub(crate) fn pieces_of(bytes: u64, pipeline: &Pipeline, permit: &Permit) -> usize {
+    if permit.team.is_none() {
+        return 1;
+    }
     let pieces = bytes.div_ceil(pipeline.sizes.shard_bytes.max(1));
     usize::try_from(pieces).unwrap_or(PIECES_MAX).clamp(1, PIECES_MAX)
 }
@@ -121,6 +126,7 @@ pub(crate) struct Shared<'a> {
     job: Job,
     board: Board,
     permit: &'a Permit,
+    team: &'a Team,
 }
 
 impl<'a> Shared<'a> {
@@ -131,9 +137,10 @@ impl<'a> Shared<'a> {
         job: Job,
         permit: &'a Permit,
     ) -> Result<Self> {
+        let team = permit.team.as_ref().ok_or_else(|| Error::internal("nobody to share with"))?;
         let board = Board::of(&task.pipeline)?;
         board.pin(&job).await?;
-        let shared = Self { workshop, task, job, board, permit };
+        let shared = Self { workshop, task, job, board, permit, team };
         match shared.ask_others().await {
             Ok(()) => Ok(shared),
             Err(error) => {
@@ -145,14 +152,13 @@ impl<'a> Shared<'a> {
 
     async fn ask_others(&self) -> Result<()> {
         crash::point("shard.after_plan")?;
-        let Some(team) = &self.permit.team else { return Ok(()) };
         let trace = trace::traceparent(&trace::context_of(&tracing::Span::current()));
         // The last one is begun here.
         for number in 0..self.job.pieces().saturating_sub(1) {
             let task = self.task_of(number)?;
             let message =
                 Message { id: task.id.to_string(), body: encode(&task)?, trace: trace.clone() };
-            if let Err(error) = team.queue.publish(Lane::Shard, message).await {
+            if let Err(error) = self.team.queue.publish(Lane::Shard, message).await {
                 tracing::warn!(%error, "nobody is asked to help; does all pieces itself");
                 break;
             }
@@ -183,13 +189,22 @@ impl<'a> Shared<'a> {
         let mut pause = PAUSES[0];
         // Those that are waited for once one is done, where not all are.
         let mut awaited: Option<Vec<usize>> = None;
+        // Those that another worker could not do: it may be the worker. They are done here.
+        let mut failed = HashSet::new();
         loop {
             self.permit.check()?;
             for number in self.board.told().await? {
                 let Some(product @ None) = products.get_mut(number) else { continue };
+                if failed.contains(&number) {
+                    continue;
+                }
                 match self.board.outcome(number).await? {
                     Outcome::Done(made) => *product = Some(*made),
-                    Outcome::Failed(error) => return Err(error),
+                    Outcome::Failed(error) if error.class() == Class::Crash => return Err(error),
+                    Outcome::Failed(error) => {
+                        tracing::warn!(%error, number, "another worker could not do a piece; does it here");
+                        failed.insert(number);
+                    }
                 }
                 pause = PAUSES[0];
             }
@@ -206,7 +221,8 @@ impl<'a> Shared<'a> {
             // Others begin at the first.
             let mut made = None;
             for number in open.into_iter().rev() {
-                made = self.do_one(number).await?.map(|product| (number, product));
+                let is_known = failed.contains(&number);
+                made = self.do_one(number, is_known).await?.map(|product| (number, product));
                 if made.is_some() {
                     break;
                 }
@@ -227,10 +243,9 @@ impl<'a> Shared<'a> {
     /// Those of the pieces that another worker has.
     async fn taken(&self, pieces: &[usize]) -> Result<Vec<usize>> {
         let mut taken = Vec::new();
-        let Some(team) = &self.permit.team else { return Ok(taken) };
         for number in pieces {
             // Without leases nobody knows: what comes late is not waited for.
-            let holder = team.leases.holder(self.task_of(*number)?.id).await;
+            let holder = self.team.leases.holder(self.task_of(*number)?.id).await;
             if holder.is_ok_and(|holder| holder.is_some()) {
                 taken.push(*number);
             }
@@ -238,9 +253,9 @@ impl<'a> Shared<'a> {
         Ok(taken)
     }
 
-    /// Does a piece; `None`: another worker has it.
-    async fn do_one(&self, number: usize) -> Result<Option<Product>> {
-        let Some(team) = &self.permit.team else { return self.try_one(number, self.permit).await };
+    /// Does a piece; `None`: another worker has it, or has told how it ended, unless that `is_known`.
+    async fn do_one(&self, number: usize, is_known: bool) -> Result<Option<Product>> {
+        let team = self.team;
         let id = self.task_of(number)?.id;
         let fence = match team.leases.claim(id, &team.owner, LEASE_TTL, false).await {
             Ok(Claim::Taken { .. }) => return Ok(None),
@@ -263,7 +278,7 @@ impl<'a> Shared<'a> {
             span: trace::context_of(&tracing::Span::current()),
         };
         let kept = keeper.start(&team.keeping);
-        let made = self.try_one(number, &permit).await;
+        let made = self.try_one((number, is_known), &permit).await;
         drop(kept);
         if let Some(fence) = fence
             && let Err(error) = team.leases.release(id, &team.owner, fence).await
@@ -281,10 +296,14 @@ impl<'a> Shared<'a> {
         }
     }
 
-    async fn try_one(&self, number: usize, permit: &Permit) -> Result<Option<Product>> {
+    async fn try_one(
+        &self,
+        (number, is_known): (usize, bool),
+        permit: &Permit,
+    ) -> Result<Option<Product>> {
         let (board, pipeline) = (&self.board, &self.task.pipeline);
         let tables = &self.workshop.tables;
-        if board.has(number).await? {
+        if !is_known && board.has(number).await? {
             return Ok(None);
         }
         let mut tries = 1;
@@ -340,13 +359,12 @@ pub(crate) async fn help(
     Ok(Report { rows_written, ..Report::default() })
 }
 
-/// Tells who waits for a piece that it cannot be done.
+/// Tells who waits for a piece that it cannot be done here.
 pub(crate) async fn give_up(task: &Task, error: &Error) -> Result<()> {
     let Work::Shard { plan, number, .. } = &task.work else { return Ok(()) };
-    let board = Board::at(&task.pipeline, plan)?;
-    if board.job().await?.is_none() {
-        return Ok(());
-    }
+    let Ok(board) = Board::at(&task.pipeline, plan) else { return Ok(()) };
+    // Nobody waits; or the plan is of another version, whose workers do it themselves.
+    let Ok(Some(_)) = board.job().await else { return Ok(()) };
     let number = usize::try_from(*number).map_err(Error::internal)?;
     board.tell(number, &Outcome::Failed(error.clone())).await?;
     board.clear_if_over().await

@@ -70,17 +70,19 @@ pub(crate) struct Split<'a> {
 }
 
 impl Split<'_> {
-    /// The pieces; `None`: it is too small for them, or it takes the whole folder to judge a row.
+    /// The pieces; `None`: it is too small for them, nobody else is there, or it takes the
+    /// whole folder to judge a row.
     pub(crate) fn into_job(
         self,
         pipeline: &Pipeline,
         raw: &Table,
         (incoming, judged): (&Incoming, &Judged),
         own: &Own,
+        permit: &Permit,
     ) -> Result<Option<Job>> {
         let is_whole = pipeline.content.format == Format::Delta || !incoming.has_content();
         let Some(refuses) = judged.refuses().filter(|_| !is_whole) else { return Ok(None) };
-        let parts = self.parts(pipeline);
+        let parts = self.parts(pipeline, permit);
         if parts.len() < 2 {
             return Ok(None);
         }
@@ -95,12 +97,12 @@ impl Split<'_> {
     }
 
     /// Files that follow one another, about as many bytes in each part.
-    fn parts(&self, pipeline: &Pipeline) -> Vec<Manifest> {
+    fn parts(&self, pipeline: &Pipeline, permit: &Permit) -> Vec<Manifest> {
         let is_corrupt = |name: &str| self.corrupt.iter().any(|(corrupt, _)| corrupt == name);
         let mut objects = self.manifest.objects.clone();
         objects.retain(|object| !is_corrupt(&object.name));
         let bytes: u64 = objects.iter().map(|object| object.size).sum();
-        let pieces = pieces_of(bytes, pipeline).min(objects.len());
+        let pieces = pieces_of(bytes, pipeline, permit).min(objects.len());
         let of_each = bytes.div_ceil(pieces.max(1) as u64).max(1);
         let mut parts: Vec<Manifest> = Vec::with_capacity(pieces);
         let mut before = 0;

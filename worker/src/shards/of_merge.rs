@@ -1,8 +1,7 @@
-//! A merge in pieces: each looks for the epochs' keys in some of main's files, and writes some of the rows that
-//! come: those between two places in the order of their keys.
+//! A merge in pieces: the last row of each key is chosen before. Each piece writes a share of these rows, which
+//! follow one another in the order of their keys; some look for all of the keys in some of main's files, too.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::ops::Range;
 use std::sync::Arc;
 
 use alluvium_protocol::pipeline::Mode;
@@ -16,28 +15,26 @@ use super::{Product, Shared, pieces_of};
 use crate::edit::{Edit, Editing, Gone, Winners};
 use crate::folding::Fold;
 use crate::search::Search;
-use crate::sorted::LastRows;
+use crate::sorted::{LastRows, Share};
 use crate::tables::Tables;
 use crate::winners::Rule;
 use crate::{Permit, Workshop, raw};
 
-/// Some of main's files each, and a share of the rows.
+/// A share of the rows each, and perhaps some of main's files.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Job {
     main_version: i64,
     raw_version: i64,
     epochs: BTreeSet<Epoch>,
-    /// Rows of the epochs in raw: no fewer than there are keys.
-    rows: u64,
-    /// Paths of main's files.
-    pub(crate) parts: Vec<Vec<String>>,
+    pub(crate) shares: Vec<Share>,
+    /// Paths of main's files; each part is looked through for all keys, so that there are no more of them than
+    /// pay, and the other pieces have none.
+    parts: Vec<Vec<String>>,
 }
 
 /// What a piece does to main, beside its new files.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Findings {
-    /// Raw's files were not in the order of their keys, and nothing was done.
-    is_unsorted: bool,
     keys: u64,
     upserts: u64,
     hits: u64,
@@ -48,46 +45,41 @@ pub(crate) struct Findings {
 }
 
 impl Job {
-    /// The pieces of a merge of these files of raw; `None`: it is too small for them, or needs to see all
-    /// that goes beside all that comes.
-    pub(crate) async fn of(fold: &Fold<'_>, changed: &[LiveFile]) -> Result<Option<Self>> {
+    /// The pieces of a merge of these files of raw; `None`: it is too small for them, needs to see all that
+    /// goes beside all that comes, or raw's files are in another order than that of their keys.
+    pub(crate) async fn of(
+        fold: &Fold<'_>,
+        changed: &[LiveFile],
+        permit: &Permit,
+    ) -> Result<Option<Self>> {
         let Fold { pipeline, main, raw, is_fast, .. } = *fold;
         let content = &pipeline.content;
-        let bytes = changed.iter().map(|file| file.size).sum();
-        let pieces = pieces_of(bytes, pipeline);
+        let bytes: u64 = changed.iter().map(|file| file.size).sum();
+        let pieces = pieces_of(bytes, pipeline, permit);
         let is_plain = is_fast && content.mode == Mode::Upsert && !content.skip_unchanged;
         if pieces < 2 || !is_plain || main.tells_changes() {
             return Ok(None);
         }
+        let rule = Rule::new(pipeline, raw);
+        let Some(shares) = LastRows::in_shares(raw, &rule, changed, pieces, permit).await? else {
+            return Ok(None);
+        };
         let mut live = main.files().await?;
+        let in_main: u64 = live.iter().map(|file| file.size).sum();
+        // To read the keys of the epochs once more pays where as much of main is left to others.
+        let searching = usize::try_from(in_main / bytes.max(1)).unwrap_or(pieces).clamp(1, pieces);
         live.sort_by(|one, other| {
             other.size.cmp(&one.size).then_with(|| one.path.cmp(&other.path))
         });
-        let mut parts = vec![Vec::new(); pieces];
+        let mut parts = vec![Vec::new(); searching];
         // Dealt out there and back: about as much for each.
         for (at, file) in live.into_iter().enumerate() {
-            let (round, place) = (at / pieces, at % pieces);
-            let part = if round % 2 == 0 { place } else { pieces - 1 - place };
+            let (round, place) = (at / searching, at % searching);
+            let part = if round % 2 == 0 { place } else { searching - 1 - place };
             parts[part].push(file.path);
         }
-        Ok(Some(Self {
-            main_version: main.version(),
-            raw_version: raw.version(),
-            epochs: fold.changed.clone(),
-            rows: changed.iter().filter_map(|file| file.rows).sum(),
-            parts,
-        }))
-    }
-
-    /// Which rows a piece writes, counted in the order of their keys.
-    fn share(&self, number: usize) -> Range<u64> {
-        let pieces = self.parts.len() as u64;
-        let place = |number: u64| {
-            let place = u128::from(self.rows) * u128::from(number) / u128::from(pieces);
-            u64::try_from(place).unwrap_or(u64::MAX)
-        };
-        let next = number as u64 + 1;
-        place(next - 1)..if next == pieces { u64::MAX } else { place(next) }
+        let (main_version, raw_version) = (main.version(), raw.version());
+        Ok(Some(Self { main_version, raw_version, epochs: fold.changed.clone(), shares, parts }))
     }
 
     pub(super) async fn carry_out(
@@ -98,24 +90,27 @@ impl Job {
         permit: &Permit,
     ) -> Result<Product> {
         let main = &tables.at(&pipeline.main, self.main_version).await?;
-        let raw = tables.at(&pipeline.raw, self.raw_version).await?;
-        let rule = &Rule::new(pipeline, &raw);
-        let changes = raw::files_of(&raw, &self.epochs).await?;
-        let part: HashSet<&String> = self.parts[number].iter().collect();
-        let mut live = main.files().await?;
-        live.retain(|file| part.contains(&file.path));
-        let rows = usize::try_from(self.rows).unwrap_or(0);
-        let mut search = Search::new(main, rule, pipeline, live, permit, rows)?;
-        let share = self.share(number);
-        let mut edit = Edit::default();
-        let last = LastRows::find(&raw, rule, &changes, share, &mut search, permit).await?;
-        let is_unsorted = last.is_none();
-        if let Some(last) = last {
-            let editing = Editing { main, rule, pipeline, permit };
-            editing.carry_out(&mut edit, Winners::InRaw(Arc::new(last)), search).await?;
+        let raw = &tables.at(&pipeline.raw, self.raw_version).await?;
+        let rule = &Rule::new(pipeline, raw);
+        let changes = raw::files_of(raw, &self.epochs).await?;
+        let part: HashSet<&String> = self.parts.get(number).into_iter().flatten().collect();
+        let mut live = Vec::new();
+        if !part.is_empty() {
+            live = main.files().await?;
+            live.retain(|file| part.contains(&file.path));
         }
+        let mut search = Search::new(main, rule, pipeline, live, permit, 0)?;
+        if !part.is_empty() {
+            let all = LastRows::of_shares(raw, rule, &changes, &self.shares)?;
+            all.search_for(&mut search, permit).await?;
+        }
+        let last = LastRows::of_shares(raw, rule, &changes, [&self.shares[number]])?;
+        let (keys, upserts) = last.counts();
+        search.count_only(keys, upserts);
+        let mut edit = Edit::default();
+        let editing = Editing { main, rule, pipeline, permit };
+        editing.carry_out(&mut edit, Winners::InRaw(Arc::new(last)), search).await?;
         let of_merge = Some(Findings {
-            is_unsorted,
             keys: edit.keys,
             upserts: edit.upserts,
             hits: edit.hits,
@@ -127,13 +122,13 @@ impl Job {
     }
 }
 
-/// Has the pieces done. `None`: they cannot be, as raw's files are in another order.
+/// Has the pieces done: what becomes of main.
 pub(crate) async fn in_pieces(
     workshop: &Workshop,
     task: &Task,
     (job, main): (Job, &Table),
     permit: &Permit,
-) -> Result<Option<Edit>> {
+) -> Result<Edit> {
     let shared = Shared::begin(workshop, task, super::Job::Merge(job), permit).await?;
     let products = shared.gather(true).await;
     shared.end().await;
@@ -144,9 +139,6 @@ pub(crate) async fn in_pieces(
         live.into_iter().map(|file| (file.path.clone(), file)).collect();
     for product in products?.into_iter().flatten() {
         let found = product.of_merge.ok_or_else(|| Error::internal("a piece of another step"))?;
-        if found.is_unsorted {
-            return Ok(None);
-        }
         edit.keys += found.keys;
         edit.upserts += found.upserts;
         edit.hits += found.hits;
@@ -160,22 +152,5 @@ pub(crate) async fn in_pieces(
         adds.extend(product.adds);
         *rows += product.rows;
     }
-    Ok(Some(edit))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shares_are_all_rows_once() {
-        for (rows, pieces) in [(0, 2), (1, 3), (10, 3), (1 << 40, 64)] {
-            let parts = vec![Vec::new(); pieces];
-            let epochs = BTreeSet::new();
-            let job = Job { main_version: 0, raw_version: 0, epochs, rows, parts };
-            let shares: Vec<Range<u64>> = (0..pieces).map(|number| job.share(number)).collect();
-            assert_eq!((shares[0].start, shares[pieces - 1].end), (0, u64::MAX));
-            assert!(shares.windows(2).all(|two| two[0].end == two[1].start));
-        }
-    }
+    Ok(edit)
 }

@@ -37,8 +37,10 @@ use self::text::TextFile;
 
 /// Rows decoded at a time.
 const BATCH_ROWS: usize = 8192;
-/// Files opened at a time.
+/// Files opened at a time, where that is to read them; and where it is to read a footer, which on object
+/// storage is mostly waiting.
 const OPEN_AT_ONCE: usize = 8;
+const FOOTERS_AT_ONCE: usize = 32;
 /// Files of an epoch that is smaller than this are fetched whole, once.
 const WHOLE_BYTES_MAX: u64 = 16 << 20;
 
@@ -139,7 +141,9 @@ impl SourceFile {
             };
             opening.push(one.boxed());
         }
-        let opened: Vec<_> = futures::stream::iter(opening).buffered(OPEN_AT_ONCE).collect().await;
+        let at_once =
+            if format.is_text() || may_be_corrupt { OPEN_AT_ONCE } else { FOOTERS_AT_ONCE };
+        let opened: Vec<_> = futures::stream::iter(opening).buffered(at_once).collect().await;
         let (mut files, mut corrupt) = (Vec::new(), Vec::new());
         for (name, opened) in opened {
             match opened {
