@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from deltalake import DeltaTable
 
 from cluster import Cluster
 from lake import Lake
+from receivers import wait_for
 
 SMALL = 'shard_size = "1KiB"\n'
 SCHEMA = pa.schema([("id", pa.string()), ("value", pa.int64()), ("op", pa.string())])
@@ -326,3 +328,42 @@ def sizes(table: Path) -> None:
                 action["add"]["size"] = (table / action["add"]["path"]).stat().st_size
             lines.append(json.dumps(action))
         entry.write_text("\n".join(lines) + "\n")
+
+
+def plan_of_a_stopped(lake: Lake) -> tuple[subprocess.Popen, Path]:
+    """A run that stands still where its plan lies and nobody is asked yet."""
+    process = lake.start("run", "--once", env={"ALLUVIUM_STOP": "shard.after_plan"})
+    wait_for(lambda: list((lake.root / "state/shards").rglob("*-plan.json")), "a plan")
+    wait_for(lambda: Path(f"/proc/{process.pid}/stat").read_text().rsplit(") ", 1)[1].startswith("T"), "a stop")
+    [plan] = (lake.root / "state/shards").rglob("*-plan.json")
+    return process, plan
+
+
+def goes_on(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+
+
+def test_what_another_worker_cannot_do_is_done_by_the_one_that_has_the_step(tmp_path: Path):
+    """A folder that only one machine does not see must not block the epoch."""
+    lake = Lake(tmp_path).pipeline(more=SMALL)
+    deliver(lake, 10)
+    process, plan = plan_of_a_stopped(lake)
+    error = {"code": "AL-0203", "message": "10/part-0.parquet is not there", "help": None}
+    for number in range(FILES):
+        Path(str(plan).replace("-plan.json", f"-{number}.json")).write_text(json.dumps({"failed": error}))
+    goes_on(process)
+    assert lake.main() == expected([10]) and lake.states() == {10: "processed"}
+    nothing_is_left(lake)
+
+
+def test_a_plan_that_cannot_be_read_is_nothing_to_do(tmp_path: Path):
+    """Another version's: who laid it out does it."""
+    lake = Lake(tmp_path).pipeline(more=SMALL)
+    deliver(lake, 10)
+    process, plan = plan_of_a_stopped(lake)
+    plan.write_text('{"of_the_future": {}}')
+    goes_on(process)
+    assert lake.main() == expected([10])
+    nothing_is_left(lake)
