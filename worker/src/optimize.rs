@@ -43,12 +43,12 @@ pub async fn optimize(workshop: &Workshop, task: &Task, permit: &Permit) -> Resu
     };
     let started = Instant::now();
     let bins = pick_bins(&table, pipeline, permit).await?;
+    if bins.is_empty() {
+        let main = count_files(&table, pipeline).await?;
+        return Ok(Report { already: true, main, ..Report::default() });
+    }
     let order = Order::of(&table, pipeline)?;
     let (bin, written, pieces) = match bins.as_slice() {
-        [] => {
-            let main = count_files(&table, pipeline).await?;
-            return Ok(Report { already: true, main, ..Report::default() });
-        }
         [bin] => (bin.clone(), write_bin(&table, pipeline, bin, &order, permit).await?, 0),
         several => in_pieces(workshop, task, (&table, several), permit).await?,
     };
