@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import time
+import uuid
 from pathlib import Path
 
 import pyarrow as pa
@@ -216,6 +217,8 @@ def test_a_kill_at_a_piece_loses_and_doubles_nothing(point: str, nth: int, tmp_p
     assert lake.main() in (expected([10]), expected([10, 20]))
     lake.run()
     assert lake.main() == expected([10, 20])
+    # Who does the step next takes the plan of the one that died away.
+    nothing_is_left(lake)
 
 
 @pytest.mark.parametrize("point", ["shard.after_plan", "shard.before_result", "shard.after_result"])
@@ -356,6 +359,56 @@ def test_what_another_worker_cannot_do_is_done_by_the_one_that_has_the_step(tmp_
     goes_on(process)
     assert lake.main() == expected([10]) and lake.states() == {10: "processed"}
     nothing_is_left(lake)
+
+
+@pytest.mark.parametrize("told", ['{"of_the_future": 1}', '{"done": {"rows": 3}}', "[", ""])
+def test_an_outcome_of_another_version_is_done_again(told: str, tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more=SMALL)
+    deliver(lake, 10)
+    process, plan = plan_of_a_stopped(lake)
+    for number in range(FILES):
+        Path(str(plan).replace("-plan.json", f"-{number}.json")).write_text(told)
+    goes_on(process)
+    assert lake.main() == expected([10]) and lake.states() == {10: "processed"}
+    nothing_is_left(lake)
+
+
+def test_a_piece_that_kills_its_workers_parks_the_epoch(make):
+    """Three deaths in all, and not three for each try of the step."""
+    cluster = large(make)
+    deliver_large(cluster, 10)
+    lead = cluster.worker("--slots", "1", env={"ALLUVIUM_STOP": "shard.after_plan"})
+    cluster.coordinator()
+    shards = cluster.root / "state/shards"
+    cluster.wait(lambda: list(shards.rglob("*-plan.json")) != [])
+    [plan] = shards.rglob("*-plan.json")
+    name = f"shards/p/{plan.name.removesuffix('-plan.json')}/{FILES - 1}"
+    piece = uuid.uuid5(uuid.NAMESPACE_OID, name)
+    redis = cluster.services.redis.client()
+    redis.set(f"{{{cluster.name}}}:deaths:{piece}", 3)
+    lead.signal(signal.SIGCONT)
+    cluster.wait(lambda: cluster.states() == {10: "parked"})
+    [error] = [run["error"] for run in cluster.alluvium("runs", "p", "-o", "json").json() if run.get("error")]
+    assert error["code"] == "AL-0504" and "3 workers died at piece 5" in error["message"], error
+
+
+def test_runs_that_memory_is_not_enough_for_are_sorted_by_way_of_the_disk(tmp_path: Path):
+    """A row of each writer's files is in memory as long as a merge goes on: with many of them it would not fit."""
+    found = []
+    for memory in ("16MiB", "1GiB"):
+        folder = tmp_path / memory
+        folder.mkdir()
+        lake = Lake(folder).pipeline(columns='id = "string"\nvalue = "string"\nop = "string"', more=SMALL)
+        lake.configure(head=f'memory = "{memory}"\n')
+        for file in range(8):
+            draw = random.Random(file)
+            rows = [(f"k{draw.randrange(3000):05}", draw.randbytes(500).hex(), "U") for _ in range(2000)]
+            lake.write(10, f"part-{file}.parquet", pa.table([list(column) for column in zip(*rows)], ["id", "value", "op"]))
+        lake.run()
+        found.append(lake.rows())
+        assert pieces(lake, "raw", "ingest") == [8]
+        assert (pieces(lake, "main", "merge")[-1] > 0) == (memory == "1GiB")
+    assert found[0] == found[1]
 
 
 def test_a_plan_that_cannot_be_read_is_nothing_to_do(tmp_path: Path):

@@ -96,7 +96,9 @@ pub enum Work {
     Shard {
         /// The step's epochs.
         epochs: Vec<Epoch>,
-        /// The folder of the plan, below the state folder.
+        /// The step's task. Nobody has it: nobody waits for the piece.
+        of: Uuid,
+        /// The plan, below the state folder.
         plan: String,
         /// Which piece.
         number: u32,

@@ -15,7 +15,7 @@ use deltalake::parquet::arrow::arrow_reader::{
 };
 use deltalake::parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuilder};
 use deltalake::parquet::errors::{ParquetError, Result as ParquetResult};
-use deltalake::parquet::file::metadata::ParquetMetaData;
+use deltalake::parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData, RowGroupMetaData};
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt};
@@ -33,6 +33,8 @@ use crate::{LiveFile, Table};
 
 /// Rows read at a time.
 const BATCH_ROWS: usize = 8192;
+/// Rows of a column that are decoded at a time: a page, which writers end at 20,000 rows, and a batch.
+const HELD_ROWS: u64 = 20_000 + BATCH_ROWS as u64;
 
 /// Rows of a file, by their position in it; deleted ones are counted and not left out by themselves.
 pub enum Pick {
@@ -101,6 +103,29 @@ impl Table {
                 .map_err(|e| Error::new(Code::ColumnTypeMismatch, format!("{doing}: {e}")))
         });
         Ok(rows.boxed())
+    }
+
+    /// About how many bytes of these columns are in memory at a time while [`Table::rows_of`] gives them out:
+    /// pages and a batch, and what is encoded of a row group where no disk holds it.
+    pub async fn bytes_while_read(&self, file: &LiveFile, schema: &SchemaRef) -> Result<u64> {
+        let doing = format!("read {} of {}", file.path, self.uri);
+        let metadata = self.footer(&file.path, file.size).await?;
+        let footer = for_arrow(Arc::clone(&metadata)).map_err(|e| foreign(&doing, &e))?;
+        let roots = schema.fields().iter().filter_map(|f| find_column(footer.schema(), f.name()));
+        let mask = ProjectionMask::roots(footer.parquet_schema(), roots);
+        let is_local = self.local_path(file)?.is_some();
+        let of_group = |group: &RowGroupMetaData| {
+            let rows = u64::try_from(group.num_rows()).unwrap_or(0).max(1);
+            let read = group.columns().iter().enumerate().filter(|(at, _)| mask.leaf_included(*at));
+            let of_column = |(_, column): (usize, &ColumnChunkMetaData)| {
+                let bytes = |bytes: i64| u64::try_from(bytes).unwrap_or(0);
+                let plain = bytes(column.uncompressed_size());
+                let held = plain.saturating_mul(HELD_ROWS.min(rows)) / rows;
+                held + if is_local { 0 } else { bytes(column.compressed_size()) }
+            };
+            read.map(of_column).sum()
+        };
+        Ok(metadata.row_groups().iter().map(of_group).max().unwrap_or(0))
     }
 
     /// A file's partition as columns of one row, those of `schema`, in the table's own types: "0.1" of a

@@ -19,24 +19,41 @@ const RENEW_EVERY: Duration = Duration::from_secs(5);
 /// A long task leaves a span so often: a killed worker's trace then tells how far it came.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
 
-/// Renews one lease.
-pub(crate) struct Keeper {
+/// A task's lease, as it was claimed.
+#[derive(Clone)]
+pub(crate) struct Held {
     pub(crate) leases: Arc<dyn Leases>,
     pub(crate) task: Uuid,
     pub(crate) owner: String,
-    /// `None`: the lease could not be had so far.
+    /// `None`: the lease could not be had so far. It only saves work.
     pub(crate) fence: Option<u64>,
-    /// Cancelled when somebody else has the lease.
-    pub(crate) lost: CancellationToken,
-    pub(crate) span: SpanContext,
+}
+
+impl Held {
+    /// Renews it from now on; dropping the handle ends that. `lost` is cancelled when somebody else has it.
+    pub(crate) fn keep(&self, lost: CancellationToken, runtime: &Handle) -> AbortOnDropHandle<()> {
+        let span = trace::context_of(&tracing::Span::current());
+        let keeper = Keeper { held: self.clone(), lost, span };
+        AbortOnDropHandle::new(runtime.spawn(keeper.run()))
+    }
+
+    /// Gives it up, unless somebody else has it.
+    pub(crate) async fn release(&self) {
+        let Some(fence) = self.fence else { return };
+        if let Err(error) = self.leases.release(self.task, &self.owner, fence).await {
+            tracing::debug!(%error, task = %self.task, "a lease was not released; it runs out");
+        }
+    }
+}
+
+/// Renews one lease.
+struct Keeper {
+    held: Held,
+    lost: CancellationToken,
+    span: SpanContext,
 }
 
 impl Keeper {
-    /// Begins; dropping the handle ends it.
-    pub(crate) fn start(self, runtime: &Handle) -> AbortOnDropHandle<()> {
-        AbortOnDropHandle::new(runtime.spawn(self.run()))
-    }
-
     async fn run(mut self) {
         let mut checkpoint = (Instant::now(), Utc::now());
         loop {
@@ -55,27 +72,28 @@ impl Keeper {
 
     /// False: somebody else has the lease.
     async fn renew(&mut self) -> bool {
-        if let Some(fence) = self.fence {
-            match self.leases.renew(self.task, &self.owner, fence, LEASE_TTL).await {
+        let Held { leases, task, owner, fence } = &mut self.held;
+        if let Some(fence) = *fence {
+            match leases.renew(*task, owner, fence, LEASE_TTL).await {
                 Ok(true) => return true,
                 Ok(false) => {}
                 // The lease only saves work: go on without it.
                 Err(error) => {
-                    tracing::warn!(%error, task = %self.task, "could not renew a lease");
+                    tracing::warn!(%error, %task, "could not renew a lease");
                     return true;
                 }
             }
         }
         // Run out, forgotten by a Redis that was emptied, taken over, or never had.
-        match self.leases.claim(self.task, &self.owner, LEASE_TTL, false).await {
-            Ok(Claim::Held { fence, .. }) => {
-                self.fence = Some(fence);
+        match leases.claim(*task, owner, LEASE_TTL, false).await {
+            Ok(Claim::Held { fence: new, .. }) => {
+                *fence = Some(new);
                 true
             }
             Ok(Claim::Taken { owner, .. }) => {
-                tracing::warn!(task = %self.task, owner, "lost a lease; stops at a safe point");
+                tracing::warn!(%task, owner, "lost a lease; stops at a safe point");
                 // It counted as a death of ours, and we live.
-                if let Err(error) = self.leases.survived(self.task).await {
+                if let Err(error) = leases.survived(*task).await {
                     tracing::debug!(%error, "could not say that this worker lives");
                 }
                 false

@@ -116,8 +116,8 @@ impl Workshop {
             Work::Restore { to, request } => {
                 restore::restore(self, task, *to, request, permit).await
             }
-            Work::Shard { plan, number, .. } => {
-                shards::help(self, task, (plan, *number), permit).await
+            Work::Shard { of, plan, number, .. } => {
+                shards::help(self, task, (*of, plan, *number), permit).await
             }
         }
     }

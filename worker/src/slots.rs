@@ -19,7 +19,9 @@ use alluvium_protocol::lease::{Claim, Leases};
 use alluvium_protocol::metrics::metrics;
 use alluvium_protocol::queue::{Delivery, Lane, Queue};
 use alluvium_protocol::retry::CRASHES_MAX;
-use alluvium_protocol::task::{Step, Task, TaskResult, Verdict, decode, is_of_another_version};
+use alluvium_protocol::task::{
+    Step, Task, TaskResult, Verdict, Work, decode, is_of_another_version,
+};
 use alluvium_protocol::trace::{self, Part};
 use alluvium_protocol::{Class, Code, Error, Result, crash};
 use chrono::{DateTime, Utc};
@@ -30,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::answers::Answers;
-use crate::keeper::Keeper;
+use crate::keeper::Held;
 use crate::meter::Meter;
 use crate::{Permit, Team, Workshop, shards};
 
@@ -135,9 +137,7 @@ impl Duty {
 /// A task on its way through a slot.
 struct Attempt {
     task: Task,
-    owner: String,
-    /// `None`: leases are not to be had, and work goes on without.
-    fence: Option<u64>,
+    held: Held,
     deaths: u32,
     received_at: DateTime<Utc>,
     claimed_at: DateTime<Utc>,
@@ -224,8 +224,7 @@ impl Worker {
             }
         };
         let owner = format!("{}/{slot}", self.name);
-        let claim = self.leases.claim(task.id, &owner, LEASE_TTL, delivery.redelivered).await;
-        let (fence, deaths) = match claim {
+        let (fence, deaths) = match self.claim(&task, &owner, delivery.redelivered).await {
             Ok(Claim::Held { fence, deaths }) => (Some(fence), deaths),
             Ok(Claim::Taken { owner, .. }) => {
                 tracing::debug!(task = %task.id, owner, "somebody else works on a task; gave it back");
@@ -241,8 +240,9 @@ impl Worker {
         let _counted = InFlight::of(task.work.step());
         let claimed_at = self.workshop.clock.now();
         let redelivered = delivery.redelivered;
-        let attempt =
-            Attempt { task, owner, fence, deaths, received_at, claimed_at, redelivered, meter };
+        let held = Held { leases: Arc::clone(&self.leases), task: task.id, owner, fence };
+        let mut attempt =
+            Attempt { task, held, deaths, received_at, claimed_at, redelivered, meter };
         let sent = delivery.message.trace.as_deref().and_then(trace::parse);
         let lane = Lane::of(attempt.task.work.step());
         let span = trace::process_span(&attempt.task, sent.as_ref(), lane.as_str());
@@ -250,19 +250,29 @@ impl Worker {
             tell_waits(&attempt, sent, &span);
         }
         count_waits(&attempt);
-        let outcome = self.attempt(&attempt, delivery, answers).instrument(span).await;
-        if let Some(fence) = attempt.fence
-            && let Err(error) = self.leases.release(attempt.task.id, &attempt.owner, fence).await
-        {
-            tracing::debug!(%error, "a lease was not released; it runs out");
-        }
+        let outcome = self.attempt(&mut attempt, delivery, answers).instrument(span).await;
+        attempt.held.release().await;
         outcome
+    }
+
+    /// A redelivered task falls to us: the broker says that its worker is gone.
+    async fn claim(&self, task: &Task, owner: &str, redelivered: bool) -> Result<Claim> {
+        let mut take_over = redelivered;
+        if let Work::Shard { of, .. } = &task.work
+            && redelivered
+            && let Some(lead) = self.leases.holder(*of).await?
+        {
+            // Whoever has the step does pieces without their messages: one that only came back untouched says
+            // nothing of it.
+            take_over = self.leases.holder(task.id).await? != Some(lead);
+        }
+        self.leases.claim(task.id, owner, LEASE_TTL, take_over).await
     }
 
     /// Executes and answers, inside the attempt's span.
     async fn attempt(
         &self,
-        attempt: &Attempt,
+        attempt: &mut Attempt,
         delivery: Delivery,
         answers: &Answers,
     ) -> Result<()> {
@@ -302,7 +312,7 @@ impl Worker {
             if matches!(error.class(), Class::Transient | Class::Stopping) {
                 return delivery.give_back().await;
             }
-            shards::give_up(&attempt.task, error).await?;
+            shards::give_up(&attempt.task, error, attempt.deaths).await?;
         }
         delivery.ack().await
     }
@@ -313,7 +323,7 @@ impl Worker {
     }
 
     /// Executes with the lease renewed beside it.
-    async fn execute(&self, attempt: &Attempt) -> Verdict {
+    async fn execute(&self, attempt: &mut Attempt) -> Verdict {
         let permit = Permit {
             stopping: self.duty.orders.stopping.clone(),
             lease_lost: CancellationToken::new(),
@@ -321,23 +331,21 @@ impl Worker {
             team: (!self.is_alone).then(|| Team {
                 queue: Arc::clone(&self.queue),
                 leases: Arc::clone(&self.leases),
-                owner: attempt.owner.clone(),
+                owner: attempt.held.owner.clone(),
                 keeping: self.keeping.clone(),
             }),
         };
-        let keeper = Keeper {
-            leases: Arc::clone(&self.leases),
-            task: attempt.task.id,
-            owner: attempt.owner.clone(),
-            fence: attempt.fence,
-            lost: permit.lease_lost.clone(),
-            span: trace::context_of(&tracing::Span::current()),
-        };
-        let _kept = keeper.start(&self.keeping);
+        let _kept = attempt.held.keep(permit.lease_lost.clone(), &self.keeping);
         let work = AssertUnwindSafe(self.workshop.execute(&attempt.task, &permit)).catch_unwind();
         match work.await {
             Ok(Ok(report)) => Verdict::Done(Box::new(report)),
-            Ok(Err(error)) => Verdict::Failed(error),
+            Ok(Err(error)) => {
+                if error.code == Code::TaskPoison {
+                    // At a piece of it.
+                    attempt.deaths = attempt.deaths.max(CRASHES_MAX);
+                }
+                Verdict::Failed(error)
+            }
             Err(panic) => Verdict::Failed(panicked(panic.as_ref())),
         }
     }
@@ -358,7 +366,7 @@ impl Worker {
             pipeline: task.pipeline.id.clone(),
             work: task.work.clone(),
             attempt: task.attempt,
-            worker: attempt.owner.clone(),
+            worker: attempt.held.owner.clone(),
             deaths: attempt.deaths,
             published_at: task.published_at,
             started_at: attempt.claimed_at,
@@ -468,8 +476,7 @@ fn tell_waits(attempt: &Attempt, sent: &opentelemetry::trace::SpanContext, span:
 fn poison(attempt: &Attempt, returns: u32) -> Option<Error> {
     let text = if attempt.deaths >= CRASHES_MAX {
         format!("{} workers died at this task", attempt.deaths)
-    } else if returns >= RETURNS_MAX && attempt.task.work.step() != Step::Shard {
-        // Pieces come back from slots that are busy with other tasks, and nobody worked on them.
+    } else if returns >= RETURNS_MAX {
         format!("the task came back unfinished {returns} times")
     } else {
         return None;

@@ -39,11 +39,12 @@ use crate::{Permit, raw};
 const BATCH_ROWS: usize = 8192;
 /// Batches that rows given out at a time are of; all runs have one in memory anyway.
 const SOURCES_MAX: usize = 256;
+/// Of the memory this part may go into rows of runs that wait for their turn.
+const RUNS_SHARE: u64 = 2;
 /// Runs that are opened at a time.
 const RUNS_AT_ONCE: usize = 16;
 
 /// The last row of each key, or of some keys: where it is in raw's files.
-#[derive(Clone)]
 pub(crate) struct LastRows {
     raw: Table,
     rule: Rule,
@@ -89,16 +90,17 @@ impl LastRows {
     }
 
     /// Finds them, by the columns that decide, and has their keys searched for. `None`: a file is not in the
-    /// order of its keys.
+    /// order of its keys, or there are more runs than so much memory is enough for.
     pub(crate) async fn find(
         raw: &Table,
         rule: &Rule,
-        files: &[LiveFile],
+        (files, memory_bytes): (&[LiveFile], usize),
         search: &mut Search<'_>,
         permit: &Permit,
     ) -> Result<Option<Self>> {
         let mut found = Self::none(raw, rule, files)?;
-        let Some(mut walk) = Walk::begin(&found, files).await? else { return Ok(None) };
+        let walk = Walk::begin(&found, files, memory_bytes).await?;
+        let Some(mut walk) = walk else { return Ok(None) };
         while let Some(chosen) = walk.next(permit).await? {
             for (at, place) in chosen.places.iter().enumerate() {
                 found.insert(&walk.runs, place, chosen.comes.value(at))?;
@@ -108,30 +110,31 @@ impl LastRows {
         Ok(walk.is_sorted().then_some(found))
     }
 
-    /// The same in so many shares, about as many rows in each, which follow one another in the order of keys.
+    /// The same in so many shares at most, about as many rows in each, which follow one another in the order
+    /// of keys.
     pub(crate) async fn in_shares(
         raw: &Table,
         rule: &Rule,
-        files: &[LiveFile],
-        shares: usize,
+        (files, memory_bytes): (&[LiveFile], usize),
+        shares_max: usize,
         permit: &Permit,
     ) -> Result<Option<Vec<Share>>> {
-        let none = Self::none(raw, rule, files)?;
-        let Some(mut walk) = Walk::begin(&none, files).await? else { return Ok(None) };
-        // No fewer than there are keys.
-        let of_each = walk.of.div_ceil(shares as u64).max(1);
-        let (mut found, mut next) = (vec![none; shares], 0);
+        let mut found = Self::none(raw, rule, files)?;
+        let walk = Walk::begin(&found, files, memory_bytes).await?;
+        let Some(mut walk) = walk else { return Ok(None) };
+        // There are no more keys than rows.
+        let of_each = walk.of.div_ceil(shares_max as u64).max(1);
+        let mut shares = Vec::new();
         while let Some(chosen) = walk.next(permit).await? {
             for (at, place) in chosen.places.iter().enumerate() {
-                let share = usize::try_from(next / of_each).map_err(Error::internal)?;
-                found[share.min(shares - 1)].insert(&walk.runs, place, chosen.comes.value(at))?;
-                next += 1;
+                if found.keys == of_each {
+                    shares.push(found.take()?);
+                }
+                found.insert(&walk.runs, place, chosen.comes.value(at))?;
             }
         }
-        if !walk.is_sorted() {
-            return Ok(None);
-        }
-        found.iter().map(Self::told).collect::<Result<Vec<Share>>>().map(Some)
+        shares.push(found.take()?);
+        Ok(walk.is_sorted().then_some(shares))
     }
 
     fn insert(&mut self, runs: &[RunId], place: &Place, comes: bool) -> Result<()> {
@@ -143,43 +146,61 @@ impl LastRows {
         Ok(())
     }
 
-    fn told(&self) -> Result<Share> {
-        let mut told = Share { keys: self.keys, upserts: self.upserts, rows: Vec::new() };
-        for (file, rows) in self.runs.values().flatten().filter(|(_, rows)| !rows.is_empty()) {
+    /// Takes out what was found so far.
+    fn take(&mut self) -> Result<Share> {
+        let (keys, upserts) = (std::mem::take(&mut self.keys), std::mem::take(&mut self.upserts));
+        let mut share = Share { keys, upserts, rows: Vec::new() };
+        for (file, rows) in self.runs.values_mut().flatten().filter(|(_, rows)| !rows.is_empty()) {
+            let mut rows = std::mem::take(rows);
+            // Most follow one another.
+            rows.optimize();
             let mut bytes = Vec::with_capacity(rows.serialized_size());
             rows.serialize_into(&mut bytes).map_err(Error::internal)?;
-            told.rows.push((file.path.clone(), STANDARD.encode(bytes)));
+            share.rows.push((file.path.clone(), STANDARD.encode(bytes)));
         }
-        Ok(told)
+        Ok(share)
     }
 
     /// The rows of some shares, of these files.
-    pub(crate) fn of_shares<'s>(
+    pub(crate) fn of_shares(
         raw: &Table,
         rule: &Rule,
         files: &[LiveFile],
-        shares: impl IntoIterator<Item = &'s Share>,
+        shares: Vec<Share>,
     ) -> Result<Self> {
-        let mut all: HashMap<&str, RowSet> = HashMap::new();
+        let mut all: HashMap<String, RowSet> = HashMap::new();
         let mut found = Self::none(raw, rule, files)?;
         for share in shares {
             found.keys += share.keys;
             found.upserts += share.upserts;
-            for (path, rows) in &share.rows {
+            for (path, rows) in share.rows {
                 let bytes = STANDARD.decode(rows).map_err(Error::internal)?;
                 let rows = RowSet::deserialize_from(bytes.as_slice()).map_err(Error::internal)?;
                 *all.entry(path).or_default() |= rows;
             }
         }
-        for (file, rows) in found.runs.values_mut().flatten() {
-            *rows = all.remove(file.path.as_str()).unwrap_or_default();
+        for files in found.runs.values_mut() {
+            files.retain_mut(|(file, rows)| {
+                *rows = all.remove(&file.path).unwrap_or_default();
+                !rows.is_empty()
+            });
         }
+        found.runs.retain(|_, files| !files.is_empty());
         match all.keys().next() {
             Some(path) => {
                 Err(Error::internal(format!("{path} is in no partition of these epochs")))
             }
             None => Ok(found),
         }
+    }
+
+    /// About how much memory it takes to give out the rows: a file of each run is open.
+    async fn held_bytes(&self) -> Result<u64> {
+        let columns = columns_of(&self.raw.schema(), &self.rule.columns)?;
+        let firsts = self.runs.values().filter_map(|files| files.first());
+        let looks = firsts.map(|(file, _)| self.raw.bytes_while_read(file, &columns));
+        let looks = futures::stream::iter(looks.collect::<Vec<_>>()).buffered(RUNS_AT_ONCE);
+        looks.try_fold(0, |all, bytes| async move { Ok(all + bytes) }).await
     }
 
     /// How many keys, and rows that come.
@@ -192,8 +213,7 @@ impl LastRows {
         let names = [self.rule.key.clone(), vec![raw::OP.to_owned()]].concat();
         let columns = columns_of(&self.raw.schema(), &names)?;
         permit.begin("reads the keys of these epochs", Amount::rows(self.keys));
-        let with_rows = self.runs.values().flatten().filter(|(_, rows)| !rows.is_empty());
-        let opening = with_rows.map(|(file, rows)| {
+        let opening = self.runs.values().flatten().map(|(file, rows)| {
             let (raw, columns) = (self.raw.clone(), Arc::clone(&columns));
             let (file, pick) = (file.clone(), Pick::Only(rows.clone()));
             async move { raw.rows_of(&file, &columns, pick).await }
@@ -245,9 +265,14 @@ struct Chosen {
 }
 
 impl Walk {
-    /// `None`: somebody else deleted rows of raw.
-    async fn begin(none: &LastRows, files: &[LiveFile]) -> Result<Option<Self>> {
-        if files.iter().any(|file| file.remove.deletion_vector.is_some()) {
+    /// `None`: somebody else deleted rows of raw, or there are too many runs for so much memory.
+    async fn begin(
+        none: &LastRows,
+        files: &[LiveFile],
+        memory_bytes: usize,
+    ) -> Result<Option<Self>> {
+        let has_marks = files.iter().any(|file| file.remove.deletion_vector.is_some());
+        if has_marks || none.held_bytes().await? > memory_bytes as u64 / RUNS_SHARE {
             return Ok(None);
         }
         let deciding = [none.rule.key.clone(), vec![raw::OP.to_owned()]].concat();

@@ -2,7 +2,9 @@
 //! names begin with the plan's.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
+use alluvium_protocol::task::Task;
 use alluvium_protocol::{Code, Error, Pipeline, Result};
 use alluvium_table::classify::foreign;
 use alluvium_table::posted;
@@ -20,6 +22,10 @@ use super::{Job, Product};
 /// Plans are below it, by pipeline.
 pub(super) const SHARDS: &str = "shards";
 const PLAN: &str = "plan.json";
+/// There once no piece is to be begun any more.
+const CLOSED: &str = "closed";
+/// Objects written, read or deleted at a time.
+const AT_ONCE: usize = 16;
 
 /// How a piece ended.
 #[derive(Serialize, Deserialize)]
@@ -27,6 +33,8 @@ const PLAN: &str = "plan.json";
 pub(super) enum Outcome {
     Done(Box<Product>),
     Failed(Error),
+    /// So many workers died at it.
+    Deadly(u32),
 }
 
 /// The objects of one plan.
@@ -34,27 +42,38 @@ pub(crate) struct Board {
     store: StoreRef,
     /// Where the plans of the pipeline are.
     folder: Path,
-    /// `shards/<pipeline>/<id>`
+    /// `shards/<pipeline>/<step's task>-<id>`
     plan: String,
-    id: String,
+    /// What the names of its objects begin with.
+    prefix: String,
 }
 
+/// How long a UUID is as text.
+const UUID_LENGTH: usize = 36;
+
 impl Board {
-    /// A new one.
-    pub(super) fn of(pipeline: &Pipeline) -> Result<Self> {
-        Self::at(pipeline, &format!("{SHARDS}/{}/{}", pipeline.id, Uuid::new_v4()))
+    /// A new one, for this step.
+    pub(super) fn new(task: &Task) -> Result<Self> {
+        let pipeline = &task.pipeline;
+        Self::at(pipeline, &format!("{SHARDS}/{}/{}-{}", pipeline.id, task.id, Uuid::new_v4()))
     }
 
     /// The one with this plan, if it is one of the pipeline's.
     pub(super) fn at(pipeline: &Pipeline, plan: &str) -> Result<Self> {
         let folder = format!("{SHARDS}/{}", pipeline.id);
-        let id = plan.strip_prefix(&folder).and_then(|rest| rest.strip_prefix('/'));
-        let Some(id) = id.filter(|id| Uuid::parse_str(id).is_ok()) else {
+        let name = plan.strip_prefix(&folder).and_then(|rest| rest.strip_prefix('/'));
+        let is_plan = |name: &&str| {
+            let (task, id) = name.split_at_checked(UUID_LENGTH).unwrap_or_default();
+            [Some(task), id.strip_prefix('-')]
+                .iter()
+                .all(|part| part.is_some_and(|id| Uuid::parse_str(id).is_ok()))
+        };
+        let Some(name) = name.filter(is_plan) else {
             let text = format!("{plan:?} is no plan of {}", pipeline.id);
             return Err(Error::new(Code::MessageUnknown, text));
         };
-        let (store, id) = (object_store_at(&pipeline.state)?, id.to_owned());
-        Ok(Self { store, folder: Path::from(folder), plan: plan.to_owned(), id })
+        let (store, prefix) = (object_store_at(&pipeline.state)?, format!("{name}-"));
+        Ok(Self { store, folder: Path::from(folder), plan: plan.to_owned(), prefix })
     }
 
     pub(super) fn plan(&self) -> &str {
@@ -65,8 +84,8 @@ impl Board {
         Path::from(format!("{}-{name}", self.plan))
     }
 
-    /// The paths of its objects, and what their names say after its own.
-    async fn objects(&self) -> Result<Vec<(Path, String)>> {
+    /// The paths of objects whose names begin with `prefix`, and what follows it there.
+    async fn objects(&self, prefix: &str) -> Result<Vec<(Path, String)>> {
         let listed: Vec<_> = self
             .store
             .list(Some(&self.folder))
@@ -74,15 +93,41 @@ impl Board {
             .await
             .map_err(|e| foreign(format!("list {}", self.folder), &e))?;
         let own = |meta: ObjectMeta| {
-            let name = meta.location.filename()?.strip_prefix(&self.id)?.strip_prefix('-')?;
-            let name = name.to_owned();
+            let name = meta.location.filename()?.strip_prefix(prefix)?.to_owned();
             Some((meta.location, name))
         };
         Ok(listed.into_iter().filter_map(own).collect())
     }
 
-    pub(super) async fn pin(&self, job: &Job) -> Result<()> {
+    /// Lays out a plan, and notes that pieces need beside it.
+    pub(super) async fn pin(&self, job: &Job, notes: Vec<Vec<u8>>) -> Result<()> {
+        let puts = notes.into_iter().enumerate();
+        let puts = puts
+            .map(|(number, note)| async move { self.put(&format!("{number}.note"), note).await });
+        let mut puts = futures::stream::iter(puts).buffer_unordered(AT_ONCE);
+        while let Some(put) = puts.next().await {
+            put?;
+        }
         self.put(PLAN, serde_json::to_vec(job).map_err(Error::internal)?).await
+    }
+
+    /// The notes of these pieces, in this order.
+    pub(super) async fn notes<T: DeserializeOwned>(&self, of: Range<usize>) -> Result<Vec<T>> {
+        let gets = of.map(|number| async move {
+            let note = self.get(&format!("{number}.note")).await?;
+            // Whoever waited for the piece is gone.
+            note.ok_or_else(|| Error::new(Code::LeaseLost, "nobody waits for this piece any more"))
+        });
+        futures::stream::iter(gets).buffered(AT_ONCE).try_collect().await
+    }
+
+    /// No piece is to be begun from now on.
+    pub(super) async fn close(&self) -> Result<()> {
+        self.put(CLOSED, Vec::new()).await
+    }
+
+    pub(super) async fn is_closed(&self) -> Result<bool> {
+        self.exists(CLOSED).await
     }
 
     /// The plan; `None`: nobody waits any more.
@@ -93,7 +138,7 @@ impl Board {
     /// Pieces that ended.
     pub(super) async fn told(&self) -> Result<BTreeSet<usize>> {
         let number = |(_, name): &(Path, String)| name.strip_suffix(".json")?.parse().ok();
-        Ok(self.objects().await?.iter().filter_map(number).collect())
+        Ok(self.objects(&self.prefix).await?.iter().filter_map(number).collect())
     }
 
     pub(super) async fn has(&self, number: usize) -> Result<bool> {
@@ -108,9 +153,9 @@ impl Board {
         }
     }
 
-    pub(super) async fn outcome(&self, number: usize) -> Result<Outcome> {
-        let found = self.get(&format!("{number}.json")).await?;
-        found.ok_or_else(|| Error::internal(format!("what piece {number} made is gone")))
+    /// `None`: it is gone. Somebody else has the step now.
+    pub(super) async fn outcome(&self, number: usize) -> Result<Option<Outcome>> {
+        self.get(&format!("{number}.json")).await
     }
 
     /// Tells how a piece ended, unless that was told already: one of two that did it counts.
@@ -157,8 +202,7 @@ impl Board {
 
     /// Deletes all of it, the plan first.
     pub(super) async fn clear(&self) -> Result<()> {
-        let deleted = self.store.delete(&self.path(PLAN)).await;
-        deleted.map_err(|e| foreign(format!("delete {}", self.plan), &e))?;
+        self.delete(vec![self.path(PLAN)]).await?;
         self.clear_rest().await
     }
 
@@ -168,27 +212,49 @@ impl Board {
     }
 
     async fn clear_rest(&self) -> Result<()> {
-        let paths = self.objects().await?.into_iter().map(|(path, _)| Ok(path));
-        let paths = futures::stream::iter(paths.collect::<Vec<_>>()).boxed();
-        let deleted = self.store.delete_stream(paths).try_collect::<Vec<_>>().await;
-        match deleted {
-            // By two at once.
-            Ok(_) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(error) => Err(foreign(format!("delete {}", self.plan), &error)),
-        }
+        let objects = self.objects(&self.prefix).await?;
+        self.delete(objects.into_iter().map(|(path, _)| path).collect()).await
     }
 
-    /// Deletes what is older than any step that could still commit it.
+    /// Deletes other plans of the same step.
+    pub(super) async fn clear_others(&self) -> Result<()> {
+        let of_step = &self.prefix[..=UUID_LENGTH];
+        let objects = self.objects(of_step).await?.into_iter();
+        let own = &self.prefix[of_step.len()..];
+        let others = objects.filter(|(_, name)| !name.starts_with(own));
+        self.delete(others.map(|(path, _)| path).collect()).await
+    }
+
+    async fn delete(&self, paths: Vec<Path>) -> Result<()> {
+        delete(&self.store, paths).await.map(drop)
+    }
+
+    /// Deletes what is older than any step that could still commit it. Returns how many objects.
     pub(super) async fn clear_old(pipeline: &Pipeline) -> Result<u64> {
-        let doing = || format!("delete old pieces of {}", pipeline.id);
         let store = object_store_at(&pipeline.state)?;
         let oldest = chrono::Utc::now() - pipeline.sizes.vacuum_retention;
-        let all = store.list(Some(&Path::from(format!("{SHARDS}/{}", pipeline.id))));
-        let listed: Vec<_> = all.try_collect().await.map_err(|e| foreign(doing(), &e))?;
+        let folder = Path::from(format!("{SHARDS}/{}", pipeline.id));
+        let listed: Vec<_> = store
+            .list(Some(&folder))
+            .try_collect()
+            .await
+            .map_err(|e| foreign(format!("list {folder}"), &e))?;
         let old = listed.into_iter().filter(|meta| meta.last_modified < oldest);
-        let old: Vec<_> = old.map(|meta| Ok(meta.location)).collect();
-        let deleted = store.delete_stream(futures::stream::iter(old).boxed());
-        let deleted = deleted.try_collect::<Vec<_>>().await.map_err(|e| foreign(doing(), &e))?;
-        Ok(deleted.len() as u64)
+        delete(&store, old.map(|meta| meta.location).collect()).await
     }
+}
+
+/// Deletes objects. Returns how many were there: others may do the same.
+async fn delete(store: &StoreRef, paths: Vec<Path>) -> Result<u64> {
+    let paths = futures::stream::iter(paths.into_iter().map(Ok)).boxed();
+    let mut deleting = store.delete_stream(paths);
+    let mut deleted = 0;
+    while let Some(object) = deleting.next().await {
+        match object {
+            Ok(_) => deleted += 1,
+            Err(object_store::Error::NotFound { .. }) => {}
+            Err(error) => return Err(foreign("delete old pieces of a step", &error)),
+        }
+    }
+    Ok(deleted)
 }

@@ -33,9 +33,10 @@ use alluvium_table::Add;
 use alluvium_table::write::Written;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
+use uuid::Uuid;
 
 use self::board::{Board, Outcome};
-use crate::keeper::Keeper;
+use crate::keeper::Held;
 use crate::slots::LEASE_TTL;
 use crate::tables::Tables;
 use crate::{Permit, Workshop};
@@ -90,7 +91,7 @@ impl Job {
     fn pieces(&self) -> usize {
         match self {
             Self::Ingest(job) => job.parts.len(),
-            Self::Merge(job) => job.shares.len(),
+            Self::Merge(job) => job.shares,
             Self::Optimize(job) => job.bins.len(),
         }
     }
@@ -104,8 +105,24 @@ impl Job {
     ) -> Result<Product> {
         match self {
             Self::Ingest(job) => job.carry_out((tables, board), pipeline, number, permit).await,
-            Self::Merge(job) => job.carry_out(tables, pipeline, number, permit).await,
+            Self::Merge(job) => job.carry_out((tables, board), pipeline, number, permit).await,
             Self::Optimize(job) => job.carry_out(tables, pipeline, number, permit).await,
+        }
+    }
+}
+
+impl Job {
+    /// Bins that nobody began are left; of the other steps all pieces are needed.
+    fn needs_all(&self) -> bool {
+        !matches!(self, Self::Optimize(_))
+    }
+
+    /// A product is one of this step.
+    fn made(&self, product: &Product) -> bool {
+        match self {
+            Self::Ingest(_) => product.of_ingest.is_some(),
+            Self::Merge(_) => product.of_merge.is_some(),
+            Self::Optimize(_) => true,
         }
     }
 }
@@ -130,16 +147,18 @@ pub(crate) struct Shared<'a> {
 }
 
 impl<'a> Shared<'a> {
-    /// Lays the work out for others.
+    /// Lays the work out for others, with a note on each piece where the job has them.
     pub(crate) async fn begin(
         workshop: &'a Workshop,
         task: &'a Task,
-        job: Job,
+        (job, notes): (Job, Vec<Vec<u8>>),
         permit: &'a Permit,
     ) -> Result<Self> {
         let team = permit.team.as_ref().ok_or_else(|| Error::internal("nobody to share with"))?;
-        let board = Board::of(&task.pipeline)?;
-        board.pin(&job).await?;
+        let board = Board::new(task)?;
+        // Of a worker that had this task before and died.
+        board.clear_others().await?;
+        board.pin(&job, notes).await?;
         let shared = Self { workshop, task, job, board, permit, team };
         match shared.ask_others().await {
             Ok(()) => Ok(shared),
@@ -153,22 +172,30 @@ impl<'a> Shared<'a> {
     async fn ask_others(&self) -> Result<()> {
         crash::point("shard.after_plan")?;
         let trace = trace::traceparent(&trace::context_of(&tracing::Span::current()));
-        // The last one is begun here.
-        for number in 0..self.job.pieces().saturating_sub(1) {
+        let begun_here = self.in_turn().next();
+        for number in (0..self.job.pieces()).filter(|number| Some(*number) != begun_here) {
             let task = self.task_of(number)?;
             let message =
                 Message { id: task.id.to_string(), body: encode(&task)?, trace: trace.clone() };
             if let Err(error) = self.team.queue.publish(Lane::Shard, message).await {
-                tracing::warn!(%error, "nobody is asked to help; does all pieces itself");
+                tracing::warn!(%error, "nobody more is asked to help; does the pieces itself");
                 break;
             }
         }
         Ok(())
     }
 
+    /// The pieces as they are begun here. Others begin at the front; so does this one where not all are needed,
+    /// as those come first that save most.
+    fn in_turn(&self) -> Box<dyn Iterator<Item = usize> + Send> {
+        let all = 0..self.job.pieces();
+        if self.job.needs_all() { Box::new(all.rev()) } else { Box::new(all) }
+    }
+
     fn task_of(&self, number: usize) -> Result<Task> {
         let work = Work::Shard {
             epochs: self.task.work.epochs(),
+            of: self.task.id,
             plan: self.board.plan().to_owned(),
             number: u32::try_from(number).map_err(Error::internal)?,
         };
@@ -182,8 +209,8 @@ impl<'a> Shared<'a> {
         })
     }
 
-    /// All pieces, by number; `None` where `all` is not asked for and nobody began one.
-    pub(crate) async fn gather(&self, all: bool) -> Result<Vec<Option<Product>>> {
+    /// All pieces, by number; `None` where not all are needed and nobody began one.
+    pub(crate) async fn gather(&self) -> Result<Vec<Option<Product>>> {
         let pieces = self.job.pieces();
         let mut products: Vec<Option<Product>> = vec![None; pieces];
         let mut pause = PAUSES[0];
@@ -198,19 +225,29 @@ impl<'a> Shared<'a> {
                 if failed.contains(&number) {
                     continue;
                 }
-                match self.board.outcome(number).await? {
-                    Outcome::Done(made) => *product = Some(*made),
-                    Outcome::Failed(error) if error.class() == Class::Crash => return Err(error),
-                    Outcome::Failed(error) => {
-                        tracing::warn!(%error, number, "another worker could not do a piece; does it here");
-                        failed.insert(number);
+                let why = match self.board.outcome(number).await {
+                    Ok(None) => continue,
+                    Ok(Some(Outcome::Done(made))) if self.job.made(&made) => {
+                        *product = Some(*made);
+                        pause = PAUSES[0];
+                        continue;
                     }
-                }
-                pause = PAUSES[0];
+                    Ok(Some(Outcome::Deadly(deaths))) => return Err(deadly(deaths, number)),
+                    Ok(Some(Outcome::Failed(error))) => error,
+                    // Of another version.
+                    Ok(Some(Outcome::Done(_))) => Error::internal("what another step makes"),
+                    Err(error) if error.code == Code::MessageUnknown => error,
+                    Err(error) => return Err(error),
+                };
+                tracing::warn!(error = %why, number, "another worker could not do a piece; does it here");
+                failed.insert(number);
             }
-            let mut open: Vec<usize> = (0..pieces).filter(|at| products[*at].is_none()).collect();
-            if !all && open.len() < pieces {
+            let is_open = |at: &usize| products[*at].is_none();
+            let mut open: Vec<usize> = self.in_turn().filter(is_open).collect();
+            if !self.job.needs_all() && open.len() < pieces {
                 if awaited.is_none() {
+                    // Who claims one from now on sees it.
+                    self.board.close().await?;
                     awaited = Some(self.taken(&open).await?);
                 }
                 open.retain(|number| awaited.iter().flatten().any(|awaited| awaited == number));
@@ -218,9 +255,8 @@ impl<'a> Shared<'a> {
             if open.is_empty() {
                 return Ok(products);
             }
-            // Others begin at the first.
             let mut made = None;
-            for number in open.into_iter().rev() {
+            for number in open {
                 let is_known = failed.contains(&number);
                 made = self.do_one(number, is_known).await?.map(|product| (number, product));
                 if made.is_some() {
@@ -260,35 +296,25 @@ impl<'a> Shared<'a> {
         let fence = match team.leases.claim(id, &team.owner, LEASE_TTL, false).await {
             Ok(Claim::Taken { .. }) => return Ok(None),
             Ok(Claim::Held { deaths, .. }) if deaths >= CRASHES_MAX => {
-                let text = format!("{deaths} workers died at piece {number} of this task");
-                return Err(Error::new(Code::TaskPoison, text));
+                return Err(deadly(deaths, number));
             }
             Ok(Claim::Held { fence, .. }) => Some(fence),
-            // The lease only saves work.
             Err(_) => None,
         };
+        let (leases, owner) = (Arc::clone(&team.leases), team.owner.clone());
+        let held = Held { leases, task: id, owner, fence };
         let permit =
             Permit { lease_lost: self.permit.lease_lost.child_token(), ..self.permit.clone() };
-        let keeper = Keeper {
-            leases: Arc::clone(&team.leases),
-            task: id,
-            owner: team.owner.clone(),
-            fence,
-            lost: permit.lease_lost.clone(),
-            span: trace::context_of(&tracing::Span::current()),
-        };
-        let kept = keeper.start(&team.keeping);
+        let kept = held.keep(permit.lease_lost.clone(), &team.keeping);
         let made = self.try_one((number, is_known), &permit).await;
         drop(kept);
-        if let Some(fence) = fence
-            && let Err(error) = team.leases.release(id, &team.owner, fence).await
-        {
-            tracing::debug!(%error, "a piece's lease was not released; it runs out");
-        }
+        held.release().await;
         match made {
             // Only the piece's: who has it now does it.
             Err(error)
-                if error.code == Code::LeaseLost && !self.permit.lease_lost.is_cancelled() =>
+                if error.code == Code::LeaseLost
+                    && permit.lease_lost.is_cancelled()
+                    && !self.permit.lease_lost.is_cancelled() =>
             {
                 Ok(None)
             }
@@ -310,7 +336,11 @@ impl<'a> Shared<'a> {
         let made = loop {
             match self.job.carry_out((tables, board), pipeline, number, permit).await {
                 // The other pieces stay done.
-                Err(error) if error.class() == Class::Transient && tries < TRIES => {
+                Err(error)
+                    if error.class() == Class::Transient
+                        && error.code != Code::LeaseLost
+                        && tries < TRIES =>
+                {
                     tracing::info!(%error, number, "tries a piece again");
                     tries += 1;
                     tokio::time::sleep(PAUSES[1]).await;
@@ -319,7 +349,9 @@ impl<'a> Shared<'a> {
             }
         };
         // For whoever gets its message.
-        board.tell(number, &Outcome::Done(Box::new(made.clone()))).await?;
+        if let Err(error) = board.tell(number, &Outcome::Done(Box::new(made.clone()))).await {
+            tracing::warn!(%error, number, "what a piece made is known here only");
+        }
         Ok(Some(made))
     }
 
@@ -340,14 +372,23 @@ impl<'a> Shared<'a> {
 pub(crate) async fn help(
     workshop: &Workshop,
     task: &Task,
-    (plan, number): (&str, u32),
+    (of, plan, number): (Uuid, &str, u32),
     permit: &Permit,
 ) -> Result<Report> {
     let board = Board::at(&task.pipeline, plan)?;
     let number = usize::try_from(number).map_err(Error::internal)?;
     let already = Report { already: true, ..Report::default() };
+    if let Some(team) = &permit.team
+        && matches!(team.leases.holder(of).await, Ok(None))
+    {
+        // Whoever has the step next lays out a plan of its own.
+        return Ok(already);
+    }
     let Some(job) = board.job().await? else { return Ok(already) };
     if number >= job.pieces() || board.has(number).await? {
+        return Ok(already);
+    }
+    if !job.needs_all() && board.is_closed().await? {
         return Ok(already);
     }
     let made = job.carry_out((&workshop.tables, &board), &task.pipeline, number, permit).await?;
@@ -359,14 +400,23 @@ pub(crate) async fn help(
     Ok(Report { rows_written, ..Report::default() })
 }
 
-/// Tells who waits for a piece that it cannot be done here.
-pub(crate) async fn give_up(task: &Task, error: &Error) -> Result<()> {
+/// Why a step is not tried again whose pieces kill.
+fn deadly(deaths: u32, number: usize) -> Error {
+    Error::new(Code::TaskPoison, format!("{deaths} workers died at piece {number} of this task"))
+}
+
+/// Tells who waits for a piece that it cannot be done here, or that workers died at it.
+pub(crate) async fn give_up(task: &Task, error: &Error, deaths: u32) -> Result<()> {
     let Work::Shard { plan, number, .. } = &task.work else { return Ok(()) };
     let Ok(board) = Board::at(&task.pipeline, plan) else { return Ok(()) };
     // Nobody waits; or the plan is of another version, whose workers do it themselves.
     let Ok(Some(_)) = board.job().await else { return Ok(()) };
     let number = usize::try_from(*number).map_err(Error::internal)?;
-    board.tell(number, &Outcome::Failed(error.clone())).await?;
+    let outcome = match deaths {
+        CRASHES_MAX.. => Outcome::Deadly(deaths),
+        _ => Outcome::Failed(error.clone()),
+    };
+    board.tell(number, &outcome).await?;
     board.clear_if_over().await
 }
 

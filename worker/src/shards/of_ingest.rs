@@ -105,12 +105,13 @@ impl Split<'_> {
         let pieces = pieces_of(bytes, pipeline, permit).min(objects.len());
         let of_each = bytes.div_ceil(pieces.max(1) as u64).max(1);
         let mut parts: Vec<Manifest> = Vec::with_capacity(pieces);
-        let mut before = 0;
+        let (mut before, mut last_part) = (0, None);
         for object in objects {
             // The part where the middle of the file is.
-            let part = usize::try_from((before + object.size / 2) / of_each).unwrap_or(0);
+            let part = Some((before + object.size / 2) / of_each);
             before += object.size;
-            if part >= parts.len() {
+            if part != last_part {
+                last_part = part;
                 let empty = Manifest { objects: Vec::new(), ..self.manifest.clone() };
                 parts.push(empty);
             }
@@ -132,7 +133,8 @@ pub(crate) async fn in_pieces(
     job: Job,
     permit: &Permit,
 ) -> Result<(Written, AsideRef)> {
-    let shared = Shared::begin(workshop, task, super::Job::Ingest(job), permit).await?;
+    let shared =
+        Shared::begin(workshop, task, (super::Job::Ingest(job), Vec::new()), permit).await?;
     let gathered = gathered(&shared).await;
     shared.end().await;
     gathered
@@ -140,7 +142,7 @@ pub(crate) async fn in_pieces(
 
 async fn gathered(shared: &Shared<'_>) -> Result<(Written, AsideRef)> {
     let (mut written, aside) = (Written::default(), aside::new());
-    for product in shared.gather(true).await?.into_iter().flatten() {
+    for product in shared.gather().await?.into_iter().flatten() {
         written.adds.extend(product.adds);
         written.rows += product.rows;
         let found = product.of_ingest.ok_or_else(|| Error::internal("a piece of another step"))?;

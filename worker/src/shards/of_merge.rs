@@ -11,7 +11,7 @@ use alluvium_table::write::Written;
 use alluvium_table::{Add, LiveFile, Table};
 use serde::{Deserialize, Serialize};
 
-use super::{Product, Shared, pieces_of};
+use super::{Board, Product, Shared, pieces_of};
 use crate::edit::{Edit, Editing, Gone, Winners};
 use crate::folding::Fold;
 use crate::search::Search;
@@ -26,7 +26,8 @@ pub(crate) struct Job {
     main_version: i64,
     raw_version: i64,
     epochs: BTreeSet<Epoch>,
-    pub(crate) shares: Vec<Share>,
+    /// Which rows are whose is in the notes, a [`Share`] each.
+    pub(crate) shares: usize,
     /// Paths of main's files; each part is looked through for all keys, so that there are no more of them than
     /// pay, and the other pieces have none.
     parts: Vec<Vec<String>>,
@@ -45,13 +46,14 @@ pub(crate) struct Findings {
 }
 
 impl Job {
-    /// The pieces of a merge of these files of raw; `None`: it is too small for them, needs to see all that
-    /// goes beside all that comes, or raw's files are in another order than that of their keys.
+    /// The pieces of a merge of these files of raw, with a note for each; `None`: it is too small for them,
+    /// needs to see all that goes beside all that comes, raw's files are in another order than that of their
+    /// keys, or too many for this memory.
     pub(crate) async fn of(
         fold: &Fold<'_>,
         changed: &[LiveFile],
         permit: &Permit,
-    ) -> Result<Option<Self>> {
+    ) -> Result<Option<(Self, Vec<Vec<u8>>)>> {
         let Fold { pipeline, main, raw, is_fast, .. } = *fold;
         let content = &pipeline.content;
         let bytes: u64 = changed.iter().map(|file| file.size).sum();
@@ -61,13 +63,16 @@ impl Job {
             return Ok(None);
         }
         let rule = Rule::new(pipeline, raw);
-        let Some(shares) = LastRows::in_shares(raw, &rule, changed, pieces, permit).await? else {
-            return Ok(None);
-        };
+        let memory = pipeline.sizes.memory_bytes;
+        let shares = LastRows::in_shares(raw, &rule, (changed, memory), pieces, permit).await?;
+        let Some(shares) = shares else { return Ok(None) };
+        let note = |share: &Share| serde_json::to_vec(share).map_err(Error::internal);
+        let notes = shares.iter().map(note).collect::<Result<Vec<_>>>()?;
+        let shares = notes.len();
         let mut live = main.files().await?;
         let in_main: u64 = live.iter().map(|file| file.size).sum();
         // To read the keys of the epochs once more pays where as much of main is left to others.
-        let searching = usize::try_from(in_main / bytes.max(1)).unwrap_or(pieces).clamp(1, pieces);
+        let searching = usize::try_from(in_main / bytes.max(1)).unwrap_or(shares).clamp(1, shares);
         live.sort_by(|one, other| {
             other.size.cmp(&one.size).then_with(|| one.path.cmp(&other.path))
         });
@@ -79,12 +84,13 @@ impl Job {
             parts[part].push(file.path);
         }
         let (main_version, raw_version) = (main.version(), raw.version());
-        Ok(Some(Self { main_version, raw_version, epochs: fold.changed.clone(), shares, parts }))
+        let epochs = fold.changed.clone();
+        Ok(Some((Self { main_version, raw_version, epochs, shares, parts }, notes)))
     }
 
     pub(super) async fn carry_out(
         &self,
-        tables: &Tables,
+        (tables, board): (&Tables, &Board),
         pipeline: &Pipeline,
         number: usize,
         permit: &Permit,
@@ -101,10 +107,12 @@ impl Job {
         }
         let mut search = Search::new(main, rule, pipeline, live, permit, 0)?;
         if !part.is_empty() {
-            let all = LastRows::of_shares(raw, rule, &changes, &self.shares)?;
+            let all = board.notes(0..self.shares).await?;
+            let all = LastRows::of_shares(raw, rule, &changes, all)?;
             all.search_for(&mut search, permit).await?;
         }
-        let last = LastRows::of_shares(raw, rule, &changes, [&self.shares[number]])?;
+        let share = board.notes(number..number + 1).await?;
+        let last = LastRows::of_shares(raw, rule, &changes, share)?;
         let (keys, upserts) = last.counts();
         search.count_only(keys, upserts);
         let mut edit = Edit::default();
@@ -126,11 +134,11 @@ impl Job {
 pub(crate) async fn in_pieces(
     workshop: &Workshop,
     task: &Task,
-    (job, main): (Job, &Table),
+    ((job, notes), main): ((Job, Vec<Vec<u8>>), &Table),
     permit: &Permit,
 ) -> Result<Edit> {
-    let shared = Shared::begin(workshop, task, super::Job::Merge(job), permit).await?;
-    let products = shared.gather(true).await;
+    let shared = Shared::begin(workshop, task, (super::Job::Merge(job), notes), permit).await?;
+    let products = shared.gather().await;
     shared.end().await;
     let live = main.files().await?;
     let mut edit = Edit::default();

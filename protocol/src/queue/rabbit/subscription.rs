@@ -2,8 +2,10 @@
 //! makes every channel again that breaks, ends or falls silent.
 //!
 //! A subscription to several lanes may hold one message of each. While its holder works on one for
-//! longer than [`BUSY_AFTER`], the other channels are closed: what they held goes to others at once,
-//! and nothing waits behind a long merge.
+//! longer than [`BUSY_AFTER`], nothing is consumed: what the other lanes brought goes to others at once,
+//! and nothing waits behind a long merge. Afterwards the lanes are consumed again one by one, each a turn
+//! later than the last time, until one brings something: a backlog of one lane keeps no other waiting, and
+//! few messages go back untouched (the broker counts that, and sets aside what came back too often).
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,9 +15,10 @@ use async_trait::async_trait;
 use futures::StreamExt;
 use lapin::message::Delivery as AmqpDelivery;
 use lapin::options::{
-    BasicAckOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions, BasicRejectOptions,
+    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
+    BasicRejectOptions,
 };
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Acker, Channel};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
@@ -32,6 +35,8 @@ use crate::{Code, Error, Result};
 const BUSY_AFTER: Duration = Duration::from_millis(200);
 /// How often that is looked at.
 const TICK: Duration = Duration::from_millis(100);
+/// A lane that has a message brings it within this time.
+const FIRST_WITHIN: Duration = Duration::from_millis(30);
 /// Without a delivery on a lane for so long, the broker is asked whether there is one.
 const SILENCE_MAX: Duration = Duration::from_secs(15);
 /// Without one for so long, the lane's consumer is made anew, whatever the broker says: RabbitMQ 3.10
@@ -42,18 +47,29 @@ const RENEW_AFTER: Duration = Duration::from_secs(30);
 /// What the supervisor and the holder share.
 #[derive(Default)]
 struct Buffer {
-    arrived: VecDeque<(Lane, AmqpDelivery)>,
+    arrived: VecDeque<Arrived>,
     /// The living consumer of each lane; what others still bring, the broker has again.
     current: HashMap<Lane, u64>,
     heard_at: HashMap<Lane, Instant>,
-    in_hand: HashMap<Lane, usize>,
+    /// By the consumer that brought them.
+    in_hand: HashMap<u64, usize>,
     busy_since: Option<Instant>,
+    /// Of the message that was taken last.
+    last: Option<Lane>,
     is_closed: bool,
+}
+
+/// A message that nobody took so far, and the consumer that brought it.
+struct Arrived {
+    lane: Lane,
+    number: u64,
+    delivery: AmqpDelivery,
 }
 
 struct Shared {
     buffer: Mutex<Buffer>,
     changed: Notify,
+    came: Notify,
     settled: Notify,
     publisher: Arc<Publisher>,
     names: Names,
@@ -72,25 +88,29 @@ impl Shared {
             return;
         }
         buffer.heard_at.insert(lane, Instant::now());
-        buffer.arrived.push_back((lane, delivery));
+        buffer.arrived.push_back(Arrived { lane, number, delivery });
         drop(buffer);
         self.changed.notify_one();
+        self.came.notify_one();
     }
 
-    fn has_in_hand(&self, lane: Lane) -> bool {
-        self.lock().in_hand.get(&lane).is_some_and(|count| *count > 0)
+    fn has_in_hand(&self, number: u64) -> bool {
+        self.lock().in_hand.contains_key(&number)
     }
 
-    fn is_settled(&self) -> bool {
-        self.lock().in_hand.values().all(|count| *count == 0)
+    /// The holder has a message, or can take one.
+    fn has_any(&self) -> bool {
+        let buffer = self.lock();
+        !buffer.arrived.is_empty() || !buffer.in_hand.is_empty()
     }
 
-    fn let_go(&self, lane: Lane) {
+    fn let_go(&self, number: u64) {
         let mut buffer = self.lock();
-        if let Some(count) = buffer.in_hand.get_mut(&lane) {
+        if let Some(count) = buffer.in_hand.get_mut(&number) {
             *count = count.saturating_sub(1);
         }
-        if buffer.in_hand.values().all(|count| *count == 0) {
+        buffer.in_hand.retain(|_, count| *count > 0);
+        if buffer.in_hand.is_empty() {
             buffer.busy_since = None;
             drop(buffer);
             self.settled.notify_one();
@@ -109,6 +129,7 @@ impl RabbitSubscription {
         let shared = Arc::new(Shared {
             buffer: Mutex::default(),
             changed: Notify::new(),
+            came: Notify::new(),
             settled: Notify::new(),
             publisher: queue.publisher.clone(),
             names: queue.names.clone(),
@@ -148,21 +169,23 @@ impl Subscription for RabbitSubscription {
                     return None;
                 }
                 let taken = buffer.arrived.pop_front();
-                if let Some((lane, _)) = &taken {
-                    *buffer.in_hand.entry(*lane).or_default() += 1;
+                if let Some(Arrived { lane, number, .. }) = &taken {
+                    *buffer.in_hand.entry(*number).or_default() += 1;
                     buffer.busy_since.get_or_insert_with(Instant::now);
+                    buffer.last = Some(*lane);
                 }
                 taken
             };
-            if let Some((lane, delivery)) = taken {
-                return Some(delivery_of(&self.shared, lane, delivery));
+            if let Some(arrived) = taken {
+                return Some(delivery_of(&self.shared, arrived));
             }
             changed.await;
         }
     }
 }
 
-fn delivery_of(shared: &Arc<Shared>, lane: Lane, delivery: AmqpDelivery) -> Delivery {
+fn delivery_of(shared: &Arc<Shared>, arrived: Arrived) -> Delivery {
+    let Arrived { lane, number, delivery } = arrived;
     let headers = delivery.properties.headers().as_ref().map(FieldTable::inner);
     let header = |name: &str| headers.and_then(|headers| headers.get(name));
     let trace = match header(TRACE_HEADER) {
@@ -179,6 +202,7 @@ fn delivery_of(shared: &Arc<Shared>, lane: Lane, delivery: AmqpDelivery) -> Deli
     let held = Held {
         shared: Arc::clone(shared),
         lane,
+        number,
         copy: message.clone(),
         acker: delivery.acker,
         is_settled: false,
@@ -189,6 +213,7 @@ fn delivery_of(shared: &Arc<Shared>, lane: Lane, delivery: AmqpDelivery) -> Deli
 struct Held {
     shared: Arc<Shared>,
     lane: Lane,
+    number: u64,
     copy: Message,
     acker: Acker,
     is_settled: bool,
@@ -223,7 +248,7 @@ impl Settle for Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.shared.let_go(self.lane);
+        self.shared.let_go(self.number);
         if !self.is_settled {
             let acker = self.acker.clone();
             self.shared.runtime.spawn(async move {
@@ -247,6 +272,8 @@ struct Supervisor {
 /// A consumer of one lane.
 struct Arm {
     channel: Channel,
+    /// As the broker calls it.
+    tag: ShortString,
     number: u64,
     pump: tokio::task::AbortHandle,
     opened_at: Instant,
@@ -265,17 +292,24 @@ impl Supervisor {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let is_leaving = || self.left.is_cancelled() || self.closed.is_cancelled();
+        // A holder of short tasks always has one: a lane more each time that it settles.
+        let mut is_due = true;
         while !is_leaving() {
             let is_busy = self.is_busy();
-            for lane in self.lanes.iter().filter(|_| !is_busy) {
-                if arms.contains_key(lane) {
+            for lane in self.in_turn().into_iter().filter(|_| !is_busy) {
+                if arms.contains_key(&lane) {
                     continue;
                 }
+                if !is_due && self.shared.has_any() {
+                    break;
+                }
                 next_number += 1;
-                match self.open(*lane, next_number, &sender).await {
+                match self.open(lane, next_number, &sender).await {
                     Ok(arm) => {
                         pauses.reset();
-                        arms.insert(*lane, arm);
+                        arms.insert(lane, arm);
+                        is_due = false;
+                        self.wait_for_first().await;
                     }
                     Err(error) => {
                         tracing::debug!(%error, lane = lane.as_str(), "cannot consume yet");
@@ -288,10 +322,10 @@ impl Supervisor {
                 Some(end) = ended.recv() => self.bury(end, &mut arms),
                 _ = tick.tick() => {
                     if is_busy {
-                        self.leave_idle_lanes(&mut arms).await;
+                        self.leave_lanes(&mut arms).await;
                     }
                 }
-                () = self.shared.settled.notified() => {}
+                () = self.shared.settled.notified() => is_due = true,
                 () = self.left.cancelled() => {}
                 () = self.closed.cancelled() => {}
             }
@@ -300,6 +334,29 @@ impl Supervisor {
             }
         }
         self.finish(arms).await;
+    }
+
+    /// The lanes, the one that had its turn last at the end.
+    fn in_turn(&self) -> Vec<Lane> {
+        let last = self.shared.lock().last;
+        let mut lanes = self.lanes.clone();
+        if let Some(at) = lanes.iter().position(|lane| Some(*lane) == last) {
+            lanes.rotate_left(at + 1);
+        }
+        lanes
+    }
+
+    /// A lane that is consumed anew may bring a message at once.
+    async fn wait_for_first(&self) {
+        if self.lanes.len() == 1 {
+            return;
+        }
+        let came = tokio::time::timeout(FIRST_WITHIN, async {
+            while !self.shared.has_any() {
+                self.shared.came.notified().await;
+            }
+        });
+        let _ = came.await;
     }
 
     /// Consumers on which nothing came for a while: the broker is asked, and later not even asked.
@@ -325,8 +382,8 @@ impl Supervisor {
     /// For how long nothing came on a lane that nothing waits or is in hand of.
     fn silence(&self, lane: Lane, arm: &Arm) -> Duration {
         let buffer = self.shared.lock();
-        let has_in_hand = buffer.in_hand.get(&lane).is_some_and(|count| *count > 0);
-        if has_in_hand || buffer.arrived.iter().any(|(of, _)| *of == lane) {
+        let has_in_hand = buffer.in_hand.contains_key(&arm.number);
+        if has_in_hand || buffer.arrived.iter().any(|arrived| arrived.lane == lane) {
             return Duration::ZERO;
         }
         let heard_at = buffer.heard_at.get(&lane).copied();
@@ -366,6 +423,7 @@ impl Supervisor {
             Err(_) => return Err(Error::new(Code::QueueFailed, "the broker does not answer")),
         };
         self.shared.lock().current.insert(lane, number);
+        let tag = consumer.tag();
         let sender = sender.clone();
         let shared = Arc::clone(&self.shared);
         let pump = tokio::spawn(async move {
@@ -381,7 +439,7 @@ impl Supervisor {
         });
         let now = Instant::now();
         let pump = pump.abort_handle();
-        Ok(Arm { channel, number, pump, opened_at: now, asked_at: now })
+        Ok(Arm { channel, tag, number, pump, opened_at: now, asked_at: now })
     }
 
     /// A consumer ended: it is made anew at the next turn.
@@ -393,8 +451,7 @@ impl Supervisor {
         self.forget(lane);
         if let Some(arm) = arms.remove(&lane) {
             // Open or not: a message in hand was given back by the broker, or stays with us.
-            let has_in_hand = self.shared.has_in_hand(lane);
-            tokio::spawn(close(arm, has_in_hand.then(|| Arc::clone(&self.shared))));
+            tokio::spawn(close(arm, Some(Arc::clone(&self.shared))));
         }
     }
 
@@ -402,17 +459,21 @@ impl Supervisor {
     fn forget(&self, lane: Lane) {
         let mut buffer = self.shared.lock();
         buffer.current.remove(&lane);
-        buffer.arrived.retain(|(of, _)| *of != lane);
+        buffer.arrived.retain(|arrived| arrived.lane != lane);
     }
 
-    /// Closes the channels of lanes that nothing is in hand of.
-    async fn leave_idle_lanes(&self, arms: &mut HashMap<Lane, Arm>) {
-        for lane in &self.lanes {
-            if self.shared.has_in_hand(*lane) {
-                continue;
-            }
-            if let Some(arm) = arms.remove(lane) {
-                self.forget(*lane);
+    /// Consumes nothing more. Channels of messages in hand stay open until these are settled.
+    async fn leave_lanes(&self, arms: &mut HashMap<Lane, Arm>) {
+        for (lane, arm) in arms.drain() {
+            self.forget(lane);
+            if self.shared.has_in_hand(arm.number) {
+                let cancelled =
+                    arm.channel.basic_cancel(arm.tag.clone(), BasicCancelOptions::default());
+                if let Err(error) = cancelled.await {
+                    tracing::debug!(%error, "a consumer was not cancelled; its channel is closed later");
+                }
+                tokio::spawn(close(arm, Some(Arc::clone(&self.shared))));
+            } else {
                 close(arm, None).await;
             }
         }
@@ -449,21 +510,17 @@ impl Supervisor {
 
     /// Leaves: idle channels at once, the others when their messages are settled.
     async fn finish(&self, mut arms: HashMap<Lane, Arm>) {
-        self.leave_idle_lanes(&mut arms).await;
+        self.leave_lanes(&mut arms).await;
         self.shared.lock().is_closed = true;
         self.shared.changed.notify_waiters();
         self.shared.changed.notify_one();
-        for (lane, arm) in arms {
-            self.forget(lane);
-            close(arm, Some(Arc::clone(&self.shared))).await;
-        }
     }
 }
 
-/// Closes a channel; with `until`, after everything in hand is settled.
+/// Closes a channel; with `until`, after what it brought is settled.
 async fn close(arm: Arm, until: Option<Arc<Shared>>) {
     if let Some(shared) = until {
-        while !shared.is_settled() {
+        while shared.has_in_hand(arm.number) {
             tokio::time::sleep(TICK).await;
         }
     }

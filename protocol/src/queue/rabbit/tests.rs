@@ -38,6 +38,30 @@ async fn rabbitmq_keeps_the_contract() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_of_one_lane_keeps_no_other_waiting_and_little_comes_back() {
+    let url = std::env::var("ALLUVIUM_TEST_AMQP").expect("ALLUVIUM_TEST_AMQP");
+    let queue = queue_at(&url);
+    let lanes = [Lane::Ingest, Lane::Merge, Lane::Maintenance, Lane::Shard];
+    for (lane, count) in [(Lane::Ingest, 12), (Lane::Merge, 2), (Lane::Shard, 2)] {
+        for _ in 0..count {
+            queue.publish(lane, Message::new(lane.as_str(), Vec::new())).await.unwrap();
+        }
+    }
+    let mut subscription = queue.subscribe(&lanes, 1);
+    let mut taken = Vec::new();
+    for _ in 0..10 {
+        let delivery = soon(subscription.next()).await.unwrap();
+        assert!(delivery.returns < 5, "{} came back too often", delivery.message.id);
+        // A long task.
+        tokio::time::sleep(Duration::from_millis(400)).await;
+        taken.push(delivery.message.id.clone());
+        delivery.ack().await.unwrap();
+    }
+    let count = |lane: Lane| taken.iter().filter(|id| *id == lane.as_str()).count();
+    assert_eq!((count(Lane::Merge), count(Lane::Shard)), (2, 2), "{taken:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_library_still_reads_the_end_of_a_consumer_as_the_end_of_its_stream() {
     // What `Supervisor` rests on: `None`, not an error, when the broker cancels (RabbitMQ 4.3).
     use futures::StreamExt;
