@@ -52,7 +52,8 @@ class S3Proxy:
             self._process = None
 
     def set(self, **values: Any) -> None:
-        """latency_ms=N for each request; refuse=True: 503 to each; reset=True: no answer to any."""
+        """latency_ms=N for each request; bytes_per_second=N for bodies, each way; refuse=True: 503 to
+        each; reset=True: no answer to any."""
         self._ask("set", values)
 
     def drop_reply(self, method: str = "PUT", contains: str = "", count: int = 1) -> None:
@@ -101,6 +102,9 @@ class Rule:
 @dataclass
 class State:
     latency_ms: float = 0
+    bytes_per_second: float = 0
+    # When the link is free again, for bodies to the server and to the client.
+    free_at: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
     refuse: bool = False
     reset: bool = False
     rules: list[Rule] = field(default_factory=list)
@@ -112,13 +116,14 @@ class State:
 
     def control(self, name: str, body: dict[str, Any]) -> Any:
         if name == "set":
-            unknown = body.keys() - {"latency_ms", "refuse", "reset"}
+            unknown = body.keys() - {"latency_ms", "bytes_per_second", "refuse", "reset"}
             assert not unknown, f"unknown: {unknown}"
             self.__dict__.update(body)
         elif name == "rule":
             self.rules.append(Rule(**body))
         elif name == "clear":
             self.latency_ms, self.refuse, self.reset, self.rules = 0, False, False, []
+            self.bytes_per_second = 0
         elif name == "reset_counters":
             self.requests, self.by_kind, self.faults = Counter(), Counter(), Counter()
             self.bytes_in = self.bytes_out = 0
@@ -129,6 +134,13 @@ class State:
             "requests": self.requests, "by_kind": kinds | self.by_kind, "faults": self.faults,
             "bytes_in": self.bytes_in, "bytes_out": self.bytes_out,
         }
+
+    async def carry(self, count: int, answer: bool) -> None:
+        """Takes as long as so many bytes take on a link that all requests share."""
+        if self.bytes_per_second:
+            now = asyncio.get_running_loop().time()
+            self.free_at[answer] = max(now, self.free_at[answer]) + count / self.bytes_per_second
+            await asyncio.sleep(self.free_at[answer] - now)
 
     def fault(self, method: str, target: str) -> Rule | None:
         """What goes wrong with this request; a rule that strikes is used up."""
@@ -188,10 +200,13 @@ class Head:
         return "close" in said or (version == "HTTP/1.0" and "keep-alive" not in said)
 
 
-async def pass_body(reader: asyncio.StreamReader, writer: Any, head: Head, answer: bool) -> int:
+async def pass_body(
+    state: State, reader: asyncio.StreamReader, writer: Any, head: Head, answer: bool
+) -> int:
     """Passes a body on as it comes; the number of its bytes. Without a writer it is thrown away."""
 
     async def put(data: bytes) -> None:
+        await state.carry(len(data), answer)
         if writer is not None:
             writer.write(data)
             await writer.drain()
@@ -274,7 +289,7 @@ class Connection:
             if fault.status is None:
                 return False
         elif not waits:
-            size = await pass_body(self.reader, None, head, answer=False)
+            size = await pass_body(state, self.reader, None, head, answer=False)
             state.bytes_in += size
         code = CODES.get(fault.status, "InternalError")
         text = f"<Error><Code>{code}</Code><Message>the test's proxy</Message></Error>"
@@ -284,7 +299,7 @@ class Connection:
         """Asks the server, and sends its answer or throws it away."""
         reader, writer = await self.connect()
         writer.write(head.onward())
-        size = await pass_body(self.reader, writer, head, answer=False)
+        size = await pass_body(self.state, self.reader, writer, head, answer=False)
         self.state.bytes_in += size
         await writer.drain()
         answer = await Head.read(reader)
@@ -295,7 +310,8 @@ class Connection:
         sized = answer.chunked() or "content-length" in answer.headers
         bodiless = method == "HEAD" or answer.first[1] in ("204", "304")
         if not bodiless:
-            size = await pass_body(reader, self.writer if send else None, answer, answer=True)
+            to = self.writer if send else None
+            size = await pass_body(self.state, reader, to, answer, answer=True)
             self.state.bytes_out += size if send else 0
         await self.writer.drain()
         if answer.last():

@@ -301,7 +301,7 @@ class Player:
     def _spoil_indexes(self) -> None:
         """Side indexes are a cache: whenever a process begins they may be gone, cut or damaged."""
         cache = self.home / CACHE
-        for path in sorted(cache.glob("*/*.index")):
+        for path in sorted([*cache.glob("*/*.index"), *cache.glob("*/*.rows")]):
             # Another process may delete it, too.
             with contextlib.suppress(FileNotFoundError):
                 content = bytearray(path.read_bytes())

@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=64, help="scale: files of the one large epoch")
     parser.add_argument("--file-rows", type=int, default=20_000, help="scale: rows of each of them")
     parser.add_argument("--shard-size", default="1MiB", help="scale: size of the pieces of that epoch")
+    parser.add_argument("--link", type=float, default=0, help="scale: MB/s of each worker's own link, for that epoch; 0: no bound")
     parser.add_argument("--keep", help="merge, reads: a folder for the tables, kept for the next time")
     parser.add_argument("--target", type=int, default=5_000_000, help="reads, requests: rows of main")
     parser.add_argument("--binary", default=os.environ.get("ALLUVIUM_BINARY", "alluvium"))

@@ -83,7 +83,7 @@ def scale(arguments: argparse.Namespace, folder: Path) -> None:
     services = Services()
     proxy = S3Proxy(services.moto.url).start()
     try:
-        one_epoch(services, proxy, folder, arguments)
+        one_epoch(services, folder, arguments)
         if arguments.only == "pieces":
             return
         for pipelines in (arguments.pipelines, 1):
@@ -111,25 +111,28 @@ def scale(arguments: argparse.Namespace, folder: Path) -> None:
         services.stop()
 
 
-def one_epoch(services, proxy, folder: Path, arguments: argparse.Namespace) -> None:
+def one_epoch(services, folder: Path, arguments: argparse.Namespace) -> None:
     """One epoch of many files: its ingest, and its merge into a table of as many."""
     files, rows = arguments.files, arguments.file_rows
+    link = f"a link of {arguments.link} MB/s of its own for each worker" if arguments.link else "no bound on bytes"
     print(
         f"workload: one epoch of {files} files of {rows} rows on S3, after one of the same keys; {arguments.latency} ms for each "
-        "request, 1 slot a worker; alone: in one piece, else in pieces"
+        f"request, {link}, 1 slot a worker; alone: in one piece, else in pieces of {arguments.shard_size}"
     )
     first = None
     for workers in arguments.workers:
         root = folder / f"pieces-{workers}"
         root.mkdir()
-        steps = in_pieces(services, proxy, root, arguments, workers)
+        steps = in_pieces(services, root, arguments, workers)
         first = first or steps
         told = (f"{step} {steps[step]:.2f} s, {first[step] / steps[step]:.2f} times as fast" for step in steps)
         print(f"{workers} worker(s): {'; '.join(told)}")
 
 
-def in_pieces(services, proxy, root: Path, arguments, workers: int) -> dict[str, float]:
-    cluster = Cluster(root, services, "s3", endpoint=proxy.url)
+def in_pieces(services, root: Path, arguments, workers: int) -> dict[str, float]:
+    # Each worker is a machine of its own, as far as the network goes.
+    links = [S3Proxy(services.moto.url).start() for _ in range(workers)]
+    cluster = Cluster(root, services, "s3")
     try:
         quiet = "cleanup = { enabled = false }\noptimize = { enabled = false }"
         cluster.pipeline("p0", f'{quiet}\nshard_size = "{arguments.shard_size if workers > 1 else "1GiB"}"')
@@ -138,16 +141,19 @@ def in_pieces(services, proxy, root: Path, arguments, workers: int) -> dict[str,
                 first = file * arguments.file_rows
                 rows = [(f"{(first + at) * 2654435761 % 2**32:08x}", epoch, "U") for at in range(arguments.file_rows)]
                 cluster.deliver(epoch, rows, "p0", f"part-{file:03}.parquet", complete=file == arguments.files - 1)
-        for _ in range(workers):
-            worker = cluster.worker("--slots", "1")
+        configured = (root / "alluvium.toml").read_text()
+        for number, link in enumerate(links):
+            link.set(latency_ms=arguments.latency, bytes_per_second=arguments.link * 1e6)
+            (root / f"worker-{number}.toml").write_text(configured.replace(services.moto.url, link.url))
+            worker = cluster.start("--config", f"worker-{number}.toml", "worker", "--slots", "1")
             cluster.wait(lambda: "serves" in worker.text())
-        proxy.set(latency_ms=arguments.latency)
         assert cluster.coordinator("--once").popen.wait(1800) == 0
-        proxy.set(latency_ms=0)
         runs = cluster.alluvium("runs", "p0", "-o", "json", config="embedded.toml").json()
         return {step: min(run["duration_ms"] for run in runs if run["step"] == step and run["epoch"] == 2) / 1000 for step in ("ingest", "merge")}
     finally:
         cluster.stop()
+        for link in links:
+            link.stop()
 
 
 def scaled(services, proxy, root: Path, arguments, pipelines: int, epochs: int, workers: int):

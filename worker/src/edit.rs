@@ -11,15 +11,14 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use alluvium_protocol::heartbeat::Amount;
-use alluvium_protocol::pipeline::{DeletionVectors, Mode, same_name};
+use alluvium_protocol::pipeline::{DeletionVectors, Mode};
 use alluvium_protocol::{Epoch, Error, Pipeline, Result};
 use alluvium_table::arrow::array::{AsArray, BooleanArray, RecordBatch};
 use alluvium_table::arrow::compute::filter_record_batch;
-use alluvium_table::arrow::datatypes::{Field, Schema, SchemaRef};
+use alluvium_table::arrow::datatypes::SchemaRef;
 use alluvium_table::deletion::Mark;
 use alluvium_table::keys::Found;
 use alluvium_table::rows::Pick;
-use alluvium_table::schema::find_column;
 use alluvium_table::spool::{Spool, Spooled};
 use alluvium_table::write::{FileWriter, Written};
 use alluvium_table::{Action, Add, LiveFile, Remove, Table};
@@ -28,11 +27,12 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
 use crate::checks::agree;
-use crate::ordered::{Cursor, Picks, Seen, side_by_side, with_columns};
+use crate::ordered::Seen;
 use crate::search::{Search, Searched, comes};
 use crate::slowly::VALIDITY;
 use crate::sorted::LastRows;
 use crate::sorter::{Plan, Runs, Sorter};
+use crate::unchanged::changed_ones;
 use crate::winners::Rule;
 use crate::{Permit, feed, raw};
 
@@ -114,7 +114,8 @@ impl Editing<'_> {
         if pipeline.content.skip_unchanged && rule.mode != Mode::Scd2 {
             edit.take(search.finish().await?);
             if !edit.touched.is_empty() {
-                let changed = self.changed_ones(edit, winners.spooled().await?.as_ref()).await?;
+                let all = winners.spooled().await?;
+                let changed = changed_ones(self, &edit.touched, &all).await?;
                 let live = edit.touched.drain(..).map(|found| found.file).collect();
                 let mut search = Search::new(main, rule, pipeline, live, permit, changed.rows())?;
                 search.add_rows(&changed).await?;
@@ -156,54 +157,6 @@ impl Editing<'_> {
             }
         }
         sorter.finish()
-    }
-
-    /// The winners that are not as main has them.
-    async fn changed_ones(&self, edit: &Edit, rows: &Spooled) -> Result<Arc<Spooled>> {
-        // Main's types and further columns, which are NULL in what comes; the rule's names.
-        let wide = self.main.schema();
-        let is_known =
-            |name: &str| rows.schema().fields().iter().any(|f| same_name(f.name(), name));
-        let mut fields: Vec<Field> = Vec::new();
-        for field in rows.schema().fields() {
-            let kind = find_column(&wide, field.name()).map(|at| wide.field(at).data_type());
-            let kind = kind.unwrap_or(field.data_type()).clone();
-            fields.push(Field::new(field.name(), kind, true));
-        }
-        fields.extend(
-            wide.fields().iter().filter(|f| !is_known(f.name())).map(|f| f.as_ref().clone()),
-        );
-        let all = Arc::new(Schema::new(fields));
-        let key = &self.rule.key;
-        let values: Vec<String> = all.fields().iter().map(|field| field.name().clone()).collect();
-        let values: Vec<String> = values
-            .into_iter()
-            .filter(|name| name != raw::OP && self.rule.key_name(name).is_none())
-            .collect();
-        let plan = Plan::new(&all, key, self.pipeline.sizes.memory_bytes)?;
-        let held = self.rows_that_go(&edit.touched, &all, &plan).await?;
-        let mut coming = Sorter::new(&plan)?;
-        for batch in with_columns(rows.batches()?, &all, None) {
-            self.permit.check()?;
-            coming.push(batch?)?;
-        }
-        let cursor = |rows| Cursor::new(rows, &all, key)?.comparing(&all, &values);
-        let coming = cursor(Box::new(coming.finish()?.batches()))?;
-        let held = cursor(Box::new(held.batches()))?;
-        let (mut picks, mut spool) = (Picks::default(), Spool::new(Arc::clone(&all)));
-        side_by_side(coming, held, |comes, is, cursor| {
-            let Some(comes) = comes else { return Ok(()) };
-            let is_kept = is.is_some_and(|is| is_upsert(comes) && cursor.is_same(comes, is));
-            if !is_kept {
-                picks.pick(&comes.batch, comes.row);
-            }
-            if picks.is_full() {
-                picks.take()?.map_or(Ok(()), |rows| spool.push(rows))?;
-            }
-            Ok(())
-        })?;
-        picks.take()?.map_or(Ok(()), |rows| spool.push(rows))?;
-        Ok(Arc::new(spool.finish()?))
     }
 
     /// Writes the rows that come, by key.
@@ -325,7 +278,7 @@ fn without_reverts(batch: &RecordBatch) -> Result<RecordBatch> {
     filter_record_batch(batch, &stays).map_err(Error::internal)
 }
 
-fn is_upsert(row: &Seen) -> bool {
+pub(crate) fn is_upsert(row: &Seen) -> bool {
     let op = row.batch.column_by_name(raw::OP).and_then(|op| op.as_string_opt::<i32>());
     op.is_some_and(|op| op.value(row.row) == raw::UPSERT)
 }

@@ -43,6 +43,7 @@ mod sorter;
 pub mod source;
 pub mod tables;
 pub mod typing;
+mod unchanged;
 mod widening;
 pub mod winners;
 

@@ -53,7 +53,8 @@ pub(crate) async fn changed_ones(
     let (mut known, mut open) = (HashSet::new(), Vec::new());
     let hits: u64 = touched.iter().map(|found| found.rows.len()).sum();
     let most = pipeline.sizes.memory_bytes / HASHES_SHARE / HASH_BYTES;
-    let may_know = contents.as_ref().filter(|_| usize::try_from(hits).is_ok_and(|hits| hits <= most));
+    let may_know =
+        contents.as_ref().filter(|_| usize::try_from(hits).is_ok_and(|hits| hits <= most));
     for found in touched {
         let rows = match may_know {
             Some(contents) => contents.look_up(&found.file, &found.rows, &mut known),

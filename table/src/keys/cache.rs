@@ -5,11 +5,12 @@
 //!  secret         what hashes and names are keyed with
 //!  3f/….index     the side index of one data file; its name is a hash of all that it is true for
 //!  3f/….seen      a data file was scanned once, without an index
+//!  3f/….rows      hashes of a data file's rows as wholes
 //! ```
 //! Nothing in it is believed without a check, and no failure here fails a merge: keys are then read.
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -26,7 +27,7 @@ use super::side::{self, Entry, Secret, Wanted};
 /// <https://bford.info/cachedir/>
 const TAG: &str = "Signature: 8a477f597d28d172789f06886806bc55\n# Side indexes of Alluvium: may be deleted at any time.\n";
 /// Data files with fewer rows are read faster than an index is.
-const ROWS_MIN: u64 = 1 << 15;
+pub(super) const ROWS_MIN: u64 = 1 << 15;
 /// An index that was used within this time keeps its date.
 const TOUCH_EVERY: Duration = Duration::from_secs(600);
 /// What nobody finished within this time nobody will.
@@ -150,6 +151,32 @@ impl Cache {
         }
     }
 
+    /// The hashes of a data file's rows.
+    pub(super) fn open_contents(&self, name: u128) -> io::Result<File> {
+        let held = File::open(self.path(name, "rows"))?;
+        touch(&held);
+        Ok(held)
+    }
+
+    pub(super) fn forget_contents(&self, name: u128) {
+        let _ = fs::remove_file(self.path(name, "rows"));
+    }
+
+    /// The same, of so many bytes, to be written to; true: it is new, and empty.
+    pub(super) fn make_contents(&self, name: u128, bytes: u64) -> io::Result<(File, bool)> {
+        let path = self.path(name, "rows");
+        parent(&path)?;
+        let held =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
+        let is_new = held.metadata()?.len() != bytes;
+        if is_new {
+            held.set_len(0)?;
+            held.set_len(bytes)?;
+            self.count(bytes);
+        }
+        Ok((held, is_new))
+    }
+
     /// An index is there.
     pub(super) fn has(&self, name: u128) -> bool {
         self.path(name, "index").is_file()
@@ -181,14 +208,17 @@ impl Cache {
     /// Keeps the index of a data file of `rows` rows.
     pub(super) fn store(&self, name: u128, rows: u64, mut entries: Vec<Entry>) {
         match self.try_store(name, rows, &mut entries) {
-            Ok(bytes) => {
-                let written = self.written.fetch_add(bytes, Ordering::Relaxed) + bytes;
-                if written > self.bytes_max / LOOK_PART {
-                    self.written.store(0, Ordering::Relaxed);
-                    self.evict();
-                }
-            }
+            Ok(bytes) => self.count(bytes),
             Err(error) => tracing::debug!(%error, "a side index was not kept"),
+        }
+    }
+
+    /// So much was written.
+    fn count(&self, bytes: u64) {
+        let written = self.written.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if written > self.bytes_max / LOOK_PART {
+            self.written.store(0, Ordering::Relaxed);
+            self.evict();
         }
     }
 
@@ -281,7 +311,7 @@ fn kind_of(file: &fs::DirEntry) -> Kind {
     }
     let is_ours = name.file_stem().is_some_and(|stem| is_hash(stem, NAME_LETTERS.1));
     match name.extension().and_then(|kind| kind.to_str()) {
-        Some("index") if is_ours => Kind::Index,
+        Some("index" | "rows") if is_ours => Kind::Index,
         Some("seen") if is_ours => Kind::Seen,
         _ => Kind::Other,
     }

@@ -3,14 +3,14 @@
 //!
 //! ```text
 //!  header   "ALLUVIR1" · name of the data file and of the columns (128 bits)
-//!  entries  96 bits for each row of the data file, in its order; zero: not known so far
+//!  entries  for each row of the data file, in its order: 96 bits of its hash · checksum; else not known so far
 //! ```
 //! Filled as rows are read for a comparison; several processes may do so at once, as they write the same. What
-//! is damaged, or written by half, is no hash of any row that comes: that row then counts as changed, which
-//! costs its being written and loses nothing. Hashes are those of [`super::side`].
+//! is damaged, or written by half, is not known. Hashes are those of [`super::side`], checksums xxh3 with the
+//! name and the row.
 
 use std::collections::HashSet;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -20,6 +20,7 @@ use alluvium_protocol::{Error, Result};
 use deltalake::arrow::array::RecordBatch;
 use deltalake::arrow::datatypes::SchemaRef;
 use deltalake::arrow::row::{RowConverter, SortField};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::cache::{self, Cache, ROWS_MIN};
 use super::encode::FORM;
@@ -30,13 +31,12 @@ use crate::{LiveFile, Table};
 const MAGIC: &[u8; 8] = b"ALLUVIR1";
 /// Bytes of the header, and of an entry.
 const HEADER_BYTES: u64 = 24;
-const ENTRY_BYTES: u64 = 12;
+const ENTRY_BYTES: u64 = 16;
 /// Entries read at a time.
 const WINDOW: u64 = 4096;
 
-/// The hash of a row; no row's is zero.
-pub type Content = [u8; ENTRY_BYTES as usize];
-const UNKNOWN: Content = [0; ENTRY_BYTES as usize];
+/// The hash of a row.
+pub type Content = [u8; 12];
 
 /// Hashes of a table's rows over some columns.
 pub struct Contents {
@@ -75,7 +75,8 @@ impl Contents {
             Ok(others) => others,
             Err(error) if error.kind() == io::ErrorKind::NotFound => rows.clone(),
             Err(error) => {
-                tracing::debug!(%error, "hashes of rows were not read");
+                tracing::warn!(%error, "hashes of rows were damaged; they are made anew");
+                self.cache.forget_contents(self.name(file));
                 rows.clone()
             }
         }
@@ -98,9 +99,10 @@ impl Contents {
                 read_window(&held, &window, &mut bytes)?;
             }
             let at = usize::try_from((row - window.start) * ENTRY_BYTES).unwrap_or(usize::MAX);
-            let entry = bytes.get(at..).and_then(|entry| entry.first_chunk());
-            match entry.filter(|entry| **entry != UNKNOWN) {
-                Some(entry) => drop(known.insert(*entry)),
+            let held = bytes.get(at..).and_then(|bytes| bytes.first_chunk::<12>());
+            let check = bytes.get(at + 12..).and_then(|bytes| bytes.first_chunk::<4>());
+            match held.filter(|content| check == Some(&check_of(content, name, row))) {
+                Some(content) => drop(known.insert(*content)),
                 None => drop(others.insert(row)),
             }
         }
@@ -120,7 +122,7 @@ impl Contents {
             } else {
                 check_header(&held, name)?;
             }
-            write_runs(&held, rows, hashes)
+            write_runs(&held, name, rows, hashes)
         });
         if let Err(error) = noted {
             tracing::debug!(%error, "hashes of rows were not kept");
@@ -166,16 +168,21 @@ fn read_window(held: &File, window: &Range<u64>, bytes: &mut Vec<u8>) -> io::Res
 }
 
 /// Writes the entries of rows, those that follow one another at once.
-fn write_runs(held: &File, rows: &[u64], hashes: &[Content]) -> io::Result<()> {
-    let mut from = 0;
-    while from < rows.len() {
-        let mut to = from + 1;
-        while to < rows.len() && rows[to] == rows[to - 1] + 1 {
-            to += 1;
+fn write_runs(held: &File, name: u128, rows: &[u64], hashes: &[Content]) -> io::Result<()> {
+    let mut entries = Vec::new();
+    for run in rows.iter().zip(hashes).collect::<Vec<_>>().chunk_by(|a, b| a.0 + 1 == *b.0) {
+        entries.clear();
+        for (row, content) in run {
+            entries.extend_from_slice(*content);
+            entries.extend_from_slice(&check_of(content, name, **row));
         }
-        let entries = hashes[from..to].as_flattened();
-        held.write_all_at(entries, HEADER_BYTES + rows[from] * ENTRY_BYTES)?;
-        from = to;
+        held.write_all_at(&entries, HEADER_BYTES + run[0].0 * ENTRY_BYTES)?;
     }
     Ok(())
+}
+
+/// The checksum of an entry, which none of another row or file has.
+fn check_of(content: &Content, name: u128, row: u64) -> [u8; 4] {
+    let sum = xxh3_64_with_seed(content, (name as u64).wrapping_add(row));
+    (sum as u32).to_le_bytes()
 }

@@ -6,6 +6,7 @@
 
 mod bounds;
 pub mod cache;
+mod contents;
 mod encode;
 mod fetch;
 pub(crate) mod footers;
@@ -15,5 +16,6 @@ pub mod scan;
 mod set;
 mod side;
 
+pub use contents::{Content, Contents};
 pub use scan::{Found, Scan};
 pub use set::KeySet;

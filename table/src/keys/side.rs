@@ -44,6 +44,15 @@ impl Secret {
         Entry { order, check, row }
     }
 
+    /// The hash of a row, as its columns' bytes.
+    pub(super) fn content(&self, row: &[u8]) -> [u8; 12] {
+        let (first, rest) = self.hash(row);
+        let mut content = [0; 12];
+        content[..8].copy_from_slice(&first.to_le_bytes());
+        content[8..].copy_from_slice(&rest.to_le_bytes());
+        content
+    }
+
     /// The name that a text gives.
     pub(super) fn name(&self, text: &str) -> u128 {
         SipHasher13::new_with_key(&self.0).hash(text.as_bytes()).into()
