@@ -91,6 +91,10 @@ def test_a_damaged_index_is_made_anew(damage: str, tmp_path: Path):
     assert lake.main() == expected((1, range(ROWS)), (2, range(10)), (3, range(5, 20)), (4, range(18, 25)))
 
 
+def doctor(lake: Lake) -> dict[str, str]:
+    return {item["what"]: item["verdict"] for item in lake.alluvium("doctor", "-o", "json").json()}
+
+
 def test_a_cache_that_is_gone_or_cannot_be_is_no_matter(tmp_path: Path):
     lake = indexed(tmp_path)
     cache = tmp_path / "state/cache"
@@ -103,7 +107,10 @@ def test_a_cache_that_is_gone_or_cannot_be_is_no_matter(tmp_path: Path):
     deliver(lake, 5, range(24, 30))
     cache.unlink()
     cache.mkdir(mode=0o700)
+    assert doctor(lake)[f"indexes of keys in {cache}"] == "ok"
+    (cache / "secret").unlink()
     os.mkfifo(cache / "secret")
+    assert doctor(lake)[f"indexes of keys in {cache}"] == "look"
     deliver(lake, 6, range(29, 31))
     assert lake.main() == expected(
         (1, range(ROWS)), (2, range(10)), (3, range(5, 20)), (4, range(18, 25)), (5, range(24, 30)),

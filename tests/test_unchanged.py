@@ -13,7 +13,6 @@ import os
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from lake import Lake
@@ -33,13 +32,6 @@ def made(root: Path, more: str = SKIP) -> Lake:
 
 def hashes(lake: Lake) -> list[Path]:
     return sorted((lake.root / "state/cache").glob("*/*.rows"))
-
-
-def merged(lake: Lake) -> dict[str, int]:
-    """Of the newest merge: rows written, and of main taken out."""
-    commits = sorted((lake.root / "p/main/_delta_log").glob("*.json"))
-    [info] = [json.loads(line)["commitInfo"] for line in commits[-1].read_text().splitlines() if "commitInfo" in line]
-    return info["alluvium"]
 
 
 def data_files(lake: Lake) -> list[Path]:
@@ -182,4 +174,3 @@ def test_another_tables_hashes_are_not_taken_for_these(tmp_path: Path):
         lake.deliver(epoch, [(f"k{key:04}", key * 2 if epoch == 1 else key, "U") for key in range(ROWS)], name="q")
         lake.run()
     assert lake.main(name="q") == lake.main() == {f"k{key:04}": key for key in range(ROWS)}
-    assert pq.read_schema(data_files(lake)[0]).names == ["id", "value"]

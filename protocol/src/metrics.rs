@@ -40,6 +40,7 @@ pub struct Metrics {
     rows: Family<Labels, Counter>,
     commit_attempts: Histograms,
     conflicts: Family<Labels, Counter>,
+    searched: Family<Labels, Counter>,
     requests: Family<Labels, Counter>,
     bytes_read: Counter,
     bytes_written: Counter,
@@ -105,6 +106,7 @@ impl Metrics {
             rows: Family::default(),
             commit_attempts: Histograms::new_with_constructor(of_attempts as fn() -> Histogram),
             conflicts: Family::default(),
+            searched: Family::default(),
             requests: Family::default(),
             bytes_read: Counter::default(),
             bytes_written: Counter::default(),
@@ -133,6 +135,11 @@ impl Metrics {
             metrics.commit_attempts.clone(),
         );
         r.register("delta_commit_conflicts", "Commits that lost a race", metrics.conflicts.clone());
+        r.register(
+            "searched_files",
+            "Data files that keys were looked for in",
+            metrics.searched.clone(),
+        );
         r.register("storage_requests", "Requests to remote storage", metrics.requests.clone());
         r.register("bytes_read", "Bytes from remote storage", metrics.bytes_read.clone());
         r.register("bytes_written", "Bytes to remote storage", metrics.bytes_written.clone());
@@ -189,6 +196,11 @@ impl Metrics {
     pub fn conflicts(&self, pipeline: &str, step: &str, count: u64) {
         let labels = of(&[("pipeline", pipeline), ("step", step)]);
         self.conflicts.get_or_create(&labels).inc_by(count);
+    }
+
+    /// Keys were looked for in data files, in each by its side index (`index`) or in its columns (`columns`).
+    pub fn searched(&self, by: &'static str, files: usize) {
+        self.searched.get_or_create(&of(&[("by", by)])).inc_by(files as u64);
     }
 
     /// A request went to remote storage.

@@ -7,10 +7,12 @@ use alluvium_protocol::queue::Queue;
 use alluvium_protocol::queue::rabbit::hello;
 use alluvium_protocol::{Code, Error, Pipeline, Result};
 use alluvium_table::Table;
+use alluvium_table::keys::cache;
 use alluvium_table::race::race;
 use chrono::Utc;
 use serde_json::{Value, json};
 
+use super::tables::size;
 use crate::cli::Output;
 use crate::client;
 use crate::cluster::{Services, storage_roots};
@@ -72,6 +74,7 @@ pub(crate) async fn doctor(file: Option<&Path>, output: Output) -> Result<Exit> 
             Err(error) => findings.bad(what, error),
         }
     }
+    check_cache(&config, &mut findings);
     if let Some(cluster) = &config.cluster {
         check_cluster(&config, cluster, &mut findings).await;
     }
@@ -82,6 +85,22 @@ pub(crate) async fn doctor(file: Option<&Path>, output: Output) -> Result<Exit> 
         }
     }
     print(&findings, output)
+}
+
+fn check_cache(config: &Config, findings: &mut Findings) {
+    let Some(folder) = &config.cache else { return };
+    let what = format!("indexes of keys in {}", folder.display());
+    match cache::keep(folder, config.cache_size) {
+        Ok(()) => {
+            let (held, most) = (cache::bytes_in(folder), config.cache_size);
+            findings.good(what, format!("{} of {} at most", size(held), size(most)));
+        }
+        Err(error) => findings.look(
+            what,
+            error.to_string(),
+            "set `worker.cache` to a folder that only this user may write to: without indexes each merge reads keys",
+        ),
+    }
 }
 
 async fn check_cluster(config: &Config, cluster: &Cluster, findings: &mut Findings) {

@@ -68,7 +68,7 @@ fn row(name: &str, version: i64, health: &Health) -> Vec<String> {
     ]
 }
 
-fn size(bytes: u64) -> String {
+pub(super) fn size(bytes: u64) -> String {
     match bytes {
         0..1024 => format!("{bytes} B"),
         1024..1_048_576 => format!("{} KiB", bytes >> 10),

@@ -60,6 +60,11 @@ pub fn keep(folder: &Path, bytes_max: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Bytes of what is kept in `folder`.
+pub fn bytes_in(folder: &Path) -> u64 {
+    files(folder).filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
+}
+
 /// The cache of this process, if it has one.
 pub(super) fn kept() -> Option<&'static Cache> {
     KEPT.get()

@@ -8,7 +8,7 @@ use deltalake::arrow::datatypes::{DataType, Field, Schema, TimeUnit};
 use deltalake::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use deltalake::parquet::basic::Type;
 use deltalake::parquet::errors::ParquetError;
-use deltalake::parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use deltalake::parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader};
 use object_store::ObjectStoreExt;
 
 use crate::Table;
@@ -77,15 +77,18 @@ impl Table {
     pub(crate) async fn read_footer(&self, path: &str, size: u64) -> Result<ParquetMetaData> {
         let doing = || format!("read {path} of {}", self.uri);
         let at = path_of(path);
-        let mut wanted = FOOTER_BYTES;
+        // Where pages begin: some rows of a file in a store are then read without the others.
+        let (mut wanted, mut pages) = (FOOTER_BYTES, PageIndexPolicy::Optional);
         loop {
             let range = size.saturating_sub(wanted)..size;
             let tail =
                 self.store().get_range(&at, range).await.map_err(|e| foreign(doing(), &e))?;
-            let mut reader = ParquetMetaDataReader::new();
+            let mut reader = ParquetMetaDataReader::new().with_offset_index_policy(pages);
             match reader.try_parse_sized(&tail, size) {
                 Ok(()) => return reader.finish().map_err(|e| foreign(doing(), &e)),
                 Err(ParquetError::NeedMoreData(more)) if wanted < size => wanted = more as u64,
+                // Pages can be found without it, too.
+                Err(_) if pages == PageIndexPolicy::Optional => pages = PageIndexPolicy::Skip,
                 Err(error) => return Err(foreign(doing(), &error)),
             }
         }

@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use alluvium_protocol::metrics::metrics;
 use alluvium_protocol::pipeline::SideIndex;
 use alluvium_protocol::{Code, Error, Result};
 use deltalake::arrow::array::{ArrayRef, StringArray, UInt64Array, new_null_array};
@@ -131,10 +132,13 @@ impl Scan<'_> {
     ) -> Result<Vec<Found>> {
         let mut by_file: Vec<Option<(Hits, u64)>> = files.iter().map(|_| None).collect();
         let candidates = self.candidates(files, keys)?;
+        let count = candidates.len();
         let of = candidates.iter().filter_map(|candidate| files[candidate.file].rows).sum();
         let looked = AtomicU64::new(0);
         let go_on = &|rows| go_on(looked.fetch_add(rows, Ordering::Relaxed) + rows, of);
         let unread = self.look_up(files, candidates, keys, &mut by_file, go_on).await?;
+        metrics().searched("index", count - unread.len());
+        metrics().searched("columns", unread.len());
         let left: u64 = unread.iter().filter_map(|candidate| files[candidate.file].rows).sum();
         let units = self.units(files, unread, keys).await?;
         // Passed over.
