@@ -19,8 +19,8 @@ use deltalake::parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData, R
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt};
-use object_store::ObjectStoreExt;
 use object_store::path::Path;
+use object_store::{ObjectStoreExt, coalesce_ranges};
 
 use crate::classify::foreign;
 use crate::deletion::RowSet;
@@ -33,6 +33,8 @@ use crate::{LiveFile, Table};
 
 /// Rows read at a time.
 const BATCH_ROWS: usize = 8192;
+/// So many bytes that nobody asked for are read rather than another request made.
+const GAP_MAX: u64 = 256 << 10;
 /// Rows of a column that are decoded at a time: a page, which writers end at 20,000 rows, and a batch.
 const HELD_ROWS: u64 = 20_000 + BATCH_ROWS as u64;
 
@@ -186,7 +188,8 @@ impl AsyncFileReader for Reader {
         &mut self,
         ranges: Vec<Range<u64>>,
     ) -> BoxFuture<'_, ParquetResult<Vec<Bytes>>> {
-        let read = async move { self.store.get_ranges(&self.path, &ranges).await };
+        let get = |range| self.store.get_range(&self.path, range);
+        let read = async move { coalesce_ranges(&ranges, get, GAP_MAX).await };
         read.map(|read| read.map_err(|e| ParquetError::External(e.into()))).boxed()
     }
 

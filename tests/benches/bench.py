@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--earlier", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--only", default="", help="merge: workloads whose name holds this; scale: `pieces`")
-    parser.add_argument("--files", type=int, default=64, help="scale: files of the one large epoch")
+    parser.add_argument("--files", type=int, default=32, help="scale: files of the one large epoch")
     parser.add_argument("--file-rows", type=int, default=20_000, help="scale: rows of each of them")
     parser.add_argument("--shard-size", default="1MiB", help="scale: size of the pieces of that epoch")
     parser.add_argument("--link", type=float, default=0, help="scale: MB/s of each worker's own link, for that epoch; 0: no bound")

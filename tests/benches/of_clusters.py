@@ -6,6 +6,7 @@ Owns: the servers, the processes, the figures. Never: asserts a time.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import statistics
@@ -17,7 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("ALLUVIUM_BINARY", "alluvium")
 
+import numpy as np  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+
 from cluster import Cluster  # noqa: E402
+from of_merges import keys_of  # noqa: E402
 from s3_proxy import S3Proxy  # noqa: E402
 from services import Services  # noqa: E402
 
@@ -123,37 +129,61 @@ def one_epoch(services, folder: Path, arguments: argparse.Namespace) -> None:
     for workers in arguments.workers:
         root = folder / f"pieces-{workers}"
         root.mkdir()
-        steps = in_pieces(services, root, arguments, workers)
+        steps, requests, size = in_pieces(services, root, arguments, workers)
         first = first or steps
         told = (f"{step} {steps[step]:.2f} s, {first[step] / steps[step]:.2f} times as fast" for step in steps)
-        print(f"{workers} worker(s): {'; '.join(told)}")
+        print(f"{workers} worker(s): {'; '.join(told)}; {requests} requests, {size / 1e6:.0f} MB", flush=True)
 
 
-def in_pieces(services, root: Path, arguments, workers: int) -> dict[str, float]:
+def in_pieces(services, root: Path, arguments, workers: int) -> tuple[dict[str, float], int, int]:
     # Each worker is a machine of its own, as far as the network goes.
     links = [S3Proxy(services.moto.url).start() for _ in range(workers)]
     cluster = Cluster(root, services, "s3")
     try:
         quiet = "cleanup = { enabled = false }\noptimize = { enabled = false }"
         cluster.pipeline("p0", f'{quiet}\nshard_size = "{arguments.shard_size if workers > 1 else "1GiB"}"')
-        for epoch in (1, 2):
-            for file in range(arguments.files):
-                first = file * arguments.file_rows
-                rows = [(f"{(first + at) * 2654435761 % 2**32:08x}", epoch, "U") for at in range(arguments.file_rows)]
-                cluster.deliver(epoch, rows, "p0", f"part-{file:03}.parquet", complete=file == arguments.files - 1)
+        put = services.moto.client().put_object
         configured = (root / "alluvium.toml").read_text()
         for number, link in enumerate(links):
-            link.set(latency_ms=arguments.latency, bytes_per_second=arguments.link * 1e6)
             (root / f"worker-{number}.toml").write_text(configured.replace(services.moto.url, link.url))
             worker = cluster.start("--config", f"worker-{number}.toml", "worker", "--slots", "1")
             cluster.wait(lambda: "serves" in worker.text())
-        assert cluster.coordinator("--once").popen.wait(1800) == 0
+        for epoch in (1, 2):
+            for file in range(arguments.files):
+                body = large_file(epoch, file * arguments.file_rows, arguments.file_rows)
+                put(Bucket=cluster.bucket, Key=f"in_p0/{epoch}/part-{file:03}.parquet", Body=body)
+            put(Bucket=cluster.bucket, Key=f"in_p0/{epoch}/_SUCCESS", Body=b"")
+            for link in links:
+                # The first one only fills the tables.
+                link.set(latency_ms=arguments.latency * (epoch - 1), bytes_per_second=arguments.link * 1e6 * (epoch - 1))
+                link.reset_counters()
+            assert cluster.coordinator("--once").popen.wait(1800) == 0
         runs = cluster.alluvium("runs", "p0", "-o", "json", config="embedded.toml").json()
-        return {step: min(run["duration_ms"] for run in runs if run["step"] == step and run["epoch"] == 2) / 1000 for step in ("ingest", "merge")}
+        seconds = lambda step: min(run["duration_ms"] for run in runs if run["step"] == step and run["epoch"] == 2) / 1000
+        counted = [link.counters() for link in links]
+        requests = sum(sum(link["requests"].values()) for link in counted)
+        size = sum(link["bytes_in"] + link["bytes_out"] for link in counted)
+        return {step: seconds(step) for step in ("ingest", "merge")}, requests, size
     finally:
         cluster.stop()
         for link in links:
             link.stop()
+
+
+def large_file(epoch: int, first: int, rows: int) -> bytes:
+    """Rows of about 130 bytes: a GUID, a text, and numbers that do not compress."""
+    draw = np.random.default_rng([epoch, first])
+    columns = {"id": keys_of(np.arange(first, first + rows)), "op": pa.array(["U"] * rows)}
+    columns["name"] = pa.array(names(draw, rows))
+    columns |= {f"metric_{at}": pa.array(draw.random(rows)) for at in range(6)}
+    body = io.BytesIO()
+    pq.write_table(pa.table(columns), body)
+    return body.getvalue()
+
+
+def names(draw: np.random.Generator, rows: int) -> list[str]:
+    text = draw.bytes(16 * rows).hex()
+    return [text[at : at + 32] for at in range(0, 32 * rows, 32)]
 
 
 def scaled(services, proxy, root: Path, arguments, pipelines: int, epochs: int, workers: int):
