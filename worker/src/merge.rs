@@ -152,7 +152,7 @@ impl<'a> Attempt<'a> {
         let (main, raw) = (&self.main, &self.raw);
         let fold = Fold { pipeline, main, raw, changed: &epochs, applied: &applied, is_fast };
         let job = Job::of(&fold, &changed, permit).await?;
-        let pieces = job.as_ref().map_or(0, |(job, _)| job.shares as u64);
+        let pieces = job.as_ref().map_or(0, |(job, _)| job.pieces() as u64);
         let edit = match job {
             Some(job) => in_pieces(workshop, self.task, (job, main), permit).await?,
             None => fold.edit(permit).await?,

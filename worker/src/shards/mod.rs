@@ -91,7 +91,7 @@ impl Job {
     fn pieces(&self) -> usize {
         match self {
             Self::Ingest(job) => job.parts.len(),
-            Self::Merge(job) => job.shares,
+            Self::Merge(job) => job.pieces(),
             Self::Optimize(job) => job.bins.len(),
         }
     }

@@ -1,5 +1,6 @@
-//! A merge in pieces: the last row of each key is chosen before. Each piece writes a share of these rows, which
-//! follow one another in the order of their keys; some look for all of the keys in some of main's files, too.
+//! A merge in pieces: the last row of each key is chosen before. The first pieces look for all of the keys in
+//! some of main's files each, the others write a share each of these rows, which follow one another in the order
+//! of their keys.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -20,16 +21,16 @@ use crate::tables::Tables;
 use crate::winners::Rule;
 use crate::{Permit, Workshop, raw};
 
-/// A share of the rows each, and perhaps some of main's files.
+/// What is to be searched, and written.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Job {
     main_version: i64,
     raw_version: i64,
     epochs: BTreeSet<Epoch>,
     /// Which rows are whose is in the notes, a [`Share`] each.
-    pub(crate) shares: usize,
+    shares: usize,
     /// Paths of main's files; each part is looked through for all keys, so that there are no more of them than
-    /// pay, and the other pieces have none.
+    /// pay.
     parts: Vec<Vec<String>>,
 }
 
@@ -46,6 +47,10 @@ pub(crate) struct Findings {
 }
 
 impl Job {
+    pub(crate) fn pieces(&self) -> usize {
+        self.parts.len() + self.shares
+    }
+
     /// The pieces of a merge of these files of raw, with a note for each; `None`: it is too small for them,
     /// needs to see all that goes beside all that comes, raw's files are in another order than that of their
     /// keys, or too many for this memory.
@@ -76,7 +81,8 @@ impl Job {
         live.sort_by(|one, other| {
             other.size.cmp(&one.size).then_with(|| one.path.cmp(&other.path))
         });
-        let mut parts = vec![Vec::new(); searching];
+        let mut parts = vec![Vec::new(); searching.min(live.len())];
+        let searching = parts.len();
         // Dealt out there and back: about as much for each.
         for (at, file) in live.into_iter().enumerate() {
             let (round, place) = (at / searching, at % searching);
@@ -99,19 +105,21 @@ impl Job {
         let raw = &tables.at(&pipeline.raw, self.raw_version).await?;
         let rule = &Rule::new(pipeline, raw);
         let changes = raw::files_of(raw, &self.epochs).await?;
-        let part: HashSet<&String> = self.parts.get(number).into_iter().flatten().collect();
-        let mut live = Vec::new();
-        if !part.is_empty() {
-            live = main.files().await?;
+        let (mut search, share);
+        if let Some(part) = self.parts.get(number) {
+            let part: HashSet<&String> = part.iter().collect();
+            let mut live = main.files().await?;
             live.retain(|file| part.contains(&file.path));
-        }
-        let mut search = Search::new(main, rule, pipeline, live, permit, 0)?;
-        if !part.is_empty() {
+            search = Search::new(main, rule, pipeline, live, permit, 0)?;
             let all = board.notes(0..self.shares).await?;
             let all = LastRows::of_shares(raw, rule, &changes, all)?;
             all.search_for(&mut search, permit).await?;
+            share = Vec::new();
+        } else {
+            search = Search::new(main, rule, pipeline, Vec::new(), permit, 0)?;
+            let number = number - self.parts.len();
+            share = board.notes(number..number + 1).await?;
         }
-        let share = board.notes(number..number + 1).await?;
         let last = LastRows::of_shares(raw, rule, &changes, share)?;
         let (keys, upserts) = last.counts();
         search.count_only(keys, upserts);
