@@ -96,8 +96,10 @@ pub enum Work {
     Shard {
         /// The step's epochs.
         epochs: Vec<Epoch>,
-        /// The step's task. Nobody has it: nobody waits for the piece.
+        /// The step's task.
         of: Uuid,
+        /// Who had it when this was asked for. Somebody else has it: nobody waits for the piece.
+        lead: String,
         /// The plan, below the state folder.
         plan: String,
         /// Which piece.

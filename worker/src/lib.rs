@@ -117,8 +117,9 @@ impl Workshop {
             Work::Restore { to, request } => {
                 restore::restore(self, task, *to, request, permit).await
             }
-            Work::Shard { of, plan, number, .. } => {
-                shards::help(self, task, (*of, plan, *number), permit).await
+            Work::Shard { of, lead, plan, number, .. } => {
+                let lead = (*of, lead.as_str());
+                shards::help(self, task, lead, (plan, *number), permit).await
             }
         }
     }

@@ -62,7 +62,12 @@ pub fn keep(folder: &Path, bytes_max: u64) -> io::Result<()> {
 
 /// Bytes of what is kept in `folder`.
 pub fn bytes_in(folder: &Path) -> u64 {
-    files(folder).filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
+    files(folder).filter_map(|file| file.metadata().ok()).map(|file| bytes_of(&file)).sum()
+}
+
+/// What a file takes: hashes that are not known take nothing.
+fn bytes_of(file: &fs::Metadata) -> u64 {
+    file.len().min(file.blocks() * 512)
 }
 
 /// The cache of this process, if it has one.
@@ -249,7 +254,7 @@ impl Cache {
             let age = now.duration_since(used).unwrap_or_default();
             let path = file.path();
             match kind_of(&file) {
-                Kind::Index => kept.push((used, metadata.len(), path)),
+                Kind::Index => kept.push((used, bytes_of(&metadata), path)),
                 Kind::Seen if age > SEEN_FOR => drop(fs::remove_file(path)),
                 Kind::Unfinished if age > LEFTOVER_AFTER => drop(fs::remove_file(path)),
                 _ => {}

@@ -46,6 +46,8 @@ pub(crate) struct Board {
     plan: String,
     /// What the names of its objects begin with.
     prefix: String,
+    /// The notes, where it was laid out here.
+    own_notes: Vec<Vec<u8>>,
 }
 
 /// How long a UUID is as text.
@@ -73,7 +75,13 @@ impl Board {
             return Err(Error::new(Code::MessageUnknown, text));
         };
         let (store, prefix) = (object_store_at(&pipeline.state)?, format!("{name}-"));
-        Ok(Self { store, folder: Path::from(folder), plan: plan.to_owned(), prefix })
+        Ok(Self {
+            store,
+            folder: Path::from(folder),
+            plan: plan.to_owned(),
+            prefix,
+            own_notes: Vec::new(),
+        })
     }
 
     pub(super) fn plan(&self) -> &str {
@@ -100,19 +108,26 @@ impl Board {
     }
 
     /// Lays out a plan, and notes that pieces need beside it.
-    pub(super) async fn pin(&self, job: &Job, notes: Vec<Vec<u8>>) -> Result<()> {
-        let puts = notes.into_iter().enumerate();
-        let puts = puts
-            .map(|(number, note)| async move { self.put(&format!("{number}.note"), note).await });
+    pub(super) async fn pin(&mut self, job: &Job, notes: Vec<Vec<u8>>) -> Result<()> {
+        self.own_notes = notes;
+        let this = &*self;
+        let puts = this.own_notes.iter().enumerate().map(|(number, note)| async move {
+            this.put(&format!("{number}.note"), note.clone()).await
+        });
+        let puts: Vec<_> = puts.collect();
         let mut puts = futures::stream::iter(puts).buffer_unordered(AT_ONCE);
         while let Some(put) = puts.next().await {
             put?;
         }
-        self.put(PLAN, serde_json::to_vec(job).map_err(Error::internal)?).await
+        this.put(PLAN, serde_json::to_vec(job).map_err(Error::internal)?).await
     }
 
     /// The notes of these pieces, in this order.
     pub(super) async fn notes<T: DeserializeOwned>(&self, of: Range<usize>) -> Result<Vec<T>> {
+        if let Some(own) = self.own_notes.get(of.clone()).filter(|own| !own.is_empty()) {
+            let read = |note: &Vec<u8>| serde_json::from_slice(note).map_err(Error::internal);
+            return own.iter().map(read).collect();
+        }
         let gets = of.map(|number| async move {
             let note = self.get(&format!("{number}.note")).await?;
             // Whoever waited for the piece is gone.
@@ -197,7 +212,12 @@ impl Board {
 
     /// Adds rows that a piece kept.
     pub(super) async fn add_kept(&self, name: &str, rows: &mut Spool) -> Result<()> {
-        posted::collect(&self.store, &self.path(name), rows).await
+        match posted::collect(&self.store, &self.path(name), rows).await {
+            Err(_) if !self.exists(PLAN).await? => {
+                Err(Error::new(Code::LeaseLost, "another worker has the step now"))
+            }
+            added => added,
+        }
     }
 
     /// Deletes all of it, the plan first.

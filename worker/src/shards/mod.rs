@@ -155,9 +155,12 @@ impl<'a> Shared<'a> {
         permit: &'a Permit,
     ) -> Result<Self> {
         let team = permit.team.as_ref().ok_or_else(|| Error::internal("nobody to share with"))?;
-        let board = Board::new(task)?;
-        // Of a worker that had this task before and died.
-        board.clear_others().await?;
+        let mut board = Board::new(task)?;
+        let holder = team.leases.holder(task.id).await.unwrap_or_default();
+        if holder.as_ref() == Some(&team.owner) {
+            // Of a worker that had this task before. Unless we know that we have it, it may live.
+            board.clear_others().await?;
+        }
         board.pin(&job, notes).await?;
         let shared = Self { workshop, task, job, board, permit, team };
         match shared.ask_others().await {
@@ -196,6 +199,7 @@ impl<'a> Shared<'a> {
         let work = Work::Shard {
             epochs: self.task.work.epochs(),
             of: self.task.id,
+            lead: self.team.owner.clone(),
             plan: self.board.plan().to_owned(),
             number: u32::try_from(number).map_err(Error::internal)?,
         };
@@ -372,19 +376,30 @@ impl<'a> Shared<'a> {
 pub(crate) async fn help(
     workshop: &Workshop,
     task: &Task,
-    (of, plan, number): (Uuid, &str, u32),
+    (of, lead): (Uuid, &str),
+    (plan, number): (&str, u32),
     permit: &Permit,
 ) -> Result<Report> {
     let board = Board::at(&task.pipeline, plan)?;
     let number = usize::try_from(number).map_err(Error::internal)?;
     let already = Report { already: true, ..Report::default() };
-    if let Some(team) = &permit.team
-        && matches!(team.leases.holder(of).await, Ok(None))
-    {
-        // Whoever has the step next lays out a plan of its own.
-        return Ok(already);
-    }
     let Some(job) = board.job().await? else { return Ok(already) };
+    if let Some(team) = &permit.team {
+        match team.leases.holder(of).await {
+            // With a plan of its own.
+            Ok(Some(holder)) if holder != lead => return Ok(already),
+            // It died, or its lease was forgotten and it claims it anew.
+            Ok(None)
+                if (workshop.clock.now() - task.published_at)
+                    .to_std()
+                    .is_ok_and(|age| age < LEASE_TTL * 2) =>
+            {
+                return Err(Error::new(Code::LeaseLost, "nobody has the step at the moment"));
+            }
+            Ok(None) => return Ok(already),
+            Ok(Some(_)) | Err(_) => {}
+        }
+    }
     if number >= job.pieces() || board.has(number).await? {
         return Ok(already);
     }

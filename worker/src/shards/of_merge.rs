@@ -13,6 +13,7 @@ use alluvium_table::{Add, LiveFile, Table};
 use serde::{Deserialize, Serialize};
 
 use super::{Board, Product, Shared, pieces_of};
+use crate::checks::agree;
 use crate::edit::{Edit, Editing, Gone, Winners};
 use crate::folding::Fold;
 use crate::search::Search;
@@ -29,6 +30,8 @@ pub(crate) struct Job {
     epochs: BTreeSet<Epoch>,
     /// Which rows are whose is in the notes, a [`Share`] each.
     shares: usize,
+    /// Keys, and rows that come, of all of them.
+    of_all: (u64, u64),
     /// Paths of main's files; each part is looked through for all keys, so that there are no more of them than
     /// pay.
     parts: Vec<Vec<String>>,
@@ -73,6 +76,9 @@ impl Job {
         let Some(shares) = shares else { return Ok(None) };
         let note = |share: &Share| serde_json::to_vec(share).map_err(Error::internal);
         let notes = shares.iter().map(note).collect::<Result<Vec<_>>>()?;
+        let of_all = shares
+            .iter()
+            .fold((0, 0), |(keys, upserts), share| (keys + share.keys, upserts + share.upserts));
         let shares = notes.len();
         let mut live = main.files().await?;
         let in_main: u64 = live.iter().map(|file| file.size).sum();
@@ -91,7 +97,7 @@ impl Job {
         }
         let (main_version, raw_version) = (main.version(), raw.version());
         let epochs = fold.changed.clone();
-        Ok(Some((Self { main_version, raw_version, epochs, shares, parts }, notes)))
+        Ok(Some((Self { main_version, raw_version, epochs, shares, of_all, parts }, notes)))
     }
 
     pub(super) async fn carry_out(
@@ -145,6 +151,7 @@ pub(crate) async fn in_pieces(
     ((job, notes), main): ((Job, Vec<Vec<u8>>), &Table),
     permit: &Permit,
 ) -> Result<Edit> {
+    let (keys, upserts) = job.of_all;
     let shared = Shared::begin(workshop, task, (super::Job::Merge(job), notes), permit).await?;
     let products = shared.gather().await;
     shared.end().await;
@@ -168,5 +175,8 @@ pub(crate) async fn in_pieces(
         adds.extend(product.adds);
         *rows += product.rows;
     }
+    // Each share was written once.
+    agree("merge", "keys of the epochs", keys, edit.keys, main.uri())?;
+    agree("merge", "rows that come", upserts, edit.upserts, main.uri())?;
     Ok(edit)
 }

@@ -22,8 +22,8 @@ use crate::{Permit, raw};
 /// Some of them, as processes tell each other.
 #[derive(Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Share {
-    keys: u64,
-    upserts: u64,
+    pub(crate) keys: u64,
+    pub(crate) upserts: u64,
     /// By the file's path: a bitmap of rows (<https://github.com/RoaringBitmap/RoaringFormatSpec>), in base 64.
     rows: Vec<(String, String)>,
 }
@@ -46,7 +46,7 @@ impl LastRows {
         let mut shares = Vec::new();
         while let Some(chosen) = walk.next(permit).await? {
             for (at, place) in chosen.places.iter().enumerate() {
-                if found.keys == of_each {
+                if found.keys >= of_each && shares.len() + 1 < shares_max {
                     shares.push(found.take()?);
                 }
                 found.insert(&walk.runs, place, chosen.comes.value(at))?;

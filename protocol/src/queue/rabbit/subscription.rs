@@ -300,7 +300,7 @@ impl Supervisor {
                 if arms.contains_key(&lane) {
                     continue;
                 }
-                if !is_due && self.shared.has_any() {
+                if !is_due && self.lanes.len() > 1 && self.shared.has_any() {
                     break;
                 }
                 next_number += 1;
