@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -174,3 +175,8 @@ def test_another_tables_hashes_are_not_taken_for_these(tmp_path: Path):
         lake.deliver(epoch, [(f"k{key:04}", key * 2 if epoch == 1 else key, "U") for key in range(ROWS)], name="q")
         lake.run()
     assert lake.main(name="q") == lake.main() == {f"k{key:04}": key for key in range(ROWS)}
+    shutil.rmtree(tmp_path / "p/main")
+    for epoch in (4, 5):
+        lake.deliver(epoch, [(f"k{key:04}", key + epoch, "U") for key in range(ROWS)])
+        lake.run()
+    assert lake.main() == {f"k{key:04}": key + 5 for key in range(ROWS)}

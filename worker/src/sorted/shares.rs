@@ -29,8 +29,8 @@ pub(crate) struct Share {
 }
 
 impl LastRows {
-    /// The last rows of these files in so many shares at most, about as many rows in each, which follow one another in the order
-    /// of keys.
+    /// The last rows of these files in so many shares at most, about as many rows in each, which follow one
+    /// another in the order of keys.
     pub(crate) async fn in_shares(
         raw: &Table,
         rule: &Rule,
