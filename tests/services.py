@@ -274,8 +274,7 @@ class Moto(Server):
     question = b"HEAD / HTTP/1.0\r\n\r\n"
 
     def command(self) -> list[str]:
-        port = str(self.address[1])
-        return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]
+        return [sys.executable, str(Path(__file__).with_name("s3_server.py")), str(self.address[1])]
 
     def client(self, url: str | None = None, attempts: int = 3) -> Any:
         """A boto3 client, of this server or of a proxy in front of it."""

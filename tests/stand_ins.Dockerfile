@@ -17,7 +17,7 @@ ENTRYPOINT ["prometheus"]
 
 FROM ${BASE} AS s3
 RUN mkdir -p /data
-COPY stand_ins.py /opt/
+COPY stand_ins.py s3_server.py /opt/
 USER 10001
 ENV PYTHONPATH=/opt/python
 ENTRYPOINT ["python3", "/opt/stand_ins.py", "s3"]

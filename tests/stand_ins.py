@@ -20,12 +20,12 @@ from urllib.parse import parse_qs, urlsplit
 
 def s3() -> None:
     """RustFS's port, key and health, over moto; what it keeps is in memory."""
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from s3_server import application
     from werkzeug.serving import run_simple
 
     key, secret = os.environ["RUSTFS_ACCESS_KEY"], os.environ["RUSTFS_SECRET_KEY"]
     assert key and secret and os.access(os.environ["RUSTFS_VOLUMES"], os.W_OK)
-    moto = DomainDispatcherApplication(create_backend_app)
+    moto = application()
 
     def answer(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] == "/health":
