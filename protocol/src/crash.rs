@@ -27,6 +27,7 @@ pub const POINTS: &[&str] = &[
     "schema.before_commit",
     "schema.after_commit",
     "shard.after_plan",
+    "shard.after_note",
     "shard.before_result",
     "shard.after_result",
     "ingest.after_read",

@@ -14,6 +14,7 @@ pub mod deletion;
 mod features;
 mod files;
 pub mod history;
+mod kept;
 pub mod keys;
 mod log_cache;
 pub mod pause;

@@ -13,18 +13,23 @@ use deltalake::parquet::arrow::ProjectionMask;
 use deltalake::parquet::arrow::arrow_reader::{
     ArrowReaderBuilder, ArrowReaderOptions, ParquetRecordBatchReaderBuilder, RowSelection,
 };
-use deltalake::parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuilder};
+use deltalake::parquet::arrow::async_reader::{
+    AsyncFileReader, ParquetRecordBatchStream, ParquetRecordBatchStreamBuilder,
+};
 use deltalake::parquet::errors::{ParquetError, Result as ParquetResult};
 use deltalake::parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData, RowGroupMetaData};
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
-use futures::{FutureExt, StreamExt};
+use futures::{FutureExt, StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{ObjectStoreExt, coalesce_ranges};
+use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument;
 
 use crate::classify::foreign;
 use crate::deletion::RowSet;
 use crate::files::path_of;
+use crate::kept::Kept;
 use crate::keys::footers::for_arrow;
 use crate::keys::scan::{partition_value, repeated};
 use crate::schema::{conform, find_column};
@@ -35,8 +40,10 @@ use crate::{LiveFile, Table};
 const BATCH_ROWS: usize = 8192;
 /// So many bytes that nobody asked for are read rather than another request made.
 const GAP_MAX: u64 = 256 << 10;
-/// Rows of a column that are decoded at a time: a page, which writers end at 20,000 rows, and a batch.
-const HELD_ROWS: u64 = 20_000 + BATCH_ROWS as u64;
+/// A row group of at most so many bytes is fetched while rows of the one before are used.
+const AHEAD_BYTES_MAX: u64 = 8 << 20;
+/// Rows of a page, which writers end there, where the file does not tell.
+const PAGE_ROWS: u64 = 20_000;
 
 /// Rows of a file, by their position in it; deleted ones are counted and not left out by themselves.
 pub enum Pick {
@@ -47,6 +54,20 @@ pub enum Pick {
 }
 
 impl Table {
+    /// The same table, of whose files what is fetched is kept, up to so many bytes, until
+    /// [`Table::keep_no_more`]: for who reads columns twice.
+    #[must_use]
+    pub fn keeping(&self, bytes: usize) -> Self {
+        Self { kept: Some(Arc::new(Kept::new(bytes))), ..self.clone() }
+    }
+
+    /// What is fetched from now on is not kept.
+    pub fn keep_no_more(&self) {
+        if let Some(kept) = &self.kept {
+            kept.close();
+        }
+    }
+
     /// Rows of a file in its order, with the columns of `schema`: they are found by name, absent ones
     /// are NULL, the partition's are filled in.
     pub async fn rows_of(
@@ -80,11 +101,13 @@ impl Table {
                 futures::stream::iter(rows.map(|batch| batch.map_err(ParquetError::from))).boxed()
             }
             None => {
-                let (store, path) = (self.store(), path_of(&file.path));
-                let reader = Reader { store, path, metadata };
+                let (store, path, kept) = (self.store(), path_of(&file.path), self.kept.clone());
+                let reader = Reader { store, path, metadata: Arc::clone(&metadata), kept };
                 let reading = ParquetRecordBatchStreamBuilder::new_with_metadata(reader, footer);
-                let rows = picked(reading, mask, only).build();
-                rows.map_err(|e| foreign(&doing, &e))?.boxed()
+                let is_small = largest_group(&metadata, &mask) <= AHEAD_BYTES_MAX;
+                let groups = picked(reading, mask, only).build();
+                let groups = groups.map_err(|e| foreign(&doing, &e))?;
+                if is_small { fetched_ahead(groups) } else { groups.boxed() }
             }
         };
         let partition = self.partition_fields(file, schema)?;
@@ -108,26 +131,33 @@ impl Table {
     }
 
     /// About how many bytes of these columns are in memory at a time while [`Table::rows_of`] gives them out:
-    /// pages and a batch, and what is encoded of a row group where no disk holds it.
+    /// pages and a batch, and what is encoded of two row groups where no disk holds them.
     pub async fn bytes_while_read(&self, file: &LiveFile, schema: &SchemaRef) -> Result<u64> {
         let doing = format!("read {} of {}", file.path, self.uri);
         let metadata = self.footer(&file.path, file.size).await?;
         let footer = for_arrow(Arc::clone(&metadata)).map_err(|e| foreign(&doing, &e))?;
         let roots = schema.fields().iter().filter_map(|f| find_column(footer.schema(), f.name()));
         let mask = ProjectionMask::roots(footer.parquet_schema(), roots);
-        let is_local = self.local_path(file)?.is_some();
-        let of_group = |group: &RowGroupMetaData| {
-            let rows = u64::try_from(group.num_rows()).unwrap_or(0).max(1);
-            let read = group.columns().iter().enumerate().filter(|(at, _)| mask.leaf_included(*at));
-            let of_column = |(_, column): (usize, &ColumnChunkMetaData)| {
-                let bytes = |bytes: i64| u64::try_from(bytes).unwrap_or(0);
-                let plain = bytes(column.uncompressed_size());
-                let held = plain.saturating_mul(HELD_ROWS.min(rows)) / rows;
-                held + if is_local { 0 } else { bytes(column.compressed_size()) }
-            };
-            read.map(of_column).sum()
+        let encoded = match (self.local_path(file)?, largest_group(&metadata, &mask)) {
+            (Some(_), _) => 0,
+            // The one whose rows are used, and the next.
+            (None, bytes @ ..=AHEAD_BYTES_MAX) => 2 * bytes,
+            (None, bytes) => bytes,
         };
-        Ok(metadata.row_groups().iter().map(of_group).max().unwrap_or(0))
+        let of_group = |(at, group): (usize, &RowGroupMetaData)| -> u64 {
+            let rows = u64::try_from(group.num_rows()).unwrap_or(0).max(1);
+            let pages = metadata.offset_index().and_then(|index| index.get(at));
+            let of_column = |(at, column): (usize, &ColumnChunkMetaData)| {
+                let plain = u64::try_from(column.uncompressed_size()).unwrap_or(0);
+                let pages = pages.and_then(|pages| pages.get(at)).map(|of| of.page_locations.len());
+                // A page, and a batch.
+                let of_page = pages.map_or(PAGE_ROWS, |pages| rows.div_ceil(pages.max(1) as u64));
+                plain.saturating_mul(rows.min(of_page + BATCH_ROWS as u64)) / rows
+            };
+            included(group, &mask).map(of_column).sum()
+        };
+        let decoded = metadata.row_groups().iter().enumerate().map(of_group).max().unwrap_or(0);
+        Ok(encoded + decoded)
     }
 
     /// A file's partition as columns of one row, those of `schema`, in the table's own types: "0.1" of a
@@ -146,6 +176,23 @@ impl Table {
     }
 }
 
+/// The columns of a row group that are read, by their position.
+fn included<'a>(
+    group: &'a RowGroupMetaData,
+    mask: &'a ProjectionMask,
+) -> impl Iterator<Item = (usize, &'a ColumnChunkMetaData)> {
+    group.columns().iter().enumerate().filter(|(at, _)| mask.leaf_included(*at))
+}
+
+/// The most bytes that these columns take in a row group, as they are stored.
+fn largest_group(metadata: &ParquetMetaData, mask: &ProjectionMask) -> u64 {
+    let of_column = |(_, column): (usize, &ColumnChunkMetaData)| {
+        u64::try_from(column.compressed_size()).unwrap_or(0)
+    };
+    let of_group = |group: &RowGroupMetaData| included(group, mask).map(of_column).sum();
+    metadata.row_groups().iter().map(of_group).max().unwrap_or(0)
+}
+
 /// A reader of these columns and rows.
 fn picked<T>(
     reading: ArrowReaderBuilder<T>,
@@ -157,6 +204,27 @@ fn picked<T>(
         Some(rows) => reading.with_row_selection(rows),
         None => reading,
     }
+}
+
+/// The rows of row groups, of which the next one is fetched while those of one are used.
+fn fetched_ahead(
+    groups: ParquetRecordBatchStream<Reader>,
+) -> BoxStream<'static, ParquetResult<RecordBatch>> {
+    let fetch = |mut groups: ParquetRecordBatchStream<Reader>| {
+        let next = async move {
+            let group = groups.next_row_group().await?;
+            Ok::<_, ParquetError>(group.map(|group| (group, groups)))
+        };
+        AbortOnDropHandle::new(tokio::spawn(next.in_current_span()))
+    };
+    let groups = futures::stream::try_unfold(fetch(groups), move |fetching| async move {
+        let fetched = fetching.await.map_err(|e| ParquetError::External(Error::internal(e).into()));
+        Ok::<_, ParquetError>(fetched??.map(|(group, groups)| {
+            let rows = group.map(|batch| batch.map_err(ParquetError::from));
+            (futures::stream::iter(rows), fetch(groups))
+        }))
+    });
+    groups.try_flatten().boxed()
 }
 
 /// Rows that follow one another, as ranges.
@@ -176,6 +244,32 @@ struct Reader {
     store: StoreRef,
     path: Path,
     metadata: Arc<ParquetMetaData>,
+    kept: Option<Arc<Kept>>,
+}
+
+impl Reader {
+    /// These ranges, of which those that are near each other are fetched together.
+    async fn fetch(&self, ranges: &[Range<u64>]) -> ParquetResult<Vec<Bytes>> {
+        let get = |range| self.store.get_range(&self.path, range);
+        let fetched = coalesce_ranges(ranges, get, GAP_MAX).await;
+        fetched.map_err(|e: object_store::Error| ParquetError::External(e.into()))
+    }
+
+    /// The same, of which some may be kept.
+    async fn fetch_missing(&self, kept: &Kept, ranges: &[Range<u64>]) -> ParquetResult<Vec<Bytes>> {
+        let known: Vec<Option<Bytes>> =
+            ranges.iter().map(|range| kept.get(&self.path, range)).collect();
+        let missing = ranges.iter().zip(&known).filter(|(_, known)| known.is_none());
+        let missing: Vec<Range<u64>> = missing.map(|(range, _)| range.clone()).collect();
+        let fetched = self.fetch(&missing).await?;
+        for (range, bytes) in missing.iter().zip(&fetched) {
+            kept.keep(&self.path, range.start, bytes);
+        }
+        let mut fetched = fetched.into_iter();
+        let all: Option<Vec<Bytes>> =
+            known.into_iter().map(|known| known.or_else(|| fetched.next())).collect();
+        all.ok_or_else(|| ParquetError::General("a range was not fetched".to_owned()))
+    }
 }
 
 impl AsyncFileReader for Reader {
@@ -188,9 +282,13 @@ impl AsyncFileReader for Reader {
         &mut self,
         ranges: Vec<Range<u64>>,
     ) -> BoxFuture<'_, ParquetResult<Vec<Bytes>>> {
-        let get = |range| self.store.get_range(&self.path, range);
-        let read = async move { coalesce_ranges(&ranges, get, GAP_MAX).await };
-        read.map(|read| read.map_err(|e| ParquetError::External(e.into()))).boxed()
+        async move {
+            match &self.kept {
+                Some(kept) => self.fetch_missing(kept, &ranges).await,
+                None => self.fetch(&ranges).await,
+            }
+        }
+        .boxed()
     }
 
     fn get_metadata<'a>(

@@ -14,6 +14,7 @@ use deltalake::protocol::SaveMode;
 use deltalake::{DeltaTable, TableProperty};
 
 use crate::classify::{foreign, is_of_storage};
+use crate::kept::Kept;
 use crate::schema;
 use crate::store::{Place, StoreRef, log_store_at, place_of};
 use crate::transactions::Transactions;
@@ -35,6 +36,7 @@ pub struct Table {
     pub(crate) log_store: LogStoreRef,
     pub(crate) snapshot: Arc<Snapshot>,
     pub(crate) transactions: Transactions,
+    pub(crate) kept: Option<Arc<Kept>>,
 }
 
 /// What a new table looks like.
@@ -76,6 +78,7 @@ impl Table {
             log_store,
             snapshot: Arc::new(snapshot),
             transactions,
+            kept: None,
         }))
     }
 

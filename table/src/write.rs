@@ -36,7 +36,24 @@ const BATCH_ROWS: usize = 8192;
 
 /// A row group is in memory while it is written: it ends with so many rows, or bytes.
 const GROUP_ROWS_MAX: usize = 256 << 10;
-const GROUP_BYTES_MAX: usize = 16 << 20;
+
+/// How finely a file is cut.
+#[derive(Clone, Copy)]
+struct Grain {
+    /// Bytes of a row group.
+    group_bytes: usize,
+    /// Rows of a page.
+    page_rows: usize,
+    /// Smallest and largest values: of pages, too, or of row groups only.
+    statistics: EnabledStatistics,
+}
+
+/// For tables that people read.
+const COARSE: Grain =
+    Grain { group_bytes: 16 << 20, page_rows: 20_000, statistics: EnabledStatistics::Page };
+/// For runs that a merge reads side by side, and a share of it in part.
+const FINE: Grain =
+    Grain { group_bytes: 4 << 20, page_rows: 4_096, statistics: EnabledStatistics::Chunk };
 
 /// A dictionary that grows larger is given up: to look up each value in it costs more than it saves.
 const DICTIONARY_BYTES_MAX: usize = 128 << 10;
@@ -65,20 +82,27 @@ impl FileWriter {
 
     /// A writer of files that `table` can name when its columns are these.
     pub fn with_schema(table: &Table, schema: SchemaRef, target_file_bytes: u64) -> Result<Self> {
-        Self::in_store(table, table.store(), schema, target_file_bytes)
+        Self::in_store(table, table.store(), schema, (target_file_bytes, COARSE))
+    }
+
+    /// A writer of files for `table` of which a merge reads many at a time, or parts.
+    pub fn of_runs(table: &Table, target_file_bytes: u64) -> Result<Self> {
+        Self::in_store(table, table.store(), table.schema(), (target_file_bytes, FINE))
     }
 
     fn in_store(
         table: &Table,
         store: StoreRef,
         schema: SchemaRef,
-        target_file_bytes: u64,
+        (target_file_bytes, grain): (u64, Grain),
     ) -> Result<Self> {
         let level = ZstdLevel::try_new(1).map_err(Error::internal)?;
         let mut properties = WriterProperties::builder()
             .set_compression(Compression::ZSTD(level))
             .set_max_row_group_row_count(Some(GROUP_ROWS_MAX))
-            .set_max_row_group_bytes(Some(GROUP_BYTES_MAX))
+            .set_max_row_group_bytes(Some(grain.group_bytes))
+            .set_data_page_row_count_limit(grain.page_rows)
+            .set_statistics_enabled(grain.statistics)
             .set_dictionary_page_size_limit(DICTIONARY_BYTES_MAX);
         for field in schema.fields().iter().filter(|field| misleads(field.data_type())) {
             let column = ColumnPath::new(vec![field.name().clone()]);
@@ -178,7 +202,7 @@ impl ChangeWriter {
         fields.push(Arc::new(Field::new(CHANGE_TYPE, DataType::Utf8, true)));
         let store: StoreRef = Arc::new(PrefixStore::new(table.store(), CHANGE_FOLDER));
         let schema = Arc::new(Schema::new(fields));
-        FileWriter::in_store(table, store, schema, u64::MAX).map(Self)
+        FileWriter::in_store(table, store, schema, (u64::MAX, COARSE)).map(Self)
     }
 
     /// Writes all rows. Returns the actions that name the files.

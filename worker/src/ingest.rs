@@ -457,7 +457,7 @@ async fn content_rows(
     order.extend([raw::FILE, raw::ROW].map(str::to_owned));
     let sql = format!("SELECT *, {op} AS {}, {own} FROM accepted", quoted(raw::OP));
     let sorted = sorted(session, &sql, &order, pipeline, permit).await?;
-    let writer = FileWriter::new(table, pipeline.sizes.target_file_bytes)?;
+    let writer = FileWriter::of_runs(table, pipeline.sizes.target_file_bytes)?;
     let read = permit.meter.progress().done;
     permit.begin("writes raw", Amount::rows(read.rows));
     let permit = permit.clone();

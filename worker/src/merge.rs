@@ -29,7 +29,7 @@ use crate::checks::{agree, read_back};
 use crate::edit::Edit;
 use crate::folding::Fold;
 use crate::ingest::{COMMIT_PATIENCE, table_names};
-use crate::shards::of_merge::{Job, in_pieces};
+use crate::shards::of_merge::in_pieces;
 use crate::tables::is_ours;
 use crate::widening::{narrower, widen};
 use crate::{Permit, Workshop, raw};
@@ -151,11 +151,10 @@ impl<'a> Attempt<'a> {
         applied.extend(&epochs);
         let (main, raw) = (&self.main, &self.raw);
         let fold = Fold { pipeline, main, raw, changed: &epochs, applied: &applied, is_fast };
-        let job = Job::of(&fold, &changed, permit).await?;
-        let pieces = job.as_ref().map_or(0, |(job, _)| job.pieces() as u64);
-        let edit = match job {
-            Some(job) => in_pieces(workshop, self.task, (job, main), permit).await?,
-            None => fold.edit(permit).await?,
+        let done = in_pieces(workshop, self.task, (&fold, &changed), permit).await?;
+        let (edit, pieces) = match done {
+            Some(done) => done,
+            None => (fold.edit(permit).await?, 0),
         };
         crash::point("merge.after_write")?;
         permit.check()?;

@@ -50,7 +50,7 @@ pub(crate) async fn revert_rows(
     let own: Vec<(String, i64)> = own.iter().map(|(n, value)| ((*n).to_owned(), *value)).collect();
     let permit = permit.clone();
     let rows = gone.map(move |keys| permit.check().and(keys).and_then(|keys| reverts(&keys, &own)));
-    let writer = FileWriter::new(table, pipeline.sizes.target_file_bytes)?;
+    let writer = FileWriter::of_runs(table, pipeline.sizes.target_file_bytes)?;
     writer.write_rows(futures::stream::iter(rows)).await
 }
 

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use alluvium_protocol::task::Task;
 use alluvium_protocol::{Code, Error, Pipeline, Result};
+use alluvium_table::Table;
 use alluvium_table::classify::foreign;
 use alluvium_table::posted;
 use alluvium_table::spool::Spool;
@@ -46,8 +47,10 @@ pub(crate) struct Board {
     plan: String,
     /// What the names of its objects begin with.
     prefix: String,
-    /// The notes, where it was laid out here.
+    /// The notes, where it was laid out here; and the table that the work was dealt out of, which keeps what was
+    /// fetched of it.
     own_notes: Vec<Vec<u8>>,
+    own_table: Option<Table>,
 }
 
 /// How long a UUID is as text.
@@ -81,6 +84,7 @@ impl Board {
             plan: plan.to_owned(),
             prefix,
             own_notes: Vec::new(),
+            own_table: None,
         })
     }
 
@@ -107,22 +111,29 @@ impl Board {
         Ok(listed.into_iter().filter_map(own).collect())
     }
 
-    /// Lays out a plan, and notes that pieces need beside it.
-    pub(super) async fn pin(&mut self, job: &Job, notes: Vec<Vec<u8>>) -> Result<()> {
-        self.own_notes = notes;
-        let this = &*self;
-        let puts = this.own_notes.iter().enumerate().map(|(number, note)| async move {
-            this.put(&format!("{number}.note"), note.clone()).await
-        });
-        let puts: Vec<_> = puts.collect();
-        let mut puts = futures::stream::iter(puts).buffer_unordered(AT_ONCE);
-        while let Some(put) = puts.next().await {
-            put?;
-        }
-        this.put(PLAN, serde_json::to_vec(job).map_err(Error::internal)?).await
+    /// Lays out a plan.
+    pub(super) async fn pin(&self, job: &Job) -> Result<()> {
+        self.put(PLAN, serde_json::to_vec(job).map_err(Error::internal)?).await
     }
 
-    /// The notes of these pieces, in this order.
+    /// Puts the next note beside it, for a piece that needs one.
+    pub(super) async fn note(&mut self, note: &impl Serialize) -> Result<()> {
+        let note = serde_json::to_vec(note).map_err(Error::internal)?;
+        self.put(&format!("{}.note", self.own_notes.len()), note.clone()).await?;
+        self.own_notes.push(note);
+        Ok(())
+    }
+
+    /// What is read of this table here is not fetched again.
+    pub(super) fn keep_table(&mut self, table: Table) {
+        self.own_table = Some(table);
+    }
+
+    pub(super) fn own_table(&self) -> Option<&Table> {
+        self.own_table.as_ref()
+    }
+
+    /// These notes.
     pub(super) async fn notes<T: DeserializeOwned>(&self, of: Range<usize>) -> Result<Vec<T>> {
         if let Some(own) = self.own_notes.get(of.clone()).filter(|own| !own.is_empty()) {
             let read = |note: &Vec<u8>| serde_json::from_slice(note).map_err(Error::internal);

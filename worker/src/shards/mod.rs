@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  the step's worker                                  any worker
-//!  job ─► plan.json ─► a message for each piece ─────► claims the piece, does it:
+//!  job ─► plan.json, notes ─► a message for each ─────► claims the piece, does it:
 //!    │                                                 its files lie in the table's folder, unnamed
 //!    ├─ does pieces itself that nobody has             │
 //!    └─ all of 0.json, 1.json … ◄──────────────────────┘ what it made, put if absent
@@ -29,8 +29,8 @@ use alluvium_protocol::retry::CRASHES_MAX;
 use alluvium_protocol::task::{FORMAT_MAJOR, Report, Task, Work, encode};
 use alluvium_protocol::trace;
 use alluvium_protocol::{Class, Code, Error, Pipeline, Result, crash};
-use alluvium_table::Add;
 use alluvium_table::write::Written;
+use alluvium_table::{Add, Table};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use uuid::Uuid;
@@ -112,6 +112,16 @@ impl Job {
 }
 
 impl Job {
+    /// The pieces in the order in which the step's worker begins them. Others begin them as they are asked.
+    fn in_turn(&self) -> Vec<usize> {
+        match self {
+            Self::Ingest(job) => (0..job.parts.len()).rev().collect(),
+            Self::Merge(job) => job.in_turn(),
+            // Those come first that save most.
+            Self::Optimize(job) => (0..job.bins.len()).collect(),
+        }
+    }
+
     /// Bins that nobody began are left; of the other steps all pieces are needed.
     fn needs_all(&self) -> bool {
         !matches!(self, Self::Optimize(_))
@@ -147,23 +157,40 @@ pub(crate) struct Shared<'a> {
 }
 
 impl<'a> Shared<'a> {
-    /// Lays the work out for others, with a note on each piece where the job has them.
+    /// Lays the work out for others, and asks them for all of it but what is begun here.
     pub(crate) async fn begin(
         workshop: &'a Workshop,
         task: &'a Task,
-        (job, notes): (Job, Vec<Vec<u8>>),
+        job: Job,
+        permit: &'a Permit,
+    ) -> Result<Self> {
+        let shared = Self::lay_out(workshop, task, job, permit).await?;
+        let begun_here = shared.job.in_turn().first().copied();
+        for number in (0..shared.job.pieces()).filter(|number| Some(*number) != begun_here) {
+            if !shared.ask(number).await {
+                break;
+            }
+        }
+        Ok(shared)
+    }
+
+    /// Lays the work out; others are to be asked.
+    pub(crate) async fn lay_out(
+        workshop: &'a Workshop,
+        task: &'a Task,
+        job: Job,
         permit: &'a Permit,
     ) -> Result<Self> {
         let team = permit.team.as_ref().ok_or_else(|| Error::internal("nobody to share with"))?;
-        let mut board = Board::new(task)?;
+        let board = Board::new(task)?;
         let holder = team.leases.holder(task.id).await.unwrap_or_default();
         if holder.as_ref() == Some(&team.owner) {
             // Of a worker that had this task before. Unless we know that we have it, it may live.
             board.clear_others().await?;
         }
-        board.pin(&job, notes).await?;
+        board.pin(&job).await?;
         let shared = Self { workshop, task, job, board, permit, team };
-        match shared.ask_others().await {
+        match crash::point("shard.after_plan") {
             Ok(()) => Ok(shared),
             Err(error) => {
                 shared.end().await;
@@ -172,27 +199,29 @@ impl<'a> Shared<'a> {
         }
     }
 
-    async fn ask_others(&self) -> Result<()> {
-        crash::point("shard.after_plan")?;
-        let trace = trace::traceparent(&trace::context_of(&tracing::Span::current()));
-        let begun_here = self.in_turn().next();
-        for number in (0..self.job.pieces()).filter(|number| Some(*number) != begun_here) {
-            let task = self.task_of(number)?;
-            let message =
-                Message { id: task.id.to_string(), body: encode(&task)?, trace: trace.clone() };
-            if let Err(error) = self.team.queue.publish(Lane::Shard, message).await {
-                tracing::warn!(%error, "nobody more is asked to help; does the pieces itself");
-                break;
-            }
-        }
-        Ok(())
+    /// What is read of this table here is not fetched again.
+    pub(crate) fn keep_table(&mut self, table: Table) {
+        self.board.keep_table(table);
     }
 
-    /// The pieces as they are begun here. Others begin at the front; so does this one where not all are needed,
-    /// as those come first that save most.
-    fn in_turn(&self) -> Box<dyn Iterator<Item = usize> + Send> {
-        let all = 0..self.job.pieces();
-        if self.job.needs_all() { Box::new(all.rev()) } else { Box::new(all) }
+    /// Lays out the next note.
+    pub(crate) async fn note(&mut self, note: &impl Serialize) -> Result<()> {
+        self.board.note(note).await
+    }
+
+    /// Asks others for a piece. False: nobody can be asked; it is done here.
+    pub(crate) async fn ask(&self, number: usize) -> bool {
+        let trace = trace::traceparent(&trace::context_of(&tracing::Span::current()));
+        let asked = async {
+            let task = self.task_of(number)?;
+            let message = Message { id: task.id.to_string(), body: encode(&task)?, trace };
+            self.team.queue.publish(Lane::Shard, message).await
+        };
+        let asked = asked.await;
+        if let Err(error) = &asked {
+            tracing::warn!(%error, number, "nobody is asked to do a piece; does it here");
+        }
+        asked.is_ok()
     }
 
     fn task_of(&self, number: usize) -> Result<Task> {
@@ -247,7 +276,7 @@ impl<'a> Shared<'a> {
                 failed.insert(number);
             }
             let is_open = |at: &usize| products[*at].is_none();
-            let mut open: Vec<usize> = self.in_turn().filter(is_open).collect();
+            let mut open: Vec<usize> = self.job.in_turn().into_iter().filter(is_open).collect();
             if !self.job.needs_all() && open.len() < pieces {
                 if awaited.is_none() {
                     // Who claims one from now on sees it.
@@ -359,9 +388,14 @@ impl<'a> Shared<'a> {
         Ok(Some(made))
     }
 
-    /// What the pieces wrote beside data files.
+    /// What lies beside the plan.
     pub(crate) fn board(&self) -> &Board {
         &self.board
+    }
+
+    /// The job as it became while it was laid out.
+    pub(crate) fn becomes(&mut self, job: Job) {
+        self.job = job;
     }
 
     /// Takes the plan away: what comes now finds nothing to do.

@@ -133,8 +133,7 @@ pub(crate) async fn in_pieces(
     job: Job,
     permit: &Permit,
 ) -> Result<(Written, AsideRef)> {
-    let shared =
-        Shared::begin(workshop, task, (super::Job::Ingest(job), Vec::new()), permit).await?;
+    let shared = Shared::begin(workshop, task, super::Job::Ingest(job), permit).await?;
     let gathered = gathered(&shared).await;
     shared.end().await;
     gathered

@@ -1,15 +1,15 @@
-//! A merge in pieces: the last row of each key is chosen before. The first pieces look for all of the keys in
-//! some of main's files each, the others write a share each of these rows, which follow one another in the order
-//! of their keys.
+//! A merge in pieces. The step's worker chooses the last row of each key, in the order of keys, and deals them out:
+//! each piece writes a share of these rows, and is begun while the next is dealt. The first pieces, which others are
+//! asked for last, look for all of the keys in some of main's files each.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use alluvium_protocol::pipeline::Mode;
 use alluvium_protocol::task::Task;
-use alluvium_protocol::{Epoch, Error, Pipeline, Result};
+use alluvium_protocol::{Epoch, Error, Pipeline, Result, crash};
 use alluvium_table::write::Written;
-use alluvium_table::{Add, LiveFile, Table};
+use alluvium_table::{Add, LiveFile};
 use serde::{Deserialize, Serialize};
 
 use super::{Board, Product, Shared, pieces_of};
@@ -17,7 +17,7 @@ use crate::checks::agree;
 use crate::edit::{Edit, Editing, Gone, Winners};
 use crate::folding::Fold;
 use crate::search::Search;
-use crate::sorted::{LastRows, Share};
+use crate::sorted::{Dealer, LastRows, Share};
 use crate::tables::Tables;
 use crate::winners::Rule;
 use crate::{Permit, Workshop, raw};
@@ -28,10 +28,8 @@ pub(crate) struct Job {
     main_version: i64,
     raw_version: i64,
     epochs: BTreeSet<Epoch>,
-    /// Which rows are whose is in the notes, a [`Share`] each.
+    /// At most; which rows are whose is in the notes, a [`Share`] each.
     shares: usize,
-    /// Keys, and rows that come, of all of them.
-    of_all: (u64, u64),
     /// Paths of main's files; each part is looked through for all keys, so that there are no more of them than
     /// pay.
     parts: Vec<Vec<String>>,
@@ -50,36 +48,36 @@ pub(crate) struct Findings {
 }
 
 impl Job {
-    pub(crate) fn pieces(&self) -> usize {
+    pub(super) fn pieces(&self) -> usize {
         self.parts.len() + self.shares
     }
 
-    /// The pieces of a merge of these files of raw, with a note for each; `None`: it is too small for them,
-    /// needs to see all that goes beside all that comes, raw's files are in another order than that of their
-    /// keys, or too many for this memory.
-    pub(crate) async fn of(
+    /// The keys were read where the shares are dealt, and are searched for there.
+    pub(super) fn in_turn(&self) -> Vec<usize> {
+        let parts = self.parts.len();
+        (0..parts).chain((parts..self.pieces()).rev()).collect()
+    }
+
+    /// The pieces of a merge of these files of raw, and who deals out their rows; `None`: it is too small for
+    /// them, needs to see all that goes beside all that comes, or raw's files are too many for this memory or have rows
+    /// that somebody else deleted.
+    async fn of(
         fold: &Fold<'_>,
         changed: &[LiveFile],
         permit: &Permit,
-    ) -> Result<Option<(Self, Vec<Vec<u8>>)>> {
+    ) -> Result<Option<(Self, Dealer)>> {
         let Fold { pipeline, main, raw, is_fast, .. } = *fold;
         let content = &pipeline.content;
         let bytes: u64 = changed.iter().map(|file| file.size).sum();
-        let pieces = pieces_of(bytes, pipeline, permit);
+        let shares = pieces_of(bytes, pipeline, permit);
         let is_plain = is_fast && content.mode == Mode::Upsert && !content.skip_unchanged;
-        if pieces < 2 || !is_plain || main.tells_changes() {
+        if shares < 2 || !is_plain || main.tells_changes() {
             return Ok(None);
         }
         let rule = Rule::new(pipeline, raw);
         let memory = pipeline.sizes.memory_bytes;
-        let shares = LastRows::in_shares(raw, &rule, (changed, memory), pieces, permit).await?;
-        let Some(shares) = shares else { return Ok(None) };
-        let note = |share: &Share| serde_json::to_vec(share).map_err(Error::internal);
-        let notes = shares.iter().map(note).collect::<Result<Vec<_>>>()?;
-        let of_all = shares
-            .iter()
-            .fold((0, 0), |(keys, upserts), share| (keys + share.keys, upserts + share.upserts));
-        let shares = notes.len();
+        let dealer = Dealer::begin(raw, &rule, (changed, memory), shares).await?;
+        let Some(dealer) = dealer else { return Ok(None) };
         let mut live = main.files().await?;
         let in_main: u64 = live.iter().map(|file| file.size).sum();
         // To read the keys of the epochs once more pays where as much of main is left to others.
@@ -97,7 +95,7 @@ impl Job {
         }
         let (main_version, raw_version) = (main.version(), raw.version());
         let epochs = fold.changed.clone();
-        Ok(Some((Self { main_version, raw_version, epochs, shares, of_all, parts }, notes)))
+        Ok(Some((Self { main_version, raw_version, epochs, shares, parts }, dealer)))
     }
 
     pub(super) async fn carry_out(
@@ -108,7 +106,10 @@ impl Job {
         permit: &Permit,
     ) -> Result<Product> {
         let main = &tables.at(&pipeline.main, self.main_version).await?;
-        let raw = &tables.at(&pipeline.raw, self.raw_version).await?;
+        let raw = &match board.own_table() {
+            Some(own) => own.clone(),
+            None => tables.at(&pipeline.raw, self.raw_version).await?,
+        };
         let rule = &Rule::new(pipeline, raw);
         let changes = raw::files_of(raw, &self.epochs).await?;
         let (mut search, share);
@@ -144,23 +145,33 @@ impl Job {
     }
 }
 
-/// Has the pieces done: what becomes of main.
+/// Has a merge of these files of raw done in pieces: what becomes of main, and how many pieces. `None`: it is
+/// none for pieces, or the files are in another order than that of their keys.
 pub(crate) async fn in_pieces(
     workshop: &Workshop,
     task: &Task,
-    ((job, notes), main): ((Job, Vec<Vec<u8>>), &Table),
+    (fold, changed): (&Fold<'_>, &[LiveFile]),
     permit: &Permit,
-) -> Result<Edit> {
-    let (keys, upserts) = job.of_all;
-    let shared = Shared::begin(workshop, task, (super::Job::Merge(job), notes), permit).await?;
-    let products = shared.gather().await;
+) -> Result<Option<(Edit, u64)>> {
+    let main = fold.main;
+    let Some((job, dealer)) = Job::of(fold, changed, permit).await? else { return Ok(None) };
+    let mut shared =
+        Shared::lay_out(workshop, task, super::Job::Merge(job.clone()), permit).await?;
+    let dealt = deal(&mut shared, job, dealer, permit).await;
+    let gathered = match dealt {
+        Ok(Some(counted)) => shared.gather().await.map(|products| Some((counted, products))),
+        Ok(None) => Ok(None),
+        Err(error) => Err(error),
+    };
     shared.end().await;
+    let Some(((keys, upserts), products)) = gathered? else { return Ok(None) };
+    let pieces = products.len() as u64;
     let live = main.files().await?;
     let mut edit = Edit::default();
     edit.rows_before = live.iter().map(LiveFile::live_rows).sum();
     let live: HashMap<String, LiveFile> =
         live.into_iter().map(|file| (file.path.clone(), file)).collect();
-    for product in products?.into_iter().flatten() {
+    for product in products.into_iter().flatten() {
         let found = product.of_merge.ok_or_else(|| Error::internal("a piece of another step"))?;
         edit.keys += found.keys;
         edit.upserts += found.upserts;
@@ -178,5 +189,44 @@ pub(crate) async fn in_pieces(
     // Each share was written once.
     agree("merge", "keys of the epochs", keys, edit.keys, main.uri())?;
     agree("merge", "rows that come", upserts, edit.upserts, main.uri())?;
-    Ok(edit)
+    Ok(Some((edit, pieces)))
+}
+
+/// Deals out the rows: each share is begun while the next is found. Keys, and rows that come, of all of them;
+/// `None`: the files are in another order.
+async fn deal(
+    shared: &mut Shared<'_>,
+    mut job: Job,
+    mut dealer: Dealer,
+    permit: &Permit,
+) -> Result<Option<(u64, u64)>> {
+    let (mut keys, mut upserts, mut shares) = (0, 0, 0);
+    let parts = job.parts.len();
+    let mut is_asked = true;
+    while let Some(share) = dealer.next(permit).await? {
+        keys += share.keys;
+        upserts += share.upserts;
+        shared.note(&share).await?;
+        crash::point("shard.after_note")?;
+        let is_begun_here = parts == 0 && dealer.is_over();
+        is_asked = is_asked && !is_begun_here && shared.ask(parts + shares).await;
+        shares += 1;
+    }
+    if !dealer.is_sorted() {
+        return Ok(None);
+    }
+    if parts > 1 {
+        // Who searches reads all notes of the plan.
+        for _ in shares..job.shares {
+            shared.note(&Share::default()).await?;
+        }
+    }
+    // From the other end; the first one is begun here.
+    for part in (1..parts).rev() {
+        is_asked = is_asked && shared.ask(part).await;
+    }
+    job.shares = shares;
+    shared.becomes(super::Job::Merge(job));
+    shared.keep_table(dealer.into_table());
+    Ok(Some((keys, upserts)))
 }

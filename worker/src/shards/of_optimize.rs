@@ -46,8 +46,7 @@ pub(crate) async fn in_pieces(
 ) -> Result<(Vec<LiveFile>, Written, u64)> {
     let paths = |bin: &Vec<LiveFile>| bin.iter().map(|file| file.path.clone()).collect();
     let job = Job { main_version: main.version(), bins: bins.iter().map(paths).collect() };
-    let shared =
-        Shared::begin(workshop, task, (super::Job::Optimize(job), Vec::new()), permit).await?;
+    let shared = Shared::begin(workshop, task, super::Job::Optimize(job), permit).await?;
     let products = shared.gather().await;
     shared.end().await;
     let (mut done, mut written, mut pieces) = (Vec::new(), Written::default(), 0);

@@ -28,7 +28,7 @@ use alluvium_table::{LiveFile, Table};
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 
-pub(crate) use self::shares::Share;
+pub(crate) use self::shares::{Dealer, Share};
 use crate::ground::columns_of;
 use crate::search::{Search, comes};
 use crate::winners::Rule;
@@ -40,6 +40,8 @@ const BATCH_ROWS: usize = 8192;
 const SOURCES_MAX: usize = 256;
 /// Of the memory this part may go into rows of runs that wait for their turn.
 const RUNS_SHARE: u64 = 2;
+/// One of so many parts of the memory may keep what was fetched of a store.
+const KEPT_PART: usize = 8;
 /// Runs that are opened at a time.
 const RUNS_AT_ONCE: usize = 16;
 
@@ -88,15 +90,17 @@ impl LastRows {
         search: &mut Search<'_>,
         permit: &Permit,
     ) -> Result<Option<Self>> {
-        let mut found = Self::none(raw, rule, files)?;
+        // What decides is in the rows that are given out later, too.
+        let mut found = Self::none(&raw.keeping(memory_bytes / KEPT_PART), rule, files)?;
         let walk = Walk::begin(&found, files, memory_bytes).await?;
         let Some(mut walk) = walk else { return Ok(None) };
         while let Some(chosen) = walk.next(permit).await? {
-            for (at, place) in chosen.places.iter().enumerate() {
+            for (at, (place, _)) in chosen.places.iter().enumerate() {
                 found.insert(&walk.runs, place, chosen.comes.value(at))?;
             }
             search.add(&chosen.rows.columns()[..rule.key.len()], &chosen.comes).await?;
         }
+        found.raw.keep_no_more();
         Ok(walk.is_sorted().then_some(found))
     }
 
@@ -152,11 +156,12 @@ struct Walk {
     of: u64,
 }
 
-/// The last rows of some keys: the key's columns and `_op`, whether each comes, and where it is.
+/// The last rows of some keys: the key's columns and `_op`, whether each comes, where it is, and how many rows
+/// of all the files were passed over before its key.
 struct Chosen {
     rows: RecordBatch,
     comes: BooleanArray,
-    places: Vec<Place>,
+    places: Vec<(Place, u64)>,
 }
 
 impl Walk {
@@ -341,14 +346,17 @@ struct Merging {
     /// Batches ever held, and the rows in them.
     held: usize,
     rows_read: u64,
-    /// Last rows that were not given out so far, and the batches that they are in.
+    /// Rows passed over.
+    passed: u64,
+    /// Last rows that were not given out so far, the batches that they are in, and rows passed over before them.
     last: Vec<(usize, usize)>,
+    passed_before: Vec<u64>,
     sources: Vec<Arc<Held>>,
     by_number: HashMap<usize, usize>,
     /// Positions of the columns that go out.
     projection: Vec<usize>,
-    /// Run, file and position of each row given out.
-    places: Vec<Place>,
+    /// Where each row is that was given out, and how many were passed over before its key.
+    places: Vec<(Place, u64)>,
 }
 
 impl Merging {
@@ -373,7 +381,9 @@ impl Merging {
             is_sorted: true,
             held: 0,
             rows_read: 0,
+            passed: 0,
             last: Vec::with_capacity(BATCH_ROWS),
+            passed_before: Vec::with_capacity(BATCH_ROWS),
             sources: Vec::new(),
             by_number: HashMap::new(),
             projection,
@@ -407,11 +417,11 @@ impl Merging {
         if self.last.is_empty() {
             return Ok(None);
         }
-        let place = |(source, row): &(usize, usize)| {
+        let place = |((source, row), passed): (&(usize, usize), &u64)| {
             let held = &self.sources[*source];
-            (held.run, held.file, held.first_row + *row as u64)
+            ((held.run, held.file, held.first_row + *row as u64), *passed)
         };
-        self.places = self.last.iter().map(place).collect();
+        self.places = self.last.iter().zip(&self.passed_before).map(place).collect();
         let whole = match self.sources.as_slice() {
             // All of one batch, in its order.
             [held] if self.last.len() == held.batch.num_rows() => held.batch.clone(),
@@ -421,6 +431,7 @@ impl Merging {
             }
         };
         self.last.clear();
+        self.passed_before.clear();
         self.sources.clear();
         self.by_number.clear();
         whole.project(&self.projection).map(Some).map_err(Error::internal)
@@ -453,6 +464,7 @@ impl Merging {
     /// Finds the last row of the smallest key that is left. False: none is left.
     async fn next_key(&mut self) -> Result<bool> {
         let Some(mut best) = self.heads.peek().cloned() else { return Ok(false) };
+        let passed = self.passed;
         self.pass().await?;
         while let Some(head) = self.heads.peek().filter(|head| **head == best).cloned() {
             if self.is_later(&head, &best)? {
@@ -466,12 +478,14 @@ impl Merging {
             sources.len() - 1
         });
         self.last.push((source, best.row));
+        self.passed_before.push(passed);
         Ok(true)
     }
 
     /// Passes over the row on top.
     async fn pass(&mut self) -> Result<()> {
         let Some(mut top) = self.heads.peek_mut() else { return Ok(()) };
+        self.passed += 1;
         if top.row + 1 < top.held.batch.num_rows() {
             top.row += 1;
             return Ok(());

@@ -13,7 +13,7 @@ use base64::prelude::BASE64_STANDARD as STANDARD;
 use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
 
-use super::{LastRows, RUNS_AT_ONCE, Walk};
+use super::{Chosen, KEPT_PART, LastRows, RUNS_AT_ONCE, Walk};
 use crate::ground::columns_of;
 use crate::search::{Search, comes};
 use crate::winners::Rule;
@@ -28,34 +28,78 @@ pub(crate) struct Share {
     rows: Vec<(String, String)>,
 }
 
-impl LastRows {
-    /// The last rows of these files in so many shares at most, about as many rows in each, which follow one
-    /// another in the order of keys.
-    pub(crate) async fn in_shares(
+/// Deals out the last rows of files in shares, about as many rows of the files for each.
+pub(crate) struct Dealer {
+    found: LastRows,
+    walk: Walk,
+    /// What is to be dealt out next, and from where on.
+    chosen: Option<(Chosen, usize)>,
+    /// Rows of a share; how many were passed over when it ends.
+    of_each: u64,
+    end: u64,
+    /// Shares to come.
+    left: usize,
+}
+
+impl Dealer {
+    /// One of so many shares at most. `None`: as for [`Walk::begin`].
+    pub(crate) async fn begin(
         raw: &Table,
         rule: &Rule,
         (files, memory_bytes): (&[LiveFile], usize),
         shares_max: usize,
-        permit: &Permit,
-    ) -> Result<Option<Vec<Share>>> {
-        let mut found = Self::none(raw, rule, files)?;
-        let walk = Walk::begin(&found, files, memory_bytes).await?;
-        let Some(mut walk) = walk else { return Ok(None) };
-        // There are no more keys than rows.
+    ) -> Result<Option<Self>> {
+        // What decides is read again by who searches.
+        let found = LastRows::none(&raw.keeping(memory_bytes / KEPT_PART), rule, files)?;
+        let Some(walk) = Walk::begin(&found, files, memory_bytes).await? else { return Ok(None) };
         let of_each = walk.of.div_ceil(shares_max as u64).max(1);
-        let mut shares = Vec::new();
-        while let Some(chosen) = walk.next(permit).await? {
-            for (at, place) in chosen.places.iter().enumerate() {
-                if found.keys >= of_each && shares.len() + 1 < shares_max {
-                    shares.push(found.take()?);
-                }
-                found.insert(&walk.runs, place, chosen.comes.value(at))?;
-            }
-        }
-        shares.push(found.take()?);
-        Ok(walk.is_sorted().then_some(shares))
+        Ok(Some(Self { found, walk, chosen: None, of_each, end: of_each, left: shares_max }))
     }
 
+    /// The next share; `None`: there is no more, or a file was not in order.
+    pub(crate) async fn next(&mut self, permit: &Permit) -> Result<Option<Share>> {
+        while self.left > 0 {
+            let Some((chosen, next)) = &mut self.chosen else {
+                self.chosen = self.walk.next(permit).await?.map(|chosen| (chosen, 0));
+                if self.chosen.is_none() {
+                    self.left = 0;
+                    let is_some = self.found.keys > 0 && self.is_sorted();
+                    return is_some.then(|| self.found.take()).transpose();
+                }
+                continue;
+            };
+            while let Some((place, passed)) = chosen.places.get(*next) {
+                if *passed >= self.end && self.left > 1 && self.found.keys > 0 {
+                    self.left -= 1;
+                    self.end = *passed + self.of_each;
+                    return self.found.take().map(Some);
+                }
+                self.found.insert(&self.walk.runs, place, chosen.comes.value(*next))?;
+                *next += 1;
+            }
+            self.chosen = None;
+        }
+        Ok(None)
+    }
+
+    /// The last share is dealt out.
+    pub(crate) fn is_over(&self) -> bool {
+        self.left == 0
+    }
+
+    /// The table with what was fetched of it.
+    pub(crate) fn into_table(self) -> Table {
+        self.found.raw.keep_no_more();
+        self.found.raw
+    }
+
+    /// So far the files were in the order of their keys.
+    pub(crate) fn is_sorted(&self) -> bool {
+        self.walk.is_sorted()
+    }
+}
+
+impl LastRows {
     /// Takes out what was found so far.
     fn take(&mut self) -> Result<Share> {
         let (keys, upserts) = (std::mem::take(&mut self.keys), std::mem::take(&mut self.upserts));
