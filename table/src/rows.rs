@@ -38,8 +38,9 @@ use crate::{LiveFile, Table};
 
 /// Rows read at a time.
 const BATCH_ROWS: usize = 8192;
-/// So many bytes that nobody asked for are read rather than another request made.
-const GAP_MAX: u64 = 256 << 10;
+/// So many bytes that nobody asked for are read rather than another request made. More would be whole row
+/// groups of raw, of which a share of a merge needs a part.
+const GAP_MAX: u64 = 64 << 10;
 /// A row group of at most so many bytes is fetched while rows of the one before are used.
 const AHEAD_BYTES_MAX: u64 = 8 << 20;
 /// Rows of a page, which writers end there, where the file does not tell.

@@ -34,7 +34,8 @@ fn misleads(kind: &DataType) -> bool {
 /// Rows given to the encoder at a time.
 const BATCH_ROWS: usize = 8192;
 
-/// A row group is in memory while it is written: it ends with so many rows, or bytes.
+/// A row group is in memory while it is written, several times over while it is sent: it ends with so many rows,
+/// or bytes.
 const GROUP_ROWS_MAX: usize = 256 << 10;
 
 /// How finely a file is cut.
@@ -50,7 +51,7 @@ struct Grain {
 
 /// For tables that people read.
 const COARSE: Grain =
-    Grain { group_bytes: 16 << 20, page_rows: 20_000, statistics: EnabledStatistics::Page };
+    Grain { group_bytes: 8 << 20, page_rows: 20_000, statistics: EnabledStatistics::Page };
 /// For runs that a merge reads side by side, and a share of it in part.
 const FINE: Grain =
     Grain { group_bytes: 4 << 20, page_rows: 4_096, statistics: EnabledStatistics::Chunk };
@@ -136,6 +137,8 @@ impl FileWriter {
             .map_err(|e| Error::new(Code::ColumnTypeMismatch, format!("{}: {e}", self.uri)))?;
         self.rows += batch.num_rows() as u64;
         let written = self.writer.write(&batch).await;
+        // Parts of files that wait to be sent get their turn: each is as large as a row group.
+        tokio::task::yield_now().await;
         written.map_err(|e| foreign(format!("write a data file of {}", self.uri), &e))
     }
 

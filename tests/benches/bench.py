@@ -29,6 +29,8 @@ from of_merges import merge
 from of_reads import reads
 from of_requests import requests
 
+import cluster
+
 STEPS = """
     SELECT median(CASE WHEN step = 'ingest' THEN duration_ms END) AS ingest,
            median(CASE WHEN step = 'merge' THEN duration_ms END) AS merge
@@ -113,14 +115,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--earlier", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--only", default="", help="merge: workloads whose name holds this; scale: `pieces`")
-    parser.add_argument("--files", type=int, default=32, help="scale: files of the one large epoch")
+    parser.add_argument("--files", type=int, default=64, help="scale: files of the one large epoch")
     parser.add_argument("--file-rows", type=int, default=20_000, help="scale: rows of each of them")
-    parser.add_argument("--shard-size", default="1MiB", help="scale: size of the pieces of that epoch")
-    parser.add_argument("--link", type=float, default=0, help="scale: MB/s of each worker's own link, for that epoch; 0: no bound")
+    parser.add_argument("--shard-size", default="22MiB", help="scale: size of the pieces of that epoch")
+    parser.add_argument("--link", type=float, default=4, help="scale: MB/s of each worker's own link, for that epoch; 0: no bound")
     parser.add_argument("--keep", help="merge, reads: a folder for the tables, kept for the next time")
     parser.add_argument("--target", type=int, default=5_000_000, help="reads, requests: rows of main")
     parser.add_argument("--binary", default=os.environ.get("ALLUVIUM_BINARY", "alluvium"))
     arguments = parser.parse_args()
+    cluster.BINARY = arguments.binary
     few_and_large = arguments.what in ("reads", "requests")
     arguments.epochs = arguments.epochs or (12 if few_and_large else 200)
     arguments.rows = arguments.rows or (100_000 if few_and_large else 1000)
