@@ -53,8 +53,8 @@ class Workload:
     own_layout: bool = False
 
 
-# All of a table in one bin.
-WHOLE = 'optimize = { bin_size = "1000GiB", enabled = false }'
+# All of a table in one bin, whether it pays or not.
+WHOLE = 'optimize = { bin_size = "1000GiB", enabled = false, small_files = 2, read_cost = "110%" }'
 # The epoch before, which made the tables, made the indexes, too.
 INDEXED = 'merge = { deletion_vectors = "upgrade", index = "always" }'
 WORKLOADS = [

@@ -36,6 +36,12 @@ def milliseconds(table: Path, query: str) -> float:
     return statistics.median(times)
 
 
+def health_of(binary: str, lake: Path) -> dict:
+    command = [binary, "tables", "health", "p", "-o", "json"]
+    told = subprocess.run(command, cwd=lake, check=True, capture_output=True)
+    return next(item for item in json.loads(told.stdout)["items"] if item["table"] == "main")
+
+
 def anew(binary: str, lake: Path) -> Path:
     """Main as optimize leaves it when it takes all files."""
     fresh = lake / "anew"
@@ -44,6 +50,7 @@ def anew(binary: str, lake: Path) -> Path:
     of_merges.copied(lake / "raw", fresh / "raw")
     (fresh / "alluvium.toml").write_text(CONFIG.format(settings=of_merges.WHOLE, key=f'["{KEY}"]'))
     subprocess.run([binary, "step", "optimize"], cwd=fresh, check=True, capture_output=True)
+    assert health_of(binary, fresh)["deleted_rows"] == 0, "not all is new"
     return fresh / "main"
 
 
@@ -70,10 +77,7 @@ def reads(arguments: argparse.Namespace, folder: Path) -> None:
     for epoch in range(1, arguments.epochs + 1):
         (hidden / str(epoch)).rename(lake / "incoming" / str(epoch))
         subprocess.run([arguments.binary, "run", "--once"], cwd=lake, check=True, capture_output=True)
-        told = subprocess.run(
-            [arguments.binary, "tables", "health", "p", "-o", "json"], cwd=lake, check=True, capture_output=True
-        )
-        health = next(item for item in json.loads(told.stdout)["items"] if item["table"] == "main")
+        health = health_of(arguments.binary, lake)
         fresh = lake / "fresh"
         of_merges.copied(lake / "main", fresh)
         table = DeltaTable(fresh)
