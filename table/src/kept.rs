@@ -8,10 +8,8 @@ use bytes::Bytes;
 use object_store::path::Path;
 
 /// Ranges of files, up to so many bytes.
-#[derive(Default)]
 pub(crate) struct Kept(Mutex<Ranges>);
 
-#[derive(Default)]
 struct Ranges {
     /// By file, and by where they begin.
     by_file: HashMap<Path, BTreeMap<u64, Bytes>>,
