@@ -6,6 +6,7 @@ worlds run with pieces, too).
 
 from __future__ import annotations
 
+import datetime as dt
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import time
 import uuid
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,6 +35,8 @@ WAYS = {
     "copies": 'merge.deletion_vectors = "off"',
     "little memory": "",
     "sequence": 'sequence_by = "value"',
+    "skip": "merge.skip_unchanged = true",
+    "feed": "change_feed = true",
 }
 
 
@@ -99,6 +103,48 @@ def test_pieces_make_what_one_makes(way: str, tmp_path: Path):
         assert done.code == 0, done.err
         lake.run()
         assert lake.main() == expected(epochs, sequenced)
+    nothing_is_left(lake)
+
+
+EPOCH_START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+KEYS = {
+    "long": (pa.int64(), lambda n: (n - 20_000) * 2**40 + n),
+    "decimal": (pa.decimal128(38, 10), lambda n: Decimal(n * 10**20 + 7) / 10**10),
+    "double": (pa.float64(), lambda n: (n - 20_000) * 0.1),
+    # Statistics do not tell of NaN.
+    "not a number": (pa.float64(), lambda n: n * 0.1 if n % 1000 else float("nan")),
+    # Longer than what statistics keep of a text.
+    "one prefix": (pa.string(), lambda n: "x" * 70 + f"{n:06}"),
+    "binary": (pa.binary(), lambda n: n.to_bytes(3) + b"\xff" * 70),
+    "timestamp": (pa.timestamp("us", "UTC"), lambda n: EPOCH_START + dt.timedelta(microseconds=n * 997)),
+    "two columns": (pa.string(), lambda n: f"k{n:06}"),
+}
+
+
+@pytest.mark.parametrize("way", ["marks", "copies"])
+@pytest.mark.parametrize("kind", KEYS)
+def test_ranges_of_keys_of_any_type(kind: str, way: str, tmp_path: Path):
+    arrow, key_of = KEYS[kind]
+    schema = pa.schema([("id", arrow), ("value", pa.int64()), ("op", pa.string()), ("site", pa.int32())])
+    key = '["site", "id"]' if kind == "two columns" else '["id"]'
+    lake = Lake(tmp_path).pipeline(more='shard_size = "16KiB"\nmerge.batch_epochs = 1\n' + WAYS[way])
+    lake.pipelines["p"] = lake.pipelines["p"].replace('key = ["id"]', f"key = {key}")
+    lake.configure()
+    main: dict = {}
+    for epoch in (10, 20):
+        draw = random.Random(epoch)
+        for file in range(3):
+            # Ten times as many in a part of the keys as in the rest.
+            numbers = [draw.randrange(4_000 if at % 10 else 40_000) for at in range(9_000)]
+            rows = [(key_of(n), epoch * 1_000_000 + file * 10_000 + at, "D" if at % 7 == 0 else "U", n % 3) for at, n in enumerate(numbers)]
+            lake.deliver(epoch, rows, file=f"part-{file}.parquet", complete=file == 2, schema=schema)
+            for row in rows:
+                main[repr(row[0])] = row
+    lake.run()
+    plain = lambda key: repr(key.astimezone(dt.UTC) if kind == "timestamp" else key)
+    found = {(plain(row["id"]), row["value"], row["site"]) for row in lake.rows(by="value")}
+    assert found == {(key, row[1], row[3]) for key, row in main.items() if row[2] == "U"}
+    assert all(count > 2 for count in pieces(lake, "main", "merge"))
     nothing_is_left(lake)
 
 
@@ -208,10 +254,14 @@ def test_several_bins_are_written_at_a_time(tmp_path: Path):
     assert list((tmp_path / "state/shards").rglob("*plan.json")) == []
 
 
-@pytest.mark.parametrize("point", ["shard.after_plan", "shard.after_note", "shard.before_result", "shard.after_result"])
+# Where files are written anew they are searched by themselves, for rows that notes tell.
+POINTS = {"shard.after_plan": "", "shard.after_note": WAYS["copies"], "shard.before_result": "", "shard.after_result": ""}
+
+
+@pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("nth", [1, 2])
 def test_a_kill_at_a_piece_loses_and_doubles_nothing(point: str, nth: int, tmp_path: Path):
-    lake = Lake(tmp_path).pipeline(more=SMALL)
+    lake = Lake(tmp_path).pipeline(more=SMALL + POINTS[point])
     deliver(lake, 10)
     lake.run()
     deliver(lake, 20)
@@ -224,12 +274,14 @@ def test_a_kill_at_a_piece_loses_and_doubles_nothing(point: str, nth: int, tmp_p
     nothing_is_left(lake)
 
 
-@pytest.mark.parametrize("point", ["shard.after_plan", "shard.after_note", "shard.before_result", "shard.after_result"])
+@pytest.mark.parametrize("point", POINTS)
 def test_a_piece_whose_storage_fails_is_tried_again(point: str, tmp_path: Path):
-    lake = Lake(tmp_path).pipeline(more=SMALL)
+    lake = Lake(tmp_path).pipeline(more=SMALL + POINTS[point])
     deliver(lake, 10)
+    lake.run()
+    deliver(lake, 20)
     lake.run(env={"ALLUVIUM_FAIL": f"{point}:1-2"})
-    assert lake.main() == expected([10])
+    assert lake.main() == expected([10, 20])
     nothing_is_left(lake)
 
 
@@ -334,9 +386,10 @@ def test_pieces_go_on_without_redis(make):
 
 
 @pytest.mark.parametrize(("rows", "in_order"), [(ROWS, 0), (20_000, 19_000)])
-def test_files_of_other_writers_in_no_order_are_merged_all_the_same(rows: int, in_order: int, tmp_path: Path):
-    """Somebody rewrote raw's files in another order: pieces cannot be made of them, and one worker does it. That may
-    be found when some of them are done."""
+@pytest.mark.parametrize("tells", [True, False])
+def test_files_of_other_writers_in_no_order_are_merged_all_the_same(tells: bool, rows: int, in_order: int, tmp_path: Path):
+    """Somebody rewrote raw's files in another order: pieces cannot be made of them, and one worker does it. That is
+    found by the pieces, where the files tell of their pages."""
     lake = Lake(tmp_path).pipeline(more=SMALL + 'merge.batch_epochs = 1\n')
     of = {"rows": rows, "keys": 4 * rows}
     deliver(lake, 10, **of)
@@ -347,7 +400,7 @@ def test_files_of_other_writers_in_no_order_are_merged_all_the_same(rows: int, i
         held = pq.read_table(path, partitioning=None)
         assert len(held) == rows
         reverse = held.take(pa.array([*range(in_order), *range(rows - 1, in_order - 1, -1)]))
-        pq.write_table(reverse, path)
+        pq.write_table(reverse, path, data_page_size=4096, write_page_index=tells)
     # The log's sizes are of the files as they were: a reader asks for the footer by them.
     sizes(tmp_path / "p/raw")
     lake.run()
@@ -356,14 +409,14 @@ def test_files_of_other_writers_in_no_order_are_merged_all_the_same(rows: int, i
 
 
 def test_many_rows_of_few_keys_are_as_many_pieces(tmp_path: Path):
-    """Shares are of as many rows each: of as many keys each, the first one would be all."""
-    lake = Lake(tmp_path).pipeline(more='shard_size = "2KiB"\n')
-    of = {"rows": 2_000, "keys": 200}
+    """Ranges are of as many rows each: of as many keys each, the first one would be all."""
+    lake = Lake(tmp_path).pipeline(more=SMALL)
+    of = {"rows": 40_000, "keys": 200}
     deliver(lake, 10, **of)
     lake.run()
     assert lake.main() == expected([10], **of)
-    bytes_of_raw = sum(path.stat().st_size for path in (tmp_path / "p/raw").rglob("*.parquet"))
-    assert pieces(lake, "main", "merge")[0] > bytes_of_raw / 2048 / 2
+    # Of a file of ten pages; as many as can be without reading most of them for most of the ranges.
+    assert 20 < pieces(lake, "main", "merge")[0] < 64
     nothing_is_left(lake)
 
 
@@ -378,9 +431,9 @@ def sizes(table: Path) -> None:
         entry.write_text("\n".join(lines) + "\n")
 
 
-def plan_of_a_stopped(lake: Lake) -> tuple[subprocess.Popen, Path]:
+def plan_of_a_stopped(lake: Lake, nth: int = 1) -> tuple[subprocess.Popen, Path]:
     """A run that stands still where its plan lies and nobody is asked yet."""
-    process = lake.start("run", "--once", env={"ALLUVIUM_STOP": "shard.after_plan"})
+    process = lake.start("run", "--once", env={"ALLUVIUM_STOP": f"shard.after_plan:{nth}"})
     wait_for(lambda: list((lake.root / "state/shards").rglob("*-plan.json")), "a plan")
     wait_for(lambda: Path(f"/proc/{process.pid}/stat").read_text().rsplit(") ", 1)[1].startswith("T"), "a stop")
     [plan] = (lake.root / "state/shards").rglob("*-plan.json")
@@ -403,6 +456,19 @@ def test_what_another_worker_cannot_do_is_done_by_the_one_that_has_the_step(tmp_
         Path(str(plan).replace("-plan.json", f"-{number}.json")).write_text(json.dumps({"failed": error}))
     goes_on(process)
     assert lake.main() == expected([10]) and lake.states() == {10: "processed"}
+    nothing_is_left(lake)
+
+
+@pytest.mark.parametrize("passed", [0, 1, None])
+def test_ranges_that_lack_rows_are_not_believed(passed: int | None, tmp_path: Path):
+    """Rows passed over in all ranges are those of the files, or one worker merges them."""
+    lake = Lake(tmp_path).pipeline(more=SMALL)
+    deliver(lake, 10)
+    process, plan = plan_of_a_stopped(lake, nth=2)
+    found = {"passed": passed, "keys": 0, "upserts": 0, "going": [], "feed": [], "share": None}
+    Path(str(plan).replace("-plan.json", "-0.json")).write_text(json.dumps({"done": {"of_merge": found}}))
+    goes_on(process)
+    assert lake.main() == expected([10]) and pieces(lake, "main", "merge") == [0]
     nothing_is_left(lake)
 
 

@@ -28,6 +28,7 @@ pub mod select;
 pub mod session;
 pub mod spool;
 pub mod store;
+pub mod stretches;
 mod table;
 pub mod transactions;
 pub mod upkeep;

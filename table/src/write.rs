@@ -18,6 +18,7 @@ use object_store::prefix::PrefixStore;
 use tracing::Instrument;
 
 use crate::classify::foreign;
+use crate::session::quoted;
 use crate::store::StoreRef;
 use crate::{Table, schema};
 
@@ -47,24 +48,37 @@ struct Grain {
     page_rows: usize,
     /// Smallest and largest values: of pages, too, or of row groups only.
     statistics: EnabledStatistics,
+    /// Of the key's columns those of pages are told, whatever their type.
+    finds_keys: bool,
 }
 
 /// For tables that people read.
-const COARSE: Grain =
-    Grain { group_bytes: 8 << 20, page_rows: 20_000, statistics: EnabledStatistics::Page };
-/// For runs that a merge reads side by side, and a share of it in part.
-const FINE: Grain =
-    Grain { group_bytes: 4 << 20, page_rows: 4_096, statistics: EnabledStatistics::Chunk };
+const COARSE: Grain = Grain {
+    group_bytes: 8 << 20,
+    page_rows: 20_000,
+    statistics: EnabledStatistics::Page,
+    finds_keys: false,
+};
+/// For runs that a merge reads side by side, and a piece of it in part: a range of keys, by what is told of pages.
+const FINE: Grain = Grain {
+    group_bytes: 4 << 20,
+    page_rows: 4_096,
+    statistics: EnabledStatistics::Chunk,
+    finds_keys: true,
+};
+/// Of so many columns the log has statistics, where they are named.
+const IN_LOG_MAX: usize = 32;
 
 /// A dictionary that grows larger is given up: to look up each value in it costs more than it saves.
 const DICTIONARY_BYTES_MAX: usize = 128 << 10;
 
-/// The column of a pipeline's table that identifies its rows alone.
-fn only_key_of(table: &Table) -> Option<String> {
-    let key = table.properties().get("alluvium.key")?.clone();
+/// The columns of a pipeline's table that identify its rows.
+fn key_of(table: &Table) -> Vec<String> {
     let schema = table.schema();
-    let at = schema::find_column(&schema, &key).filter(|_| !key.contains(','))?;
-    Some(schema.field(at).name().clone())
+    let properties = table.properties();
+    let names = properties.get("alluvium.key").map_or("", String::as_str).split(',');
+    let found = names.filter_map(|name| schema::find_column(&schema, name));
+    found.map(|at| schema.field(at).name().clone()).collect()
 }
 
 /// Writes rows as data files that are cut at about the target size.
@@ -105,13 +119,28 @@ impl FileWriter {
             .set_data_page_row_count_limit(grain.page_rows)
             .set_statistics_enabled(grain.statistics)
             .set_dictionary_page_size_limit(DICTIONARY_BYTES_MAX);
-        for field in schema.fields().iter().filter(|field| misleads(field.data_type())) {
+        let (misleading, sound): (Vec<_>, Vec<_>) =
+            schema.fields().iter().partition(|field| misleads(field.data_type()));
+        for field in &misleading {
             let column = ColumnPath::new(vec![field.name().clone()]);
             properties = properties.set_column_statistics_enabled(column, EnabledStatistics::None);
         }
-        if let Some(key) = only_key_of(table) {
+        let (key, mut in_log) = (key_of(table), None);
+        if grain.finds_keys {
+            for name in &key {
+                let column = ColumnPath::new(vec![name.clone()]);
+                let of_pages = EnabledStatistics::Page;
+                properties = properties.set_column_statistics_enabled(column, of_pages);
+            }
+            // They mislead in the log only.
+            if misleading.iter().any(|field| key.contains(field.name())) {
+                let names = sound.iter().map(|field| quoted(field.name()));
+                in_log = Some(names.take(IN_LOG_MAX).collect());
+            }
+        }
+        if let [key] = key.as_slice() {
             // No two rows have the same: a dictionary of it is the column itself.
-            let column = ColumnPath::new(vec![key]);
+            let column = ColumnPath::new(vec![key.clone()]);
             properties = properties.set_column_dictionary_enabled(column, false);
         }
         let properties = properties.build();
@@ -122,7 +151,7 @@ impl FileWriter {
             NonZeroU64::new(target_file_bytes),
             Some(BATCH_ROWS),
             table.snapshot.table_properties().num_indexed_cols(),
-            None,
+            in_log,
         );
         let writer = DeltaWriter::new(store, config);
         Ok(Self { writer, schema, uri: table.uri().to_owned(), rows: 0 })

@@ -50,7 +50,7 @@ pub(crate) struct Edit {
     /// Rows of main that go and come again.
     pub(crate) updated: u64,
     /// Files with rows that go.
-    touched: Vec<Found>,
+    pub(crate) touched: Vec<Found>,
     /// Files, or states of files, that stop being live.
     pub(crate) gone: Vec<Gone>,
     /// New files: rows that come, and those that stay of files that are written anew.
@@ -107,6 +107,17 @@ impl Editing<'_> {
     pub(crate) async fn carry_out(
         &self,
         edit: &mut Edit,
+        winners: Winners,
+        search: Search<'_>,
+    ) -> Result<()> {
+        self.write(edit, winners, search).await?;
+        self.take_out(edit).await
+    }
+
+    /// The same, without taking them out.
+    pub(crate) async fn write(
+        &self,
+        edit: &mut Edit,
         mut winners: Winners,
         search: Search<'_>,
     ) -> Result<()> {
@@ -132,7 +143,6 @@ impl Editing<'_> {
             edit.written = written?;
         }
         permit.check()?;
-        self.take_out(edit).await?;
         if main.tells_changes() && !edit.touched.is_empty() {
             edit.feed = feed::write(self, &edit.touched, winners.spooled().await?.as_ref()).await?;
         }
@@ -190,7 +200,7 @@ impl Editing<'_> {
     }
 
     /// Marks the rows that go, or writes their files anew without them.
-    async fn take_out(&self, edit: &mut Edit) -> Result<()> {
+    pub(crate) async fn take_out(&self, edit: &mut Edit) -> Result<()> {
         let (marking, copying): (Vec<&Found>, Vec<&Found>) =
             edit.touched.iter().partition(|found| self.may_mark(&found.file));
         let marks = marking.iter().map(|found| Mark {
@@ -316,10 +326,15 @@ impl Edit {
         (self.gone.len() - self.marked.len()) as u64
     }
 
-    fn take(&mut self, searched: Searched) {
+    pub(crate) fn take(&mut self, searched: Searched) {
         self.keys = searched.keys;
         self.upserts = searched.upserts;
         self.touched = searched.touched;
+        self.count_hits();
+    }
+
+    /// Counts the rows that go.
+    pub(crate) fn count_hits(&mut self) {
         self.hits = self.touched.iter().map(|found| found.rows.len()).sum();
         self.updated = self.touched.iter().map(|found| found.coming).sum();
     }

@@ -63,7 +63,7 @@ impl Fold<'_> {
             let rows: u64 = changes.iter().filter_map(|file| file.rows).sum();
             let mut search = new_search(usize::try_from(rows).unwrap_or(0))?;
             let files = (changes.as_slice(), pipeline.sizes.memory_bytes);
-            let last = LastRows::find(raw, &rule, files, &mut search, permit).await?;
+            let last = LastRows::find(raw, &rule, files, None, &mut search, permit).await?;
             sorted = last.map(|last| (Winners::InRaw(Arc::new(last)), search));
         }
         let (winners, search) = match sorted {

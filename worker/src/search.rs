@@ -39,8 +39,6 @@ pub(crate) struct Search<'a> {
     found: BTreeMap<String, Found>,
     counted: u64,
     upserts: u64,
-    /// Keys and rows that come, of those that are looked for, that count here.
-    share: Option<(u64, u64)>,
 }
 
 /// What was found.
@@ -76,7 +74,7 @@ impl<'a> Search<'a> {
             (0..key.len()).filter(|at| partitions.contains(&key[*at])).collect();
         let keys = KeySet::new(&types, rows.min(ROOM_KEYS), &apart)?;
         let memory = pipeline.sizes.memory_bytes / KEYS_SHARE;
-        let (found, counted, upserts, share) = (BTreeMap::new(), 0, 0, None);
+        let (found, counted, upserts) = (BTreeMap::new(), 0, 0);
         Ok(Self {
             main,
             rule,
@@ -91,7 +89,6 @@ impl<'a> Search<'a> {
             found,
             counted,
             upserts,
-            share,
         })
     }
 
@@ -118,22 +115,16 @@ impl<'a> Search<'a> {
         Ok(())
     }
 
-    /// Of the keys so many count here, and so many rows that come: others search elsewhere for the same keys.
-    pub(crate) fn count_only(&mut self, keys: u64, upserts: u64) {
-        self.share = Some((keys, upserts));
-    }
-
     /// Rows that come, so far.
     pub(crate) fn upserts(&self) -> u64 {
-        self.share.map_or(self.upserts, |(_, upserts)| upserts)
+        self.upserts
     }
 
     /// Finds the rows of all keys.
     pub(crate) async fn finish(mut self) -> Result<Searched> {
         self.look().await?;
         let touched = self.found.into_values().collect();
-        let (keys, upserts) = self.share.unwrap_or((self.counted, self.upserts));
-        Ok(Searched { keys, upserts, touched })
+        Ok(Searched { keys: self.counted, upserts: self.upserts, touched })
     }
 
     async fn look(&mut self) -> Result<()> {

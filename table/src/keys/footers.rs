@@ -57,13 +57,34 @@ static KEPT: OnceLock<Mutex<Kept>> = OnceLock::new();
 impl Table {
     /// The footer of a data file of `size` bytes.
     pub(crate) async fn footer(&self, path: &str, size: u64) -> Result<Arc<ParquetMetaData>> {
+        self.known_footer(path, size, PageIndexPolicy::Skip).await
+    }
+
+    /// The same, with the smallest and largest values of pages where the file tells them.
+    pub(crate) async fn footer_with_pages(
+        &self,
+        path: &str,
+        size: u64,
+    ) -> Result<Arc<ParquetMetaData>> {
+        self.known_footer(path, size, PageIndexPolicy::Optional).await
+    }
+
+    async fn known_footer(
+        &self,
+        path: &str,
+        size: u64,
+        values: PageIndexPolicy,
+    ) -> Result<Arc<ParquetMetaData>> {
         let name = (self.uri.clone(), path.to_owned(), size);
         let kept = KEPT.get_or_init(Mutex::default);
         let known = kept.lock().unwrap_or_else(PoisonError::into_inner).by_file.get(&name).cloned();
-        if let Some(known) = known {
+        let is_enough = |known: &Arc<ParquetMetaData>| {
+            values == PageIndexPolicy::Skip || known.column_index().is_some()
+        };
+        if let Some(known) = known.filter(is_enough) {
             return Ok(known);
         }
-        let read = Arc::new(self.read_footer(path, size).await?);
+        let read = Arc::new(self.read_footer_with(path, size, values).await?);
         let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.bytes > KEPT_BYTES_MAX {
             *kept = Kept::default();
@@ -75,6 +96,15 @@ impl Table {
 
     /// The same from storage, whatever was read before.
     pub(crate) async fn read_footer(&self, path: &str, size: u64) -> Result<ParquetMetaData> {
+        self.read_footer_with(path, size, PageIndexPolicy::Skip).await
+    }
+
+    async fn read_footer_with(
+        &self,
+        path: &str,
+        size: u64,
+        mut values: PageIndexPolicy,
+    ) -> Result<ParquetMetaData> {
         let doing = || format!("read {path} of {}", self.uri);
         let at = path_of(path);
         // Where pages begin: some rows of a file in a store are then read without the others.
@@ -83,12 +113,16 @@ impl Table {
             let range = size.saturating_sub(wanted)..size;
             let tail =
                 self.store().get_range(&at, range).await.map_err(|e| foreign(doing(), &e))?;
-            let mut reader = ParquetMetaDataReader::new().with_offset_index_policy(pages);
+            let mut reader = ParquetMetaDataReader::new()
+                .with_offset_index_policy(pages)
+                .with_column_index_policy(values);
             match reader.try_parse_sized(&tail, size) {
                 Ok(()) => return reader.finish().map_err(|e| foreign(doing(), &e)),
                 Err(ParquetError::NeedMoreData(more)) if wanted < size => wanted = more as u64,
                 // Pages can be found without it, too.
-                Err(_) if pages == PageIndexPolicy::Optional => pages = PageIndexPolicy::Skip,
+                Err(_) if pages == PageIndexPolicy::Optional => {
+                    (pages, values) = (PageIndexPolicy::Skip, PageIndexPolicy::Skip);
+                }
                 Err(error) => return Err(foreign(doing(), &error)),
             }
         }

@@ -15,7 +15,9 @@ mod pages;
 pub mod scan;
 mod set;
 mod side;
+mod spread;
 
 pub use contents::{Content, Contents};
 pub use scan::{Found, Scan};
 pub use set::KeySet;
+pub use spread::readings;

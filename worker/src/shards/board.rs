@@ -6,7 +6,6 @@ use std::ops::Range;
 
 use alluvium_protocol::task::Task;
 use alluvium_protocol::{Code, Error, Pipeline, Result};
-use alluvium_table::Table;
 use alluvium_table::classify::foreign;
 use alluvium_table::posted;
 use alluvium_table::spool::Spool;
@@ -47,10 +46,8 @@ pub(crate) struct Board {
     plan: String,
     /// What the names of its objects begin with.
     prefix: String,
-    /// The notes, where it was laid out here; and the table that the work was dealt out of, which keeps what was
-    /// fetched of it.
+    /// The notes, where it was laid out here.
     own_notes: Vec<Vec<u8>>,
-    own_table: Option<Table>,
 }
 
 /// How long a UUID is as text.
@@ -78,14 +75,8 @@ impl Board {
             return Err(Error::new(Code::MessageUnknown, text));
         };
         let (store, prefix) = (object_store_at(&pipeline.state)?, format!("{name}-"));
-        Ok(Self {
-            store,
-            folder: Path::from(folder),
-            plan: plan.to_owned(),
-            prefix,
-            own_notes: Vec::new(),
-            own_table: None,
-        })
+        let (folder, plan) = (Path::from(folder), plan.to_owned());
+        Ok(Self { store, folder, plan, prefix, own_notes: Vec::new() })
     }
 
     pub(super) fn plan(&self) -> &str {
@@ -122,15 +113,6 @@ impl Board {
         self.put(&format!("{}.note", self.own_notes.len()), note.clone()).await?;
         self.own_notes.push(note);
         Ok(())
-    }
-
-    /// What is read of this table here is not fetched again.
-    pub(super) fn keep_table(&mut self, table: Table) {
-        self.own_table = Some(table);
-    }
-
-    pub(super) fn own_table(&self) -> Option<&Table> {
-        self.own_table.as_ref()
     }
 
     /// These notes.

@@ -17,6 +17,7 @@ mod board;
 pub(crate) mod of_ingest;
 pub(crate) mod of_merge;
 pub(crate) mod of_optimize;
+mod of_search;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -29,8 +30,8 @@ use alluvium_protocol::retry::CRASHES_MAX;
 use alluvium_protocol::task::{FORMAT_MAJOR, Report, Task, Work, encode};
 use alluvium_protocol::trace;
 use alluvium_protocol::{Class, Code, Error, Pipeline, Result, crash};
+use alluvium_table::Add;
 use alluvium_table::write::Written;
-use alluvium_table::{Add, Table};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use uuid::Uuid;
@@ -67,6 +68,7 @@ pub struct Team {
 pub(crate) enum Job {
     Ingest(of_ingest::Job),
     Merge(of_merge::Job),
+    Search(of_search::Job),
     Optimize(of_optimize::Job),
 }
 
@@ -79,6 +81,7 @@ pub(crate) struct Product {
     rows: u64,
     of_ingest: Option<of_ingest::Findings>,
     of_merge: Option<of_merge::Findings>,
+    of_search: Option<of_search::Findings>,
 }
 
 impl Product {
@@ -91,7 +94,8 @@ impl Job {
     fn pieces(&self) -> usize {
         match self {
             Self::Ingest(job) => job.parts.len(),
-            Self::Merge(job) => job.pieces(),
+            Self::Merge(job) => job.ranges(),
+            Self::Search(job) => job.parts.len(),
             Self::Optimize(job) => job.bins.len(),
         }
     }
@@ -105,7 +109,8 @@ impl Job {
     ) -> Result<Product> {
         match self {
             Self::Ingest(job) => job.carry_out((tables, board), pipeline, number, permit).await,
-            Self::Merge(job) => job.carry_out((tables, board), pipeline, number, permit).await,
+            Self::Merge(job) => job.carry_out(tables, pipeline, number, permit).await,
+            Self::Search(job) => job.carry_out((tables, board), pipeline, number, permit).await,
             Self::Optimize(job) => job.carry_out(tables, pipeline, number, permit).await,
         }
     }
@@ -115,10 +120,11 @@ impl Job {
     /// The pieces in the order in which the step's worker begins them. Others begin them as they are asked.
     fn in_turn(&self) -> Vec<usize> {
         match self {
-            Self::Ingest(job) => (0..job.parts.len()).rev().collect(),
-            Self::Merge(job) => job.in_turn(),
             // Those come first that save most.
             Self::Optimize(job) => (0..job.bins.len()).collect(),
+            Self::Ingest(_) | Self::Merge(_) | Self::Search(_) => {
+                (0..self.pieces()).rev().collect()
+            }
         }
     }
 
@@ -132,6 +138,7 @@ impl Job {
         match self {
             Self::Ingest(_) => product.of_ingest.is_some(),
             Self::Merge(_) => product.of_merge.is_some(),
+            Self::Search(_) => product.of_search.is_some(),
             Self::Optimize(_) => true,
         }
     }
@@ -165,17 +172,12 @@ impl<'a> Shared<'a> {
         permit: &'a Permit,
     ) -> Result<Self> {
         let shared = Self::lay_out(workshop, task, job, permit).await?;
-        let begun_here = shared.job.in_turn().first().copied();
-        for number in (0..shared.job.pieces()).filter(|number| Some(*number) != begun_here) {
-            if !shared.ask(number).await {
-                break;
-            }
-        }
+        shared.ask_all().await;
         Ok(shared)
     }
 
     /// Lays the work out; others are to be asked.
-    pub(crate) async fn lay_out(
+    async fn lay_out(
         workshop: &'a Workshop,
         task: &'a Task,
         job: Job,
@@ -199,18 +201,23 @@ impl<'a> Shared<'a> {
         }
     }
 
-    /// What is read of this table here is not fetched again.
-    pub(crate) fn keep_table(&mut self, table: Table) {
-        self.board.keep_table(table);
-    }
-
     /// Lays out the next note.
-    pub(crate) async fn note(&mut self, note: &impl Serialize) -> Result<()> {
+    async fn note(&mut self, note: &impl Serialize) -> Result<()> {
         self.board.note(note).await
     }
 
+    /// Asks others for all pieces but the one that is begun here.
+    async fn ask_all(&self) {
+        let begun_here = self.job.in_turn().first().copied();
+        for number in (0..self.job.pieces()).filter(|number| Some(*number) != begun_here) {
+            if !self.ask(number).await {
+                break;
+            }
+        }
+    }
+
     /// Asks others for a piece. False: nobody can be asked; it is done here.
-    pub(crate) async fn ask(&self, number: usize) -> bool {
+    async fn ask(&self, number: usize) -> bool {
         let trace = trace::traceparent(&trace::context_of(&tracing::Span::current()));
         let asked = async {
             let task = self.task_of(number)?;
@@ -391,11 +398,6 @@ impl<'a> Shared<'a> {
     /// What lies beside the plan.
     pub(crate) fn board(&self) -> &Board {
         &self.board
-    }
-
-    /// The job as it became while it was laid out.
-    pub(crate) fn becomes(&mut self, job: Job) {
-        self.job = job;
     }
 
     /// Takes the plan away: what comes now finds nothing to do.

@@ -1,147 +1,154 @@
-//! A merge in pieces. The step's worker chooses the last row of each key, in the order of keys, and deals them out:
-//! each piece writes a share of these rows, and is begun while the next is dealt. The first pieces, which others are
-//! asked for last, look for all of the keys in some of main's files each.
+//! A merge in pieces: each is a range of keys. It chooses the last row of each of its keys, looks for them in main, and
+//! writes those that come; which rows of main go by that is put together by the step's worker, in one commit.
+//!
+//! Where a key may be in any of main's files, each range would read them all: they are searched file by file then,
+//! once all rows are chosen ([`super::of_search`]); and so they are where files are to be written anew without the
+//! rows that go.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use alluvium_protocol::pipeline::Mode;
+use alluvium_protocol::pipeline::{DeletionVectors, Mode};
 use alluvium_protocol::task::Task;
-use alluvium_protocol::{Epoch, Error, Pipeline, Result, crash};
-use alluvium_table::write::Written;
-use alluvium_table::{Add, LiveFile};
+use alluvium_protocol::{Epoch, Error, Pipeline, Result};
+use alluvium_table::deletion::RowSet;
+use alluvium_table::keys::{Found, readings};
+use alluvium_table::{Action, LiveFile};
+use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
 
-use super::{Board, Product, Shared, pieces_of};
+use super::{Product, Shared, of_search, pieces_of};
 use crate::checks::agree;
-use crate::edit::{Edit, Editing, Gone, Winners};
+use crate::edit::{Edit, Editing, Winners};
 use crate::folding::Fold;
 use crate::search::Search;
-use crate::sorted::{Dealer, LastRows, Share};
+use crate::sorted::{Cuts, LastRows, Share, rows_of, text_of};
 use crate::tables::Tables;
 use crate::winners::Rule;
 use crate::{Permit, Workshop, raw};
 
-/// What is to be searched, and written.
+/// Main is searched range by range while its row groups are read so often at most.
+const READINGS_MAX: f64 = 3.0;
+/// Deletion vectors read at a time.
+const VECTORS_AT_ONCE: usize = 16;
+
+/// What is to be merged, range by range.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Job {
     main_version: i64,
     raw_version: i64,
     epochs: BTreeSet<Epoch>,
-    /// At most; which rows are whose is in the notes, a [`Share`] each.
-    shares: usize,
-    /// Paths of main's files; each part is looked through for all keys, so that there are no more of them than
-    /// pay.
-    parts: Vec<Vec<String>>,
+    cuts: Cuts,
+    ranges: usize,
+    /// Each range is looked for in main, too.
+    searches: bool,
 }
 
-/// What a piece does to main, beside its new files.
+/// What a range is of, beside its new files.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Findings {
+    /// Rows of raw with its keys; `None`: they are not in the order of their keys.
+    passed: Option<u64>,
     keys: u64,
     upserts: u64,
-    hits: u64,
-    updated: u64,
-    marked: Vec<Add>,
-    /// Files that go, with their rows.
-    gone: Vec<(String, u64)>,
+    /// Rows of main that go, where it was searched.
+    going: Vec<Going>,
+    /// Files that tell the changes row by row.
+    feed: Vec<Action>,
+    /// The rows that were chosen, where main was not searched.
+    share: Option<Share>,
+}
+
+/// Rows of a file of main that go.
+#[derive(Clone, Serialize, Deserialize)]
+struct Going {
+    path: String,
+    rows_in_file: u64,
+    /// As [`text_of`] writes them.
+    rows: String,
+    /// So many of them come again.
+    coming: u64,
 }
 
 impl Job {
-    pub(super) fn pieces(&self) -> usize {
-        self.parts.len() + self.shares
+    pub(super) fn ranges(&self) -> usize {
+        self.ranges
     }
 
-    /// The keys were read where the shares are dealt, and are searched for there.
-    pub(super) fn in_turn(&self) -> Vec<usize> {
-        let parts = self.parts.len();
-        (0..parts).chain((parts..self.pieces()).rev()).collect()
-    }
-
-    /// The pieces of a merge of these files of raw, and who deals out their rows; `None`: it is too small for
-    /// them, needs to see all that goes beside all that comes, or raw's files are too many for this memory or have rows
-    /// that somebody else deleted.
-    async fn of(
-        fold: &Fold<'_>,
-        changed: &[LiveFile],
-        permit: &Permit,
-    ) -> Result<Option<(Self, Dealer)>> {
+    /// The ranges of a merge of these files of raw; `None`: it is too small for pieces, computed over all epochs, or
+    /// needs what raw does not tell.
+    async fn of(fold: &Fold<'_>, changed: &[LiveFile], permit: &Permit) -> Result<Option<Self>> {
         let Fold { pipeline, main, raw, is_fast, .. } = *fold;
         let content = &pipeline.content;
-        let bytes: u64 = changed.iter().map(|file| file.size).sum();
-        let shares = pieces_of(bytes, pipeline, permit);
-        let is_plain = is_fast && content.mode == Mode::Upsert && !content.skip_unchanged;
-        if shares < 2 || !is_plain || main.tells_changes() {
+        let bytes = changed.iter().map(|file| file.size).sum();
+        let ranges = pieces_of(bytes, pipeline, permit);
+        if ranges < 2 || !is_fast || content.mode != Mode::Upsert {
             return Ok(None);
         }
         let rule = Rule::new(pipeline, raw);
-        let memory = pipeline.sizes.memory_bytes;
-        let dealer = Dealer::begin(raw, &rule, (changed, memory), shares).await?;
-        let Some(dealer) = dealer else { return Ok(None) };
-        let mut live = main.files().await?;
-        let in_main: u64 = live.iter().map(|file| file.size).sum();
-        // To read the keys of the epochs once more pays where as much of main is left to others.
-        let searching = usize::try_from(in_main / bytes.max(1)).unwrap_or(shares).clamp(1, shares);
-        live.sort_by(|one, other| {
-            other.size.cmp(&one.size).then_with(|| one.path.cmp(&other.path))
-        });
-        let mut parts = vec![Vec::new(); searching.min(live.len())];
-        let searching = parts.len();
-        // Dealt out there and back: about as much for each.
-        for (at, file) in live.into_iter().enumerate() {
-            let (round, place) = (at / searching, at % searching);
-            let part = if round % 2 == 0 { place } else { searching - 1 - place };
-            parts[part].push(file.path);
+        let files = (changed, pipeline.sizes.memory_bytes);
+        let Some(cuts) = Cuts::choose(raw, &rule, files, ranges).await? else { return Ok(None) };
+        let (ranges, ends) = cuts.ends()?;
+        let marks = main.marks_rows() && pipeline.deletion_vectors != DeletionVectors::Off;
+        let searches = marks && {
+            let live = main.files().await?;
+            readings(main, &live, &rule.key[0], &ends).await? <= READINGS_MAX
+        };
+        if !searches && (content.skip_unchanged || main.tells_changes()) {
+            // Both need to see all that goes beside all that comes.
+            return Ok(None);
         }
         let (main_version, raw_version) = (main.version(), raw.version());
         let epochs = fold.changed.clone();
-        Ok(Some((Self { main_version, raw_version, epochs, shares, parts }, dealer)))
+        Ok(Some(Self { main_version, raw_version, epochs, cuts, ranges, searches }))
     }
 
     pub(super) async fn carry_out(
         &self,
-        (tables, board): (&Tables, &Board),
+        tables: &Tables,
         pipeline: &Pipeline,
         number: usize,
         permit: &Permit,
     ) -> Result<Product> {
         let main = &tables.at(&pipeline.main, self.main_version).await?;
-        let raw = &match board.own_table() {
-            Some(own) => own.clone(),
-            None => tables.at(&pipeline.raw, self.raw_version).await?,
-        };
+        let raw = &tables.at(&pipeline.raw, self.raw_version).await?;
         let rule = &Rule::new(pipeline, raw);
         let changes = raw::files_of(raw, &self.epochs).await?;
-        let (mut search, share);
-        if let Some(part) = self.parts.get(number) {
-            let part: HashSet<&String> = part.iter().collect();
-            let mut live = main.files().await?;
-            live.retain(|file| part.contains(&file.path));
-            search = Search::new(main, rule, pipeline, live, permit, 0)?;
-            let all = board.notes(0..self.shares).await?;
-            let all = LastRows::of_shares(raw, rule, &changes, all)?;
-            all.search_for(&mut search, permit).await?;
-            share = Vec::new();
-        } else {
-            search = Search::new(main, rule, pipeline, Vec::new(), permit, 0)?;
-            let number = number - self.parts.len();
-            share = board.notes(number..number + 1).await?;
-        }
-        let last = LastRows::of_shares(raw, rule, &changes, share)?;
-        let (keys, upserts) = last.counts();
-        search.count_only(keys, upserts);
+        let live = if self.searches { main.files().await? } else { Vec::new() };
+        let mut search = Search::new(main, rule, pipeline, live, permit, 0)?;
+        let files = (changes.as_slice(), pipeline.sizes.memory_bytes);
+        let range = Some((&self.cuts, number));
+        let last = LastRows::find(raw, rule, files, range, &mut search, permit).await?;
+        let mut findings = Findings {
+            passed: last.as_ref().map(LastRows::passed),
+            keys: 0,
+            upserts: 0,
+            going: Vec::new(),
+            feed: Vec::new(),
+            share: None,
+        };
+        let Some(last) = last.map(Arc::new) else {
+            return Ok(Product { of_merge: Some(findings), ..Product::default() });
+        };
         let mut edit = Edit::default();
-        let editing = Editing { main, rule, pipeline, permit };
-        editing.carry_out(&mut edit, Winners::InRaw(Arc::new(last)), search).await?;
-        let of_merge = Some(Findings {
-            keys: edit.keys,
-            upserts: edit.upserts,
-            hits: edit.hits,
-            updated: edit.updated,
-            marked: edit.marked,
-            gone: edit.gone.into_iter().map(|gone| (gone.file.path, gone.rows)).collect(),
-        });
-        Ok(Product { of_merge, ..Product::of(edit.written) })
+        if last.counts().0 > 0 {
+            let editing = Editing { main, rule, pipeline, permit };
+            editing.write(&mut edit, Winners::InRaw(Arc::clone(&last)), search).await?;
+        }
+        (findings.keys, findings.upserts) = (edit.keys, edit.upserts);
+        for found in &edit.touched {
+            findings.going.push(Going {
+                path: found.file.path.clone(),
+                rows_in_file: found.rows_in_file,
+                rows: text_of(&found.rows)?,
+                coming: found.coming,
+            });
+        }
+        if !self.searches {
+            findings.share = Some(last.to_share()?);
+        }
+        findings.feed = edit.feed;
+        Ok(Product { of_merge: Some(findings), ..Product::of(edit.written) })
     }
 }
 
@@ -153,80 +160,72 @@ pub(crate) async fn in_pieces(
     (fold, changed): (&Fold<'_>, &[LiveFile]),
     permit: &Permit,
 ) -> Result<Option<(Edit, u64)>> {
-    let main = fold.main;
-    let Some((job, dealer)) = Job::of(fold, changed, permit).await? else { return Ok(None) };
-    let mut shared =
-        Shared::lay_out(workshop, task, super::Job::Merge(job.clone()), permit).await?;
-    let dealt = deal(&mut shared, job, dealer, permit).await;
-    let gathered = match dealt {
-        Ok(Some(counted)) => shared.gather().await.map(|products| Some((counted, products))),
-        Ok(None) => Ok(None),
-        Err(error) => Err(error),
-    };
+    let Fold { main, raw, pipeline, .. } = *fold;
+    let Some(job) = Job::of(fold, changed, permit).await? else { return Ok(None) };
+    let shared = Shared::begin(workshop, task, super::Job::Merge(job.clone()), permit).await?;
+    let products = shared.gather().await;
     shared.end().await;
-    let Some(((keys, upserts), products)) = gathered? else { return Ok(None) };
-    let pieces = products.len() as u64;
+    let products: Vec<Product> = products?.into_iter().flatten().collect();
+    let mut pieces = products.len() as u64;
     let live = main.files().await?;
-    let mut edit = Edit::default();
-    edit.rows_before = live.iter().map(LiveFile::live_rows).sum();
-    let live: HashMap<String, LiveFile> =
-        live.into_iter().map(|file| (file.path.clone(), file)).collect();
-    for product in products.into_iter().flatten() {
+    let rows_before = live.iter().map(LiveFile::live_rows).sum();
+    let mut edit = Edit { rows_before, ..Edit::default() };
+    let (mut passed, mut shares, mut going) = (Some(0), Vec::new(), BTreeMap::new());
+    for product in products {
         let found = product.of_merge.ok_or_else(|| Error::internal("a piece of another step"))?;
+        passed = passed.zip(found.passed).map(|(all, of_range)| all + of_range);
         edit.keys += found.keys;
         edit.upserts += found.upserts;
-        edit.hits += found.hits;
-        edit.updated += found.updated;
-        edit.marked.extend(found.marked);
-        for (path, rows) in found.gone {
-            let file = live.get(&path).ok_or_else(|| Error::internal("a file of no snapshot"))?;
-            edit.gone.push(Gone { file: file.clone(), rows });
+        edit.feed.extend(found.feed);
+        edit.written.adds.extend(product.adds);
+        edit.written.rows += product.rows;
+        shares.extend(found.share);
+        for of_file in found.going {
+            let none = || (of_file.rows_in_file, RowSet::new(), 0);
+            let (_, rows, coming) = going.entry(of_file.path).or_insert_with(none);
+            *rows |= rows_of(&of_file.rows)?;
+            *coming += of_file.coming;
         }
-        let Written { adds, rows } = &mut edit.written;
-        adds.extend(product.adds);
-        *rows += product.rows;
     }
-    // Each share was written once.
-    agree("merge", "keys of the epochs", keys, edit.keys, main.uri())?;
-    agree("merge", "rows that come", upserts, edit.upserts, main.uri())?;
+    // Each row was in the range of its key, and none of them in two.
+    if passed.is_none() || passed != changed.iter().map(|file| file.rows).sum() {
+        tracing::info!(
+            table = raw.uri(),
+            "files are not in the order of their keys: one worker sorts them"
+        );
+        return Ok(None);
+    }
+    agree("merge", "rows that come", edit.upserts, edit.written.rows, main.uri())?;
+    if job.searches {
+        edit.touched = with_deleted(fold, live, going).await?;
+        edit.count_hits();
+        let rule = &Rule::new(pipeline, raw);
+        Editing { main, rule, pipeline, permit }.take_out(&mut edit).await?;
+    } else {
+        let versions = (job.main_version, job.raw_version);
+        let job = of_search::Job::of(versions, &job.epochs, live.clone(), changed, pipeline);
+        pieces +=
+            of_search::in_pieces((workshop, task), (job, shares), live, &mut edit, permit).await?;
+    }
     Ok(Some((edit, pieces)))
 }
 
-/// Deals out the rows: each share is begun while the next is found. Keys, and rows that come, of all of them;
-/// `None`: the files are in another order.
-async fn deal(
-    shared: &mut Shared<'_>,
-    mut job: Job,
-    mut dealer: Dealer,
-    permit: &Permit,
-) -> Result<Option<(u64, u64)>> {
-    let (mut keys, mut upserts, mut shares) = (0, 0, 0);
-    let parts = job.parts.len();
-    let mut is_asked = true;
-    while let Some(share) = dealer.next(permit).await? {
-        keys += share.keys;
-        upserts += share.upserts;
-        shared.note(&share).await?;
-        crash::point("shard.after_note")?;
-        let is_begun_here = parts == 0 && dealer.is_over();
-        is_asked = is_asked && !is_begun_here && shared.ask(parts + shares).await;
-        shares += 1;
+/// Files of main with the rows that go, and those that went before.
+async fn with_deleted(
+    fold: &Fold<'_>,
+    live: Vec<LiveFile>,
+    going: BTreeMap<String, (u64, RowSet, u64)>,
+) -> Result<Vec<Found>> {
+    let mut live: HashMap<String, LiveFile> =
+        live.into_iter().map(|file| (file.path.clone(), file)).collect();
+    let main = fold.main;
+    let mut touched = Vec::with_capacity(going.len());
+    for (path, (rows_in_file, rows, coming)) in going {
+        let file = live.remove(&path).ok_or_else(|| Error::internal("a file of no snapshot"))?;
+        touched.push(async move {
+            let deleted = main.deleted_rows(file.remove.deletion_vector.as_ref()).await?;
+            Ok::<_, Error>(Found { file, rows_in_file, deleted, rows, coming })
+        });
     }
-    if !dealer.is_sorted() {
-        return Ok(None);
-    }
-    if parts > 1 {
-        // Who searches reads all notes of the plan.
-        for _ in shares..job.shares {
-            shared.note(&Share::default()).await?;
-        }
-    }
-    // From the other end; the first one is begun here.
-    for part in (1..parts).rev() {
-        is_asked = is_asked && shared.ask(part).await;
-    }
-    job.shares = shares;
-    shared.becomes(super::Job::Merge(job));
-    shared.keep_table(dealer.into_table());
-    Ok(Some((keys, upserts)))
+    futures::stream::iter(touched).buffered(VECTORS_AT_ONCE).try_collect().await
 }

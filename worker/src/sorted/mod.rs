@@ -9,6 +9,8 @@
 //! ```
 //! That the files are in order is seen on the way, not believed: files of another order are left to the sorter.
 
+mod cuts;
+mod ranges;
 mod shares;
 
 use std::cmp::Ordering;
@@ -17,7 +19,7 @@ use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::sync::{Arc, OnceLock};
 
 use alluvium_protocol::{Epoch, Error, Result};
-use alluvium_table::arrow::array::{ArrayRef, BooleanArray, RecordBatch};
+use alluvium_table::arrow::array::{ArrayRef, RecordBatch};
 use alluvium_table::arrow::compute::{SortOptions, interleave_record_batch};
 use alluvium_table::arrow::datatypes::{Field, Schema, SchemaRef};
 use alluvium_table::arrow::row::{RowConverter, Rows, SortField};
@@ -28,7 +30,9 @@ use alluvium_table::{LiveFile, Table};
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 
-pub(crate) use self::shares::{Dealer, Share};
+pub(crate) use self::cuts::Cuts;
+use self::ranges::{Range, Reach};
+pub(crate) use self::shares::{Share, rows_of, text_of};
 use crate::ground::columns_of;
 use crate::search::{Search, comes};
 use crate::winners::Rule;
@@ -53,6 +57,8 @@ pub(crate) struct LastRows {
     runs: BTreeMap<RunId, Vec<(LiveFile, RowSet)>>,
     keys: u64,
     upserts: u64,
+    /// Rows of the files that were passed over: all, or those of a range.
+    passed: u64,
 }
 
 /// The epoch and the writer of files that follow one another in the order of their keys.
@@ -78,34 +84,83 @@ impl LastRows {
             // The writer numbers its files in their names.
             files.sort_by(|(a, _), (b, _)| a.path.cmp(&b.path));
         }
-        Ok(Self { raw: raw.clone(), rule: rule.clone(), runs, keys: 0, upserts: 0 })
+        Ok(Self { raw: raw.clone(), rule: rule.clone(), runs, keys: 0, upserts: 0, passed: 0 })
     }
 
-    /// Finds them, by the columns that decide, and has their keys searched for. `None`: a file is not in the
-    /// order of its keys, or there are more runs than so much memory is enough for.
+    /// Finds them, by the columns that decide, and has their keys searched for: of all keys, or of a range. `None`:
+    /// a file is not in the order of its keys, or there are more runs than so much memory is enough for.
     pub(crate) async fn find(
         raw: &Table,
         rule: &Rule,
         (files, memory_bytes): (&[LiveFile], usize),
+        range: Option<(&Cuts, usize)>,
         search: &mut Search<'_>,
         permit: &Permit,
     ) -> Result<Option<Self>> {
+        let range = match range {
+            Some((cuts, number)) => Some(cuts.range(raw, rule, files, number).await?),
+            None => None,
+        };
         // What decides is in the rows that are given out later, too.
-        let mut found = Self::none(&raw.keeping(memory_bytes / KEPT_PART), rule, files)?;
-        let walk = Walk::begin(&found, files, memory_bytes).await?;
-        let Some(mut walk) = walk else { return Ok(None) };
-        while let Some(chosen) = walk.next(permit).await? {
-            for (at, (place, _)) in chosen.places.iter().enumerate() {
-                found.insert(&walk.runs, place, chosen.comes.value(at))?;
+        let raw = raw.keeping(memory_bytes / KEPT_PART);
+        let files = range.as_ref().map_or(files, |range| &range.files);
+        let mut found = Self::none(&raw, rule, files)?;
+        if !found.is_walkable(memory_bytes).await? {
+            return Ok(None);
+        }
+        let runs: Vec<RunId> = found.runs.keys().cloned().collect();
+        let mut walk = found.walk(range.as_ref())?;
+        walk.begin().await?;
+        let of = range
+            .as_ref()
+            .map_or_else(|| files.iter().filter_map(|file| file.rows).sum(), |range| range.rows);
+        while let Some(rows) = walk.next_batch().await? {
+            permit.reached("chooses the last row of each key", walk.rows_read, of)?;
+            if !walk.is_sorted {
+                return Ok(None);
             }
-            search.add(&chosen.rows.columns()[..rule.key.len()], &chosen.comes).await?;
+            let comes = comes(&rows)?;
+            for (at, place) in std::mem::take(&mut walk.places).into_iter().enumerate() {
+                found.insert(&runs, place, comes.value(at))?;
+            }
+            search.add(&rows.columns()[..rule.key.len()], &comes).await?;
         }
         found.raw.keep_no_more();
-        Ok(walk.is_sorted().then_some(found))
+        found.passed = walk.passed;
+        Ok(walk.is_sorted.then_some(found))
     }
 
-    fn insert(&mut self, runs: &[RunId], place: &Place, comes: bool) -> Result<()> {
-        let (run, file, row) = *place;
+    /// Its files can be walked side by side: nobody else deleted rows of them, and there are no more runs than so
+    /// much memory is enough for.
+    async fn is_walkable(&self, memory_bytes: usize) -> Result<bool> {
+        let mut files = self.runs.values().flatten();
+        let has_marks = files.any(|(file, _)| file.remove.deletion_vector.is_some());
+        Ok(!has_marks && self.held_bytes().await? <= memory_bytes as u64 / RUNS_SHARE)
+    }
+
+    /// A walk through the columns that decide.
+    fn walk(&self, range: Option<&Range>) -> Result<Merging> {
+        let deciding = [self.rule.key.clone(), vec![raw::OP.to_owned()]].concat();
+        let columns = Columns::new(&self.raw, &self.rule, &deciding)?;
+        let picks = self.runs.iter().map(|((epoch, _), files)| {
+            let pick = |(file, _): &(LiveFile, RowSet)| {
+                let all = || Pick::Without(RowSet::new());
+                (file.clone(), range.map_or_else(all, |range| range.pick(file)))
+            };
+            (*epoch, files.iter().map(pick).collect())
+        });
+        let mut walk = Merging::new(&self.raw, columns, &deciding, picks.collect())?;
+        walk.reach = range.map(|range| range.reach.clone());
+        Ok(walk)
+    }
+
+    /// Rows of the files that were passed over.
+    pub(crate) fn passed(&self) -> u64 {
+        self.passed
+    }
+
+    fn insert(&mut self, runs: &[RunId], place: Place, comes: bool) -> Result<()> {
+        let (run, file, row) = place;
         let of_run = self.runs.get_mut(&runs[run]).and_then(|files| files.get_mut(file));
         of_run.ok_or_else(|| Error::internal("a row of no file"))?.1.insert(row);
         self.keys += 1;
@@ -148,66 +203,13 @@ impl LastRows {
 /// The run, the file of it, and the position of a row.
 type Place = (usize, usize, u64);
 
-/// A walk through runs, key by key.
-struct Walk {
-    merging: Merging,
-    runs: Vec<RunId>,
-    /// Rows in the files.
-    of: u64,
-}
-
-/// The last rows of some keys: the key's columns and `_op`, whether each comes, where it is, and how many rows
-/// of all the files were passed over before its key.
-struct Chosen {
-    rows: RecordBatch,
-    comes: BooleanArray,
-    places: Vec<(Place, u64)>,
-}
-
-impl Walk {
-    /// `None`: somebody else deleted rows of raw, or there are too many runs for so much memory.
-    async fn begin(
-        none: &LastRows,
-        files: &[LiveFile],
-        memory_bytes: usize,
-    ) -> Result<Option<Self>> {
-        let has_marks = files.iter().any(|file| file.remove.deletion_vector.is_some());
-        if has_marks || none.held_bytes().await? > memory_bytes as u64 / RUNS_SHARE {
-            return Ok(None);
-        }
-        let deciding = [none.rule.key.clone(), vec![raw::OP.to_owned()]].concat();
-        let columns = Columns::new(&none.raw, &none.rule, &deciding)?;
-        let picks = none.runs.iter().map(|((epoch, _), files)| {
-            let all = |(file, _): &(LiveFile, RowSet)| (file.clone(), Pick::Without(RowSet::new()));
-            (*epoch, files.iter().map(all).collect())
-        });
-        let mut merging = Merging::new(&none.raw, columns, &deciding, picks.collect())?;
-        merging.begin().await?;
-        let of = files.iter().filter_map(|file| file.rows).sum();
-        Ok(Some(Self { merging, runs: none.runs.keys().cloned().collect(), of }))
-    }
-
-    /// The next ones; `None`: there are no more, or a file was not in order.
-    async fn next(&mut self, permit: &Permit) -> Result<Option<Chosen>> {
-        let rows = self.merging.next_batch().await?;
-        permit.reached("chooses the last row of each key", self.merging.rows_read, self.of)?;
-        let Some(rows) = rows.filter(|_| self.is_sorted()) else { return Ok(None) };
-        let places = std::mem::take(&mut self.merging.places);
-        Ok(Some(Chosen { comes: comes(&rows)?, rows, places }))
-    }
-
-    fn is_sorted(&self) -> bool {
-        self.merging.is_sorted
-    }
-}
-
 /// Batches of rows.
 type Batches = BoxStream<'static, Result<RecordBatch>>;
 
 /// A batch, the number of its file, and its first row's position there.
 type Placed = (RecordBatch, usize, u64);
 
-/// The rows of files, one file after the other. Positions are right where no row is left out.
+/// The rows of files, one file after the other. Positions are right where no row between them is left out.
 fn in_turn(
     table: Table,
     schema: SchemaRef,
@@ -216,11 +218,16 @@ fn in_turn(
     futures::stream::iter(files.into_iter().enumerate())
         .then(move |(number, (file, pick))| {
             let (table, schema) = (table.clone(), Arc::clone(&schema));
-            async move { Ok((number, table.rows_of(&file, &schema, pick).await?)) }
+            async move {
+                let first = match &pick {
+                    Pick::Without(_) => 0,
+                    Pick::Only(rows) => rows.min().unwrap_or(0),
+                };
+                Ok((number, first, table.rows_of(&file, &schema, pick).await?))
+            }
         })
-        .flat_map(|opened: Result<(usize, Batches)>| match opened {
-            Ok((number, rows)) => {
-                let mut next = 0;
+        .flat_map(|opened: Result<(usize, u64, Batches)>| match opened {
+            Ok((number, mut next, rows)) => {
                 let placed = rows.map(move |batch| {
                     let batch = batch?;
                     let first = next;
@@ -343,20 +350,21 @@ struct Merging {
     runs: Vec<Run>,
     heads: BinaryHeap<Head>,
     is_sorted: bool,
-    /// Batches ever held, and the rows in them.
+    /// Rows with other keys are passed by.
+    reach: Option<Reach>,
+    /// Batches ever held, and rows that were read.
     held: usize,
     rows_read: u64,
     /// Rows passed over.
     passed: u64,
-    /// Last rows that were not given out so far, the batches that they are in, and rows passed over before them.
+    /// Last rows that were not given out so far, and the batches that they are in.
     last: Vec<(usize, usize)>,
-    passed_before: Vec<u64>,
     sources: Vec<Arc<Held>>,
     by_number: HashMap<usize, usize>,
     /// Positions of the columns that go out.
     projection: Vec<usize>,
-    /// Where each row is that was given out, and how many were passed over before its key.
-    places: Vec<(Place, u64)>,
+    /// Where each row is that was given out.
+    places: Vec<Place>,
 }
 
 impl Merging {
@@ -379,11 +387,11 @@ impl Merging {
             columns,
             heads: BinaryHeap::new(),
             is_sorted: true,
+            reach: None,
             held: 0,
             rows_read: 0,
             passed: 0,
             last: Vec::with_capacity(BATCH_ROWS),
-            passed_before: Vec::with_capacity(BATCH_ROWS),
             sources: Vec::new(),
             by_number: HashMap::new(),
             projection,
@@ -400,8 +408,10 @@ impl Merging {
         let firsts = futures::stream::iter(firsts).buffered(RUNS_AT_ONCE);
         let firsts: Vec<(usize, Option<Placed>)> = firsts.try_collect().await?;
         for (run, first) in firsts {
-            if let Some(first) = first {
-                self.hold(run, first, None)?;
+            if let Some(first) = first
+                && !self.hold(run, first, None)?
+            {
+                self.load(run, None).await?;
             }
         }
         Ok(())
@@ -417,11 +427,11 @@ impl Merging {
         if self.last.is_empty() {
             return Ok(None);
         }
-        let place = |((source, row), passed): (&(usize, usize), &u64)| {
+        let place = |(source, row): &(usize, usize)| {
             let held = &self.sources[*source];
-            ((held.run, held.file, held.first_row + *row as u64), *passed)
+            (held.run, held.file, held.first_row + *row as u64)
         };
-        self.places = self.last.iter().zip(&self.passed_before).map(place).collect();
+        self.places = self.last.iter().map(place).collect();
         let whole = match self.sources.as_slice() {
             // All of one batch, in its order.
             [held] if self.last.len() == held.batch.num_rows() => held.batch.clone(),
@@ -431,7 +441,6 @@ impl Merging {
             }
         };
         self.last.clear();
-        self.passed_before.clear();
         self.sources.clear();
         self.by_number.clear();
         whole.project(&self.projection).map(Some).map_err(Error::internal)
@@ -439,32 +448,45 @@ impl Merging {
 
     /// Brings the next rows of a run into memory, which follow `last`.
     async fn load(&mut self, run: usize, last: Option<&Head>) -> Result<()> {
-        match self.runs[run].next().await? {
-            Some(next) => self.hold(run, next, last),
-            None => Ok(()),
+        while let Some(next) = self.runs[run].next().await? {
+            if self.hold(run, next, last)? {
+                break;
+            }
         }
+        Ok(())
     }
 
-    fn hold(&mut self, run: usize, placed: Placed, last: Option<&Head>) -> Result<()> {
-        let (batch, file, first_row) = placed;
-        let keys = rows_by(&self.columns.by_key, &self.columns.key, &batch)?;
+    /// Holds those of a batch's rows that are within reach. False: there are none.
+    fn hold(&mut self, run: usize, placed: Placed, last: Option<&Head>) -> Result<bool> {
+        let (mut batch, file, mut first_row) = placed;
+        let mut keys = rows_by(&self.columns.by_key, &self.columns.key, &batch)?;
         let is_in_order = |row: usize| keys.row(row - 1) <= keys.row(row);
         self.is_sorted &= (1..batch.num_rows()).all(is_in_order);
+        self.rows_read += batch.num_rows() as u64;
+        if let Some(reach) = &self.reach {
+            let within = reach.within(&keys);
+            if within.len() < batch.num_rows() {
+                first_row += within.start as u64;
+                batch = batch.slice(within.start, within.len());
+                keys = rows_by(&self.columns.by_key, &self.columns.key, &batch)?;
+            }
+        }
+        if batch.num_rows() == 0 {
+            return Ok(false);
+        }
         if let Some(last) = last {
             self.is_sorted &= last.held.keys.row(last.row).data() <= keys.row(0).data();
         }
         let (number, epoch, order) = (self.held, self.runs[run].epoch, OnceLock::new());
         let held = Held { number, run, epoch, file, first_row, batch, keys, order };
         self.held += 1;
-        self.rows_read += held.batch.num_rows() as u64;
         self.heads.push(Head { held: Arc::new(held), row: 0, run });
-        Ok(())
+        Ok(true)
     }
 
     /// Finds the last row of the smallest key that is left. False: none is left.
     async fn next_key(&mut self) -> Result<bool> {
         let Some(mut best) = self.heads.peek().cloned() else { return Ok(false) };
-        let passed = self.passed;
         self.pass().await?;
         while let Some(head) = self.heads.peek().filter(|head| **head == best).cloned() {
             if self.is_later(&head, &best)? {
@@ -478,7 +500,6 @@ impl Merging {
             sources.len() - 1
         });
         self.last.push((source, best.row));
-        self.passed_before.push(passed);
         Ok(true)
     }
 
