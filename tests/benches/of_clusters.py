@@ -118,12 +118,14 @@ def scale(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def one_epoch(services, folder: Path, arguments: argparse.Namespace) -> None:
-    """One epoch of many files: its ingest, and its merge into a table of as many."""
+    """One epoch of many rows: its ingest, its merge into a table of as many, and the optimize of a table that lost a quarter
+    of its rows."""
     files, rows = arguments.files, arguments.file_rows
     link = f"a link of {arguments.link} MB/s of its own for each worker" if arguments.link else "no bound on bytes"
     print(
         f"workload: one epoch of {files} files of {rows} rows on S3, after one of the same keys; {arguments.latency} ms for each "
-        f"request, {link}, 1 slot a worker; alone: in one piece, else in pieces of {arguments.shard_size}"
+        f"request, {link}, 1 slot a worker; alone: in one piece, else in pieces of {arguments.shard_size}. "
+        f"optimize: the first epoch's files of 16 MiB after one of a quarter of its keys, in bins of {BIN_SIZE}"
     )
     first = None
     for workers in arguments.workers:
@@ -135,35 +137,60 @@ def one_epoch(services, folder: Path, arguments: argparse.Namespace) -> None:
         print(f"{workers} worker(s): {'; '.join(told)}; {requests} requests, {size / 1e6:.0f} MB", flush=True)
 
 
+BIN_SIZE = "40MiB"
+QUIET = "cleanup = { enabled = false }\noptimize = { enabled = false }"
+WORN = f'cleanup = {{ enabled = false }}\noptimize = {{ small_files = 2, target_file_size = "16MiB", bin_size = "{BIN_SIZE}" }}'
+
+
 def in_pieces(services, root: Path, arguments, workers: int) -> tuple[dict[str, float], int, int]:
     # Each worker is a machine of its own, as far as the network goes.
     links = [S3Proxy(services.moto.url).start() for _ in range(workers)]
     cluster = Cluster(root, services, "s3")
+    shard_size = f'\nshard_size = "{arguments.shard_size if workers > 1 else "1GiB"}"'
+    slow = {"latency_ms": arguments.latency, "bytes_per_second": arguments.link * 1e6}
+    put = services.moto.client().put_object
+
+    def deliver(name: str, epoch: int, files: int) -> None:
+        for file in range(files):
+            body = large_file(epoch, file * arguments.file_rows, arguments.file_rows)
+            put(Bucket=cluster.bucket, Key=f"in_{name}/{epoch}/part-{file:03}.parquet", Body=body)
+        put(Bucket=cluster.bucket, Key=f"in_{name}/{epoch}/_SUCCESS", Body=b"")
+
+    def work(**speed: float) -> None:
+        for link in links:
+            link.set(**({"latency_ms": 0, "bytes_per_second": 0} | speed))
+            link.reset_counters()
+        assert cluster.coordinator("--once").popen.wait(1800) == 0
+
+    def seconds_of(name: str, step: str, epoch: int | None) -> float:
+        told = cluster.alluvium("runs", name, "-o", "json", config="embedded.toml").json()
+        return sum(run["duration_ms"] for run in told if (run["step"], run.get("epoch")) == (step, epoch)) / 1000
+
     try:
-        quiet = "cleanup = { enabled = false }\noptimize = { enabled = false }"
-        cluster.pipeline("p0", f'{quiet}\nshard_size = "{arguments.shard_size if workers > 1 else "1GiB"}"')
-        put = services.moto.client().put_object
+        cluster.pipeline("p0", QUIET + shard_size)
         configured = (root / "alluvium.toml").read_text()
         for number, link in enumerate(links):
             (root / f"worker-{number}.toml").write_text(configured.replace(services.moto.url, link.url))
             worker = cluster.start("--config", f"worker-{number}.toml", "worker", "--slots", "1")
             cluster.wait(lambda: "serves" in worker.text())
-        for epoch in (1, 2):
-            for file in range(arguments.files):
-                body = large_file(epoch, file * arguments.file_rows, arguments.file_rows)
-                put(Bucket=cluster.bucket, Key=f"in_p0/{epoch}/part-{file:03}.parquet", Body=body)
-            put(Bucket=cluster.bucket, Key=f"in_p0/{epoch}/_SUCCESS", Body=b"")
-            for link in links:
-                # The first one only fills the tables.
-                link.set(latency_ms=arguments.latency * (epoch - 1), bytes_per_second=arguments.link * 1e6 * (epoch - 1))
-                link.reset_counters()
-            assert cluster.coordinator("--once").popen.wait(1800) == 0
-        runs = cluster.alluvium("runs", "p0", "-o", "json", config="embedded.toml").json()
-        seconds = lambda step: min(run["duration_ms"] for run in runs if run["step"] == step and run["epoch"] == 2) / 1000
+        deliver("p0", 1, arguments.files)
+        work()
+        deliver("p0", 2, arguments.files)
+        work(**slow)
         counted = [link.counters() for link in links]
+        seconds = {step: seconds_of("p0", step, 2) for step in ("ingest", "merge")}
+        cluster.pipelines.clear()
+        still = WORN.replace("optimize = {", "optimize = { enabled = false,")
+        cluster.pipeline("p1", still + shard_size)
+        for epoch, files in ((1, arguments.files), (2, max(arguments.files // 4, 1))):
+            deliver("p1", epoch, files)
+            work()
+        cluster.pipeline("p1", WORN + shard_size)
+        work(**slow)
+        seconds["optimize"] = seconds_of("p1", "optimize", None)
         requests = sum(sum(link["requests"].values()) for link in counted)
         size = sum(link["bytes_in"] + link["bytes_out"] for link in counted)
-        return {step: seconds(step) for step in ("ingest", "merge")}, requests, size
+        return seconds, requests, size
     finally:
         cluster.stop()
         for link in links:

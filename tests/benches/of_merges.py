@@ -59,22 +59,22 @@ WHOLE = 'optimize = { bin_size = "1000GiB", enabled = false, small_files = 2, re
 INDEXED = 'merge = { deletion_vectors = "upgrade", index = "always" }'
 WORKLOADS = [
     Workload("100 k into 5 M", 5_000_000, 100_000, 10),
-    Workload("10 k into 5 M", 5_000_000, 10_000, 10),
-    Workload("1 k into 5 M", 5_000_000, 1_000, 10),
-    Workload("1 M into 5 M", 5_000_000, 1_000_000, 3),
-    Workload("100 k into 5 M, our layout", 5_000_000, 100_000, 10, own_layout=True),
     Workload(
         "100 k into 5 M, our layout, side index", 5_000_000, 100_000, 15, own_layout=True, settings=INDEXED
     ),
-    Workload("10 k into 5 M, side index", 5_000_000, 10_000, 25, settings=INDEXED),
     Workload("1 k into 5 M, side index", 5_000_000, 1_000, 40, settings=INDEXED),
-    Workload("30 waiting epochs of 100 k into 5 M", 5_000_000, 100_000, 20, epochs=30),
+    Workload("10 k into 5 M, side index", 5_000_000, 10_000, 25, settings=INDEXED),
+    Workload("1 M into 5 M", 5_000_000, 1_000_000, 3),
     Workload(
         "100 k into 5 M, copy-on-write", 5_000_000, 100_000, 1.8,
         settings='merge = { deletion_vectors = "off", index = "off" }',
     ),
     Workload("100 k into 10 M", 10_000_000, 100_000, 13),
+    Workload("30 waiting epochs of 100 k into 5 M", 5_000_000, 100_000, 20, epochs=30),
     Workload("100 k into 50 M", 50_000_000, 100_000, 13),
+    Workload("10 k into 5 M", 5_000_000, 10_000, 10),
+    Workload("1 k into 5 M", 5_000_000, 1_000, 10),
+    Workload("100 k into 5 M, our layout", 5_000_000, 100_000, 10, own_layout=True),
 ]
 
 
