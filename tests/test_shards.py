@@ -25,10 +25,12 @@ from deltalake import DeltaTable
 
 from cluster import Cluster
 from lake import Lake
+from oracle_feed import BY_BOTH, check_feed
 from receivers import wait_for
 
 SMALL = 'shard_size = "1KiB"\n'
 SCHEMA = pa.schema([("id", pa.string()), ("value", pa.int64()), ("op", pa.string())])
+SCHEMA_OF_TWO = pa.schema([("id", pa.string()), ("value", pa.int64())])
 FILES, ROWS = 6, 400
 WAYS = {
     "marks": "",
@@ -104,6 +106,22 @@ def test_pieces_make_what_one_makes(way: str, tmp_path: Path):
         lake.run()
         assert lake.main() == expected(epochs, sequenced)
     nothing_is_left(lake)
+    if way == "feed":
+        assert check_feed(tmp_path / "p/main", ("id",), BY_BOTH, each_version=True) == []
+
+
+def test_ranges_leave_unchanged_rows_alone(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more=SMALL + "merge.skip_unchanged = true", deletes=False)
+    rows = [(f"k{at:05}", at) for at in range(12_000)]
+    changed = [(key, -value) if value % 1000 == 1 else (key, value) for key, value in rows]
+    for epoch, content in ((10, rows), (20, changed)):
+        for file in range(3):
+            lake.deliver(epoch, content[file::3], file=f"part-{file}.parquet", complete=file == 2, schema=SCHEMA_OF_TWO)
+        lake.run()
+    assert lake.main() == dict(changed)
+    assert all(count > 2 for count in pieces(lake, "main", "merge"))
+    newest = next(run for run in lake.alluvium("runs", "p", "-o", "json").json() if run["step"] == "merge")
+    assert (newest["epoch"], newest["rows_updated"], newest["rows_written"]) == (20, 12, 12)
 
 
 EPOCH_START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
