@@ -438,6 +438,23 @@ def test_many_rows_of_few_keys_are_as_many_pieces(tmp_path: Path):
     nothing_is_left(lake)
 
 
+def test_a_key_with_most_of_the_rows_is_one_range(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more='shard_size = "64KiB"\n')
+    main = {}
+    for file in range(3):
+        draw = random.Random(file)
+        keys = ["k05000" if at % 5 < 3 else f"k{draw.randrange(10_000):05}" for at in range(30_000)]
+        rows = [(key, file * 100_000 + at, "U") for at, key in enumerate(keys)]
+        lake.deliver(10, rows, file=f"part-{file}.parquet", complete=file == 2)
+        main |= {key: value for key, value, _ in rows}
+    lake.run()
+    assert lake.main() == main and pieces(lake, "main", "merge")[0] > 2
+    written = DeltaTable(tmp_path / "p/main").get_add_actions(flatten=True)
+    rows = sorted(pa.table(written)["num_records"].to_pylist())
+    # None of them is a few keys beside it.
+    assert rows[0] > sum(rows) / len(rows) / 10, rows
+
+
 def sizes(table: Path) -> None:
     for entry in (table / "_delta_log").glob("*.json"):
         lines = []

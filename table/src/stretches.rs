@@ -107,6 +107,10 @@ fn pages_of(
     }
     let least = values.data_page_mins(columns, offsets, &groups)?;
     let most = values.data_page_maxes(columns, offsets, &groups)?;
-    let is_whole = starts.first() == Some(&0) && starts.len() == least.len();
+    let has_rows = |(start, end): (&u64, u64)| *start < end;
+    let ends = starts.iter().skip(1).copied().chain([first_row]);
+    let is_whole = starts.first() == Some(&0)
+        && starts.len() == least.len()
+        && starts.iter().zip(ends).all(has_rows);
     Ok((is_whole && starts.len() == most.len()).then_some(Pages { starts, least, most }))
 }

@@ -90,7 +90,9 @@ impl Table {
             *kept = Kept::default();
         }
         kept.bytes += read.memory_size();
-        kept.by_file.insert(name, Arc::clone(&read));
+        if let Some(before) = kept.by_file.insert(name, Arc::clone(&read)) {
+            kept.bytes -= before.memory_size();
+        }
         Ok(read)
     }
 

@@ -13,7 +13,7 @@ use alluvium_protocol::task::Task;
 use alluvium_protocol::{Epoch, Error, Pipeline, Result};
 use alluvium_table::deletion::RowSet;
 use alluvium_table::keys::{Found, readings};
-use alluvium_table::{Action, LiveFile};
+use alluvium_table::{Action, LiveFile, Table};
 use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
 
@@ -32,12 +32,32 @@ const READINGS_MAX: f64 = 3.0;
 /// Deletion vectors read at a time.
 const VECTORS_AT_ONCE: usize = 16;
 
-/// What is to be merged, range by range.
+/// Of what a merge is made, as processes tell each other.
 #[derive(Clone, Serialize, Deserialize)]
-pub(crate) struct Job {
+pub(super) struct Snapshots {
     main_version: i64,
     raw_version: i64,
     epochs: BTreeSet<Epoch>,
+}
+
+impl Snapshots {
+    /// Main, raw, and raw's files of these epochs.
+    pub(super) async fn open(
+        &self,
+        tables: &Tables,
+        pipeline: &Pipeline,
+    ) -> Result<(Table, Table, Vec<LiveFile>)> {
+        let main = tables.at(&pipeline.main, self.main_version).await?;
+        let raw = tables.at(&pipeline.raw, self.raw_version).await?;
+        let changes = raw::files_of(&raw, &self.epochs).await?;
+        Ok((main, raw, changes))
+    }
+}
+
+/// What is to be merged, range by range.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct Job {
+    of: Snapshots,
     cuts: Cuts,
     ranges: usize,
     /// Each range is looked for in main, too.
@@ -82,7 +102,8 @@ impl Job {
         let content = &pipeline.content;
         let bytes = changed.iter().map(|file| file.size).sum();
         let ranges = pieces_of(bytes, pipeline, permit);
-        if ranges < 2 || !is_fast || content.mode != Mode::Upsert {
+        let is_counted = changed.iter().all(|file| file.rows.is_some());
+        if ranges < 2 || !is_fast || content.mode != Mode::Upsert || !is_counted {
             return Ok(None);
         }
         let rule = Rule::new(pipeline, raw);
@@ -99,8 +120,8 @@ impl Job {
             return Ok(None);
         }
         let (main_version, raw_version) = (main.version(), raw.version());
-        let epochs = fold.changed.clone();
-        Ok(Some(Self { main_version, raw_version, epochs, cuts, ranges, searches }))
+        let of = Snapshots { main_version, raw_version, epochs: fold.changed.clone() };
+        Ok(Some(Self { of, cuts, ranges, searches }))
     }
 
     pub(super) async fn carry_out(
@@ -110,10 +131,8 @@ impl Job {
         number: usize,
         permit: &Permit,
     ) -> Result<Product> {
-        let main = &tables.at(&pipeline.main, self.main_version).await?;
-        let raw = &tables.at(&pipeline.raw, self.raw_version).await?;
+        let (main, raw, changes) = &self.of.open(tables, pipeline).await?;
         let rule = &Rule::new(pipeline, raw);
-        let changes = raw::files_of(raw, &self.epochs).await?;
         let live = if self.searches { main.files().await? } else { Vec::new() };
         let mut search = Search::new(main, rule, pipeline, live, permit, 0)?;
         let files = (changes.as_slice(), pipeline.sizes.memory_bytes);
@@ -191,7 +210,7 @@ pub(crate) async fn in_pieces(
     if passed.is_none() || passed != changed.iter().map(|file| file.rows).sum() {
         tracing::info!(
             table = raw.uri(),
-            "files are not in the order of their keys: one worker sorts them"
+            "files are not in the order of their keys, or tell other ones: one worker sorts them"
         );
         return Ok(None);
     }
@@ -202,8 +221,7 @@ pub(crate) async fn in_pieces(
         let rule = &Rule::new(pipeline, raw);
         Editing { main, rule, pipeline, permit }.take_out(&mut edit).await?;
     } else {
-        let versions = (job.main_version, job.raw_version);
-        let job = of_search::Job::of(versions, &job.epochs, live.clone(), changed, pipeline);
+        let job = of_search::Job::of(job.of, live.clone(), changed, pipeline);
         pieces +=
             of_search::in_pieces((workshop, task), (job, shares), live, &mut edit, permit).await?;
     }

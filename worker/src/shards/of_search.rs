@@ -1,14 +1,15 @@
 //! A search of main in pieces, for rows that were chosen and written before: each piece looks for all of the keys in some of
 //! main's files, and takes the rows that go out of them.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
 use alluvium_protocol::task::Task;
-use alluvium_protocol::{Epoch, Error, Pipeline, Result, crash};
+use alluvium_protocol::{Error, Pipeline, Result, crash};
 use alluvium_table::write::Written;
 use alluvium_table::{Add, LiveFile};
 use serde::{Deserialize, Serialize};
 
+use super::of_merge::Snapshots;
 use super::{Board, Product, Shared};
 use crate::checks::agree;
 use crate::edit::{Edit, Editing, Gone};
@@ -16,14 +17,12 @@ use crate::search::Search;
 use crate::sorted::{LastRows, Share};
 use crate::tables::Tables;
 use crate::winners::Rule;
-use crate::{Permit, Workshop, raw};
+use crate::{Permit, Workshop};
 
 /// What is to be searched.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Job {
-    main_version: i64,
-    raw_version: i64,
-    epochs: BTreeSet<Epoch>,
+    of: Snapshots,
     /// The rows that were chosen are in so many notes, a [`Share`] each.
     shares: usize,
     /// Paths of main's files.
@@ -44,8 +43,7 @@ pub(crate) struct Findings {
 impl Job {
     /// The search of these files of main for keys that are in these files of raw.
     pub(super) fn of(
-        (main_version, raw_version): (i64, i64),
-        epochs: &BTreeSet<Epoch>,
+        of: Snapshots,
         mut live: Vec<LiveFile>,
         changed: &[LiveFile],
         pipeline: &Pipeline,
@@ -65,7 +63,7 @@ impl Job {
             let part = if round % 2 == 0 { place } else { count - 1 - place };
             parts[part].push(file.path);
         }
-        Self { main_version, raw_version, epochs: epochs.clone(), shares: 0, parts }
+        Self { of, shares: 0, parts }
     }
 
     pub(super) async fn carry_out(
@@ -75,16 +73,14 @@ impl Job {
         number: usize,
         permit: &Permit,
     ) -> Result<Product> {
-        let main = &tables.at(&pipeline.main, self.main_version).await?;
-        let raw = &tables.at(&pipeline.raw, self.raw_version).await?;
+        let (main, raw, changes) = &self.of.open(tables, pipeline).await?;
         let rule = &Rule::new(pipeline, raw);
-        let changes = raw::files_of(raw, &self.epochs).await?;
         let part: HashSet<&String> = self.parts[number].iter().collect();
         let mut live = main.files().await?;
         live.retain(|file| part.contains(&file.path));
         let mut search = Search::new(main, rule, pipeline, live, permit, 0)?;
         let shares: Vec<Share> = board.notes(0..self.shares).await?;
-        let chosen = LastRows::of_shares(raw, rule, &changes, shares)?;
+        let chosen = LastRows::of_shares(raw, rule, changes, shares)?;
         chosen.search_for(&mut search, permit).await?;
         let mut edit = Edit::default();
         edit.take(search.finish().await?);

@@ -69,12 +69,16 @@ impl Cuts {
         candidates.sort_unstable();
         candidates.dedup_by_key(|(key, _)| *key);
         let Some((_, smallest)) = candidates.first() else { return Ok(None) };
-        let mut places = vec![*smallest];
+        let (mut places, mut next) = (vec![*smallest], of_each);
         for (key, place) in &candidates[1..] {
-            if places.len() < ranges
-                && pages.below(key, &seen_keys) >= of_each * places.len() as u64
-            {
+            if places.len() == ranges {
+                break;
+            }
+            let below = pages.below(key, &seen_keys);
+            if below >= next {
                 places.push(*place);
+                // A key with the rows of several ranges is one of them.
+                next = (below / of_each + 1) * of_each;
             }
         }
         if places.len() < 2 {
@@ -157,7 +161,8 @@ impl Pages {
     /// Rows of the pages that a cut goes through, on average.
     fn cut_through(&self) -> u64 {
         let through = |(key, _): &(Vec<u8>, u64)| {
-            first_of(&self.begins, |begin| begin <= key) - first_of(&self.ends, |end| end < key)
+            let begun = first_of(&self.begins, |begin| begin <= key);
+            begun.saturating_sub(first_of(&self.ends, |end| end < key))
         };
         self.begins.iter().map(through).sum::<u64>() / (self.begins.len() as u64).max(1)
     }
@@ -175,7 +180,7 @@ impl Pages {
                 smaller += keys.iter().filter(|seen| seen.data() < key).count() as u64;
             }
         }
-        let through = begun - ended;
+        let through = begun.saturating_sub(ended);
         ended + (through * smaller).checked_div(of).unwrap_or(through / 2)
     }
 }
