@@ -5,9 +5,11 @@ Owns: adoption. Never: the other rules of rows (worlds, test_run.py).
 
 from __future__ import annotations
 
+import struct
 from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
@@ -78,6 +80,27 @@ def test_a_base_with_a_key_twice_is_refused(tmp_path: Path):
     blocked = lake.run(code=1)
     assert "AL-0107" in blocked.err and "more than once" in blocked.err and '"a"' in blocked.err
     assert DeltaTable(str(tmp_path / "p/main")).to_pyarrow_table().num_rows == 3
+
+
+ZERO, NAN = b"\0" * 8, struct.pack("<Q", 0x7FF8_0000_0000_0000)
+OTHER_ZERO, OTHER_NAN = struct.pack("<d", -0.0), struct.pack("<Q", 0xFFF8_0000_0000_0001)
+
+
+@pytest.mark.parametrize("vectors", ["auto", "off"])
+@pytest.mark.parametrize("op, left", [("U", {"zero": 10, "nan": 10, "1.5": 3}), ("D", {"1.5": 3})])
+def test_there_is_one_zero_and_one_nan(tmp_path: Path, op: str, left: dict, vectors: str):
+    """Of the base, too, which nobody wrote with care."""
+    floats = pa.array(np.frombuffer(OTHER_ZERO + OTHER_NAN + struct.pack("<d", 1.5)), pa.float64())
+    properties = {"delta.enableDeletionVectors": "true"}
+    base = pa.table({"id": floats, "value": [1, 2, 3], "op": ["U"] * 3})
+    lake = adopted(tmp_path, base, configuration=properties)
+    lake.pipeline(more=f'adopt = true\nstart_from = 10\nmerge.deletion_vectors = "{vectors}"')
+    schema = pa.schema([("id", pa.float64()), ("value", pa.int64()), ("op", pa.string())])
+    lake.write(10, "part-0.parquet", pa.table([np.frombuffer(ZERO + NAN), [10, 10], [op, op]], schema=schema))
+    lake.run()
+    names = {"0.0": "zero", "-0.0": "zero"}
+    found = [(names.get(str(row["id"]), str(row["id"])), row["value"]) for row in lake.rows(by="id")]
+    assert sorted(found) == sorted(left.items())
 
 
 def test_without_a_table_there_is_nothing_to_adopt(tmp_path: Path):

@@ -279,6 +279,16 @@ def test_a_key_that_is_no_number_lives_once(tmp_path: Path, kind: pa.DataType, m
     assert lake.alluvium("lineage", "p", "--key", "0.5").code == 0
 
 
+@pytest.mark.parametrize("kind", [pa.list_(pa.float64()), pa.struct([("x", pa.float64())])])
+def test_a_zero_in_a_key_of_parts_is_one_zero(tmp_path: Path, kind: pa.DataType):
+    lake = with_key(a_lake(tmp_path), "k")
+    for epoch, zero in ((1, 0.0), (2, -0.0)):
+        key = [zero] if pa.types.is_list(kind) else {"x": zero}
+        lake.write(epoch, PART, pa.table({"k": pa.array([key], kind), "v": [epoch]}))
+        lake.run()
+    assert [row["v"] for row in lake.rows(by="v")] == [2]
+
+
 def test_a_key_of_many_digits_lives_once_and_is_found(tmp_path: Path):
     lake = with_key(a_lake(tmp_path), "k")
     keys = [2**64 - 1, 2**64 - 3, 2**63]

@@ -10,8 +10,13 @@ import json
 import shutil
 import signal
 import time
+from pathlib import Path
+
+import pytest
+from deltalake import DeltaTable
 
 from lake import Lake
+from receivers import wait_for
 
 
 def test_a_lost_raw_table_blocks_only_what_needs_it(lake: Lake):
@@ -34,6 +39,39 @@ def test_a_lost_raw_table_blocks_only_what_needs_it(lake: Lake):
     shutil.rmtree(lake.root / "p/main")
     lake.run()
     assert lake.main() == {"a": 20, "b": 30, "c": 15}
+
+
+@pytest.mark.parametrize("vectors", ["auto", "off"])
+@pytest.mark.parametrize("step", ["ingest", "merge", "optimize"])
+def test_a_commit_does_not_name_files_that_are_gone(tmp_path: Path, step: str, vectors: str):
+    """A vacuum of another tool came between, or a cleanup after a long sleep."""
+    lake = Lake(tmp_path).pipeline(more=f'merge.deletion_vectors = "{vectors}"\noptimize.small_files = 2\n')
+    rows = [(f"k{at}", 1, "U") for at in range(2_000)]
+    lake.deliver(10, rows)
+    lake.run()
+    lake.deliver(20, [(key, 2, "U") for key, _, _ in rows[::2]])
+    process = lake.start("run", "--once", env={"ALLUVIUM_STOP": f"{step}.before_commit"})
+    wait_for(lambda: Path(f"/proc/{process.pid}/stat").read_text().rsplit(") ", 1)[1].startswith("T"), "a stop")
+    table = tmp_path / "p" / ("raw" if step == "ingest" else "main")
+    gone = DeltaTable(table).vacuum(0, dry_run=False, enforce_retention_duration=False, full=True)
+    assert gone != []
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert lake.main() == {key: 2 - at % 2 for at, (key, _, _) in enumerate(rows)}
+
+
+def test_a_lost_file_of_main_is_named(lake: Lake):
+    lake.deliver(10, [("a", 10, "U"), ("b", 10, "U")])
+    lake.run()
+    [file] = (lake.root / "p/main").glob("*.parquet")
+    file.rename(lake.root / "aside")
+    lake.deliver(20, [("a", 20, "U")])
+    blocked = lake.run(code=1)
+    assert "AL-0411" in blocked.err and file.name in blocked.err and "VACUUM" in blocked.err, blocked.err
+    (lake.root / "aside").rename(file)
+    lake.run()
+    assert lake.main() == {"a": 20, "b": 10}
 
 
 def test_what_raw_lost_cannot_be_undone(lake: Lake):

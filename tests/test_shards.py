@@ -124,6 +124,24 @@ def test_ranges_leave_unchanged_rows_alone(tmp_path: Path):
     assert (newest["epoch"], newest["rows_updated"], newest["rows_written"]) == (20, 12, 12)
 
 
+def test_ranges_without_a_row_that_goes_tell_their_changes(tmp_path: Path):
+    """A reader of the feed does not look at the new files of a commit that has files of changes."""
+    lake = Lake(tmp_path).pipeline(more=SMALL + "change_feed = true")
+    keys = {10: range(3_000), 20: range(2_000, 12_000)}
+    for epoch, of in keys.items():
+        for file in range(3):
+            rows = [(f"k{at:05}", epoch * 100_000 + at, "U") for at in of][file::3]
+            lake.deliver(epoch, rows, file=f"part-{file}.parquet", complete=file == 2)
+        lake.run()
+    assert all(count > 2 for count in pieces(lake, "main", "merge"))
+    assert check_feed(tmp_path / "p/main", ("id",), BY_BOTH, each_version=True) == []
+    # The first one is told by its new files.
+    told = DeltaTable(tmp_path / "p/main").load_cdf(starting_version=0).read_all()
+    told = pa.table(told).group_by(["_commit_version", "_change_type"]).aggregate([([], "count_all")]).to_pylist()
+    changes = {(change["_change_type"], change["count_all"]) for change in told}
+    assert changes == {("insert", 3_000), ("insert", 9_000), ("update_preimage", 1_000), ("update_postimage", 1_000)}
+
+
 EPOCH_START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 KEYS = {
     "long": (pa.int64(), lambda n: (n - 20_000) * 2**40 + n),

@@ -94,6 +94,7 @@ codes! {
     StorageUnsafe = "AL-0408", Permanent, "Storage lets two writers win";
     RestoreImpossible = "AL-0409", Permanent, "The table cannot be taken back to that point";
     CountsDisagree = "AL-0410", Permanent, "A step's counts do not agree";
+    FileGone = "AL-0411", Transient, "A file of a table is gone";
     QueueFailed = "AL-0501", Transient, "The task queue did not take or give a message";
     MessageUnknown = "AL-0502", Permanent, "A message cannot be understood by this version";
     QueryFailed = "AL-0503", Permanent, "The query cannot be run";

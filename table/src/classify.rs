@@ -13,20 +13,56 @@ use deltalake::datafusion::error::DataFusionError;
 use deltalake::kernel::transaction::TransactionError;
 use deltalake::parquet::errors::ParquetError;
 
+/// What to do about features of a table that this version does not know.
+pub(crate) const FEATURES_HELP: &str =
+    "let Alluvium write to a table of its own, or drop the feature there";
+/// What to do about a file that is gone.
+pub(crate) const GONE_HELP: &str =
+    "put the file back, or see `alluvium explain AL-0411`: another tool's VACUUM takes such files";
+
 /// A foreign error in our words. `doing` names what was tried, and on which thing.
-pub fn foreign(doing: impl std::fmt::Display, error: &(dyn StdError + 'static)) -> Error {
+pub fn foreign(doing: impl std::fmt::Display, cause: &(dyn StdError + 'static)) -> Error {
     // One of ours, on its way through a library.
-    if let Some(ours) = causes(error).find_map(|cause| cause.downcast_ref::<Error>()) {
+    if let Some(ours) = causes(cause).find_map(|cause| cause.downcast_ref::<Error>()) {
         return ours.clone();
     }
-    let code = code_of(error);
-    let error = Error::new(code, format!("{doing}: {}", one_line(error)));
+    let code = code_of(cause);
+    let error = Error::new(code, format!("{doing}: {}", one_line(cause)));
     match code {
         Code::StorageFull => error.with_help("free some space, then `alluvium run --once`"),
         Code::StorageDenied => error.with_help("give this user access, then `alluvium run --once`"),
         Code::MemoryExhausted => error.with_help("raise `memory` in [worker]"),
+        Code::TableUnreadable if causes(cause).any(asks_for_features) => {
+            error.with_help(FEATURES_HELP)
+        }
         _ => error,
     }
+}
+
+/// The same, where a file is read that a table names.
+pub(crate) fn of_file(doing: impl std::fmt::Display, cause: &(dyn StdError + 'static)) -> Error {
+    let error = foreign(doing, cause);
+    match causes(cause).any(is_not_found) {
+        true => Error::new(Code::FileGone, error.message).with_help(GONE_HELP),
+        false => error,
+    }
+}
+
+fn is_not_found(cause: &(dyn StdError + 'static)) -> bool {
+    let of_io = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+    of_io == Some(io::ErrorKind::NotFound)
+        || matches!(cause.downcast_ref(), Some(object_store::Error::NotFound { .. }))
+}
+
+fn asks_for_features(cause: &(dyn StdError + 'static)) -> bool {
+    let failed = cause.downcast_ref::<TransactionError>();
+    matches!(
+        failed,
+        Some(
+            TransactionError::UnsupportedTableFeatures(_)
+                | TransactionError::TableFeaturesRequired(_)
+        )
+    )
 }
 
 /// Storage itself failed, not the content of what it gave.

@@ -23,7 +23,7 @@ use deltalake::protocol::{DeltaOperation, MergePredicate, SaveMode};
 use tracing::Instrument;
 use uuid::Uuid;
 
-use crate::classify::foreign;
+use crate::classify::{GONE_HELP, foreign};
 use crate::{Table, store};
 
 /// A checkpoint is written every so many versions, after the commit, off the hot path.
@@ -92,6 +92,7 @@ impl Table {
     /// Commits `change` as the version after this snapshot, or not at all.
     pub async fn commit(&mut self, change: Change) -> Result<CommitOutcome> {
         self.check_writable(!change.removes.is_empty())?;
+        self.check_files(&change.adds).await?;
         let now = Utc::now().timestamp_millis();
         let transactions = change
             .markers
@@ -124,6 +125,19 @@ impl Table {
             }
             Err(error) => Ok(CommitOutcome::Lost(error)),
         }
+    }
+
+    /// What a process wrote long before its commit may be gone: a cleanup, or another tool's vacuum, takes what is old and
+    /// no commit names.
+    async fn check_files(&self, adds: &[Add]) -> Result<()> {
+        let missing = self.missing_of(&adds.iter().collect::<Vec<_>>()).await?;
+        let Some(first) = missing.first() else { return Ok(()) };
+        let text = format!(
+            "{}: {} file(s) that were written for it are gone, {first} is one",
+            self.committing(),
+            missing.len()
+        );
+        Err(Error::new(Code::FileGone, text).with_help(GONE_HELP))
     }
 
     /// Puts the log entry of the next version, if nobody has.

@@ -18,7 +18,7 @@ use roaring::RoaringTreemap;
 use serde_json::Value;
 use uuid::Uuid;
 
-use crate::classify::foreign;
+use crate::classify::{foreign, of_file};
 use crate::{LiveFile, Table};
 
 /// Positions of rows in a data file, from 0; those already deleted are counted, too.
@@ -110,7 +110,7 @@ impl Table {
             .store()
             .get_range(&Path::from(path.as_str()), offset..offset + size + 8)
             .await
-            .map_err(|e| foreign(format!("read {path} of {}", self.uri), &e))?;
+            .map_err(|e| of_file(format!("read {path} of {}", self.uri), &e))?;
         let at = |from: usize| bytes.get(from..from + 4).map(<[u8]>::to_vec);
         let length = bytes.len().saturating_sub(8);
         let body = bytes.get(4..4 + length).unwrap_or_default();

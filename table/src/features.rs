@@ -10,7 +10,7 @@ use alluvium_protocol::{Code, Error, Result};
 use deltalake::kernel::transaction::PROTOCOL;
 
 use crate::Table;
-use crate::classify::foreign;
+use crate::classify::{FEATURES_HELP, foreign};
 
 /// The writer version from which a table names its features.
 const NAMES_FEATURES: i64 = 7;
@@ -106,7 +106,6 @@ impl Table {
 
     fn refused(&self, what: &str) -> Error {
         let text = format!("{} uses {what}, which this version cannot keep up", self.uri);
-        Error::new(Code::TableUnreadable, text)
-            .with_help("let Alluvium write to a table of its own, or drop the feature there")
+        Error::new(Code::TableUnreadable, text).with_help(FEATURES_HELP)
     }
 }

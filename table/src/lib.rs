@@ -13,6 +13,7 @@ mod copy;
 pub mod deletion;
 mod features;
 mod files;
+pub mod floats;
 pub mod history;
 mod kept;
 pub mod keys;

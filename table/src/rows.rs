@@ -26,7 +26,7 @@ use object_store::{ObjectStoreExt, coalesce_ranges};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
-use crate::classify::foreign;
+use crate::classify::of_file;
 use crate::deletion::RowSet;
 use crate::files::path_of;
 use crate::kept::Kept;
@@ -80,7 +80,7 @@ impl Table {
         let doing = format!("read {} of {}", file.path, self.uri);
         let metadata = self.footer(&file.path, file.size).await?;
         let rows_in_file = metadata.file_metadata().num_rows();
-        let footer = for_arrow(Arc::clone(&metadata)).map_err(|e| foreign(&doing, &e))?;
+        let footer = for_arrow(Arc::clone(&metadata)).map_err(|e| of_file(&doing, &e))?;
         let roots = schema.fields().iter().filter_map(|f| find_column(footer.schema(), f.name()));
         let mask = ProjectionMask::roots(footer.parquet_schema(), roots);
         let (mut without, mut only) = (RowSet::new(), None);
@@ -95,10 +95,10 @@ impl Table {
         let rows = match self.local_path(file)? {
             // Page by page: what is in memory does not grow with the row groups.
             Some(local) => {
-                let opened = File::open(local).map_err(|e| foreign(&doing, &e))?;
+                let opened = File::open(local).map_err(|e| of_file(&doing, &e))?;
                 let reading = ParquetRecordBatchReaderBuilder::new_with_metadata(opened, footer);
                 let rows = picked(reading, mask, only).build();
-                let rows = rows.map_err(|e| foreign(&doing, &e))?;
+                let rows = rows.map_err(|e| of_file(&doing, &e))?;
                 futures::stream::iter(rows.map(|batch| batch.map_err(ParquetError::from))).boxed()
             }
             None => {
@@ -107,7 +107,7 @@ impl Table {
                 let reading = ParquetRecordBatchStreamBuilder::new_with_metadata(reader, footer);
                 let is_small = largest_group(&metadata, &mask) <= AHEAD_BYTES_MAX;
                 let groups = picked(reading, mask, only).build();
-                let groups = groups.map_err(|e| foreign(&doing, &e))?;
+                let groups = groups.map_err(|e| of_file(&doing, &e))?;
                 if is_small { fetched_ahead(groups) } else { groups.boxed() }
             }
         };
@@ -115,13 +115,13 @@ impl Table {
         let schema = Arc::clone(schema);
         let mut first_row: u64 = 0;
         let rows = rows.map(move |batch| {
-            let mut batch = batch.map_err(|e| foreign(&doing, &e))?;
+            let mut batch = batch.map_err(|e| of_file(&doing, &e))?;
             let count = batch.num_rows() as u64;
             if !without.is_empty() {
                 let is_kept =
                     (first_row..first_row + count).map(|row| Some(!without.contains(row)));
                 let is_kept: BooleanArray = is_kept.collect();
-                batch = filter_record_batch(&batch, &is_kept).map_err(|e| foreign(&doing, &e))?;
+                batch = filter_record_batch(&batch, &is_kept).map_err(|e| of_file(&doing, &e))?;
             }
             first_row += count;
             let batch = with_columns(&batch, &partition)?;
@@ -136,7 +136,7 @@ impl Table {
     pub async fn bytes_while_read(&self, file: &LiveFile, schema: &SchemaRef) -> Result<u64> {
         let doing = format!("read {} of {}", file.path, self.uri);
         let metadata = self.footer(&file.path, file.size).await?;
-        let footer = for_arrow(Arc::clone(&metadata)).map_err(|e| foreign(&doing, &e))?;
+        let footer = for_arrow(Arc::clone(&metadata)).map_err(|e| of_file(&doing, &e))?;
         let roots = schema.fields().iter().filter_map(|f| find_column(footer.schema(), f.name()));
         let mask = ProjectionMask::roots(footer.parquet_schema(), roots);
         let encoded = match (self.local_path(file)?, largest_group(&metadata, &mask)) {

@@ -110,17 +110,21 @@ impl Editing<'_> {
         winners: Winners,
         search: Search<'_>,
     ) -> Result<()> {
-        self.write(edit, winners, search).await?;
+        let written = self.write(edit, winners, search).await?;
+        // Where no row goes, the new files tell what comes.
+        if !edit.touched.is_empty() {
+            self.tell(edit, &written).await?;
+        }
         self.take_out(edit).await
     }
 
-    /// The same, without taking them out.
+    /// Finds them and writes those that come; returns of which winners these are.
     pub(crate) async fn write(
         &self,
         edit: &mut Edit,
         mut winners: Winners,
         search: Search<'_>,
-    ) -> Result<()> {
+    ) -> Result<Winners> {
         let Self { main, rule, permit, pipeline, .. } = *self;
         if pipeline.content.skip_unchanged && rule.mode != Mode::Scd2 {
             edit.take(search.finish().await?);
@@ -143,7 +147,12 @@ impl Editing<'_> {
             edit.written = written?;
         }
         permit.check()?;
-        if main.tells_changes() && !edit.touched.is_empty() {
+        Ok(winners)
+    }
+
+    /// Writes the change feed, where main is to tell its changes: a commit that tells some must tell all.
+    pub(crate) async fn tell(&self, edit: &mut Edit, winners: &Winners) -> Result<()> {
+        if self.main.tells_changes() {
             edit.feed = feed::write(self, &edit.touched, winners.spooled().await?.as_ref()).await?;
         }
         Ok(())

@@ -18,8 +18,7 @@ use alluvium_table::arrow::array::{
 };
 use alluvium_table::arrow::compute::{filter, filter_record_batch, not, or};
 use alluvium_table::arrow::datatypes::{
-    DataType, Field, Float32Type, Float64Type, Int64Type, Schema, SchemaRef,
-    TimestampNanosecondType,
+    DataType, Field, Int64Type, Schema, SchemaRef, TimestampNanosecondType,
 };
 use alluvium_table::classify::foreign;
 use alluvium_table::datafusion::catalog::TableProvider;
@@ -30,6 +29,7 @@ use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use alluvium_table::datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use alluvium_table::datafusion::physical_plan::streaming::PartitionStream;
+use alluvium_table::floats::with_one_zero;
 use alluvium_table::schema::find_column;
 use futures::StreamExt;
 use futures::stream::BoxStream;
@@ -513,19 +513,12 @@ impl FileRows {
         Ok(())
     }
 
-    /// Floating-point numbers that decide know one zero and one NaN: SQL's sorting, grouping and
-    /// joining disagree about more.
+    /// Columns that decide know one zero and one NaN.
     fn with_one_zero(&self, batch: RecordBatch) -> Result<RecordBatch> {
-        let double = |value: f64| if value.is_nan() { f64::NAN } else { value + 0.0 };
-        let single = |value: f32| if value.is_nan() { f32::NAN } else { value + 0.0 };
         let mut columns = batch.columns().to_vec();
         let schema = batch.schema();
         for at in self.reading.exact.iter().filter_map(|name| find_column(&schema, name)) {
-            if let Some(values) = columns[at].as_primitive_opt::<Float64Type>() {
-                columns[at] = Arc::new(values.unary::<_, Float64Type>(double));
-            } else if let Some(values) = columns[at].as_primitive_opt::<Float32Type>() {
-                columns[at] = Arc::new(values.unary::<_, Float32Type>(single));
-            }
+            columns[at] = with_one_zero(&columns[at]);
         }
         let rows = batch.num_rows();
         let options = RecordBatchOptions::new().with_row_count(Some(rows));

@@ -1,7 +1,7 @@
 //! Keys as bytes: equal bytes, equal keys.
 //!
 //! One text or binary column is its own bytes; one whole number, time or truth value eight bytes; all
-//! else is arrow's row format. Floats are equal as in SQL here: by their bits (NaN is NaN).
+//! else is arrow's row format. Floats are equal as in SQL here: NaN is NaN, and there is one zero.
 
 use std::sync::Arc;
 
@@ -15,9 +15,11 @@ use deltalake::arrow::datatypes::{DataType, Int64Type};
 use deltalake::arrow::error::ArrowError;
 use deltalake::arrow::row::{RowConverter, Rows, SortField};
 
+use crate::floats::with_one_zero;
+
 /// The way that keys become bytes, which is to change with any change in them: side indexes hold hashes of
 /// these bytes. Arrow's row format may change with arrow.
-pub(super) const FORM: (u32, &str) = (1, ARROW_VERSION);
+pub(super) const FORM: (u32, &str) = (2, ARROW_VERSION);
 
 /// Makes bytes of the keys of one table.
 pub(super) struct Encoder {
@@ -103,7 +105,10 @@ impl Encoder {
                 let whole = cast_with_options(column, &DataType::Int64, &options)?;
                 Keys::Numbers(whole.as_primitive::<Int64Type>().clone())
             }
-            (Way::Rows(converter), columns) => Keys::Rows(converter.convert_columns(columns)?),
+            (Way::Rows(converter), columns) => {
+                let columns: Vec<ArrayRef> = columns.iter().map(with_one_zero).collect();
+                Keys::Rows(converter.convert_columns(&columns)?)
+            }
             _ => {
                 let text = "as many key columns as types".to_owned();
                 return Err(ArrowError::InvalidArgumentError(text));
@@ -194,7 +199,7 @@ mod tests {
         );
         assert_eq!(
             FORM,
-            (1, "59.3.2"),
+            (2, "59.3.2"),
             "the row format may have changed: see above, then say so here"
         );
     }

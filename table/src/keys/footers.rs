@@ -12,7 +12,7 @@ use deltalake::parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, Parqu
 use object_store::ObjectStoreExt;
 
 use crate::Table;
-use crate::classify::foreign;
+use crate::classify::of_file;
 use crate::files::path_of;
 
 /// What arrow's reader needs of a footer. Times of 96 bits, as Spark writes them, are read as microseconds:
@@ -114,18 +114,18 @@ impl Table {
         loop {
             let range = size.saturating_sub(wanted)..size;
             let tail =
-                self.store().get_range(&at, range).await.map_err(|e| foreign(doing(), &e))?;
+                self.store().get_range(&at, range).await.map_err(|e| of_file(doing(), &e))?;
             let mut reader = ParquetMetaDataReader::new()
                 .with_offset_index_policy(pages)
                 .with_column_index_policy(values);
             match reader.try_parse_sized(&tail, size) {
-                Ok(()) => return reader.finish().map_err(|e| foreign(doing(), &e)),
+                Ok(()) => return reader.finish().map_err(|e| of_file(doing(), &e)),
                 Err(ParquetError::NeedMoreData(more)) if wanted < size => wanted = more as u64,
                 // Pages can be found without it, too.
                 Err(_) if pages == PageIndexPolicy::Optional => {
                     (pages, values) = (PageIndexPolicy::Skip, PageIndexPolicy::Skip);
                 }
-                Err(error) => return Err(foreign(doing(), &error)),
+                Err(error) => return Err(of_file(doing(), &error)),
             }
         }
     }

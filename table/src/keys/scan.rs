@@ -35,7 +35,7 @@ use super::making::Making;
 use super::pages::{each_value, is_readable};
 use super::set::KeySet;
 use super::side::{Entry, Wanted};
-use crate::classify::foreign;
+use crate::classify::{foreign, of_file};
 use crate::deletion::RowSet;
 use crate::files::path_of;
 use crate::schema::find_column;
@@ -163,7 +163,7 @@ impl Scan<'_> {
                     let work = move || {
                         let open = || {
                             std::fs::File::open(&local)
-                                .map_err(|e| foreign(format!("read {path}"), &e))
+                                .map_err(|e| of_file(format!("read {path}"), &e))
                         };
                         decode(unit, open, &keys, &path)
                     };
@@ -226,7 +226,7 @@ impl Scan<'_> {
             return Ok(Parts { length: file.size, parts: Vec::new() });
         }
         let read = self.table.store().get_ranges(&path_of(&file.path), ranges).await;
-        let read = read.map_err(|e| foreign(doing(), &e))?;
+        let read = read.map_err(|e| of_file(doing(), &e))?;
         let parts = ranges.iter().map(|range| range.start).zip(read).collect();
         Ok(Parts { length: file.size, parts })
     }

@@ -134,6 +134,7 @@ impl Job {
         let (main, raw, changes) = &self.of.open(tables, pipeline).await?;
         let rule = &Rule::new(pipeline, raw);
         let live = if self.searches { main.files().await? } else { Vec::new() };
+        let is_first = live.is_empty();
         let mut search = Search::new(main, rule, pipeline, live, permit, 0)?;
         let files = (changes.as_slice(), pipeline.sizes.memory_bytes);
         let range = Some((&self.cuts, number));
@@ -152,7 +153,12 @@ impl Job {
         let mut edit = Edit::default();
         if last.counts().0 > 0 {
             let editing = Editing { main, rule, pipeline, permit };
-            editing.write(&mut edit, Winners::InRaw(Arc::clone(&last)), search).await?;
+            let winners = Winners::InRaw(Arc::clone(&last));
+            let written = editing.write(&mut edit, winners, search).await?;
+            // Rows may go in another range.
+            if !is_first {
+                editing.tell(&mut edit, &written).await?;
+            }
         }
         (findings.keys, findings.upserts) = (edit.keys, edit.upserts);
         for found in &edit.touched {
