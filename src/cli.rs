@@ -316,7 +316,7 @@ pub(crate) struct WorkerArguments {
     /// Tasks at a time [default: worker.slots]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub(crate) slots: Option<u16>,
-    /// Only tasks of these steps
+    /// Only tasks of these steps; optimize and cleanup share a queue, so that either means both
     #[arg(long, value_delimiter = ',', value_name = "LIST", value_parser = STEPS)]
     pub(crate) steps: Vec<String>,
     /// End when there was no task for this long

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -120,6 +121,27 @@ def test_long_keys_are_no_trouble(tmp_path: Path):
         pq.write_table(pa.table({"id": some, "v": [epoch] * len(some)}, schema=SCHEMA), folder / "part-0.parquet")
         lake.run()
     assert counts(lake) == {20: 8000 - len(texts[::3]), 30: len(texts[::3])}
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv"])
+def test_wide_rows_are_fewer_at_a_time(format: str, tmp_path: Path):
+    """400 MB of rows of 100 kB, of which there are few kinds: a file of them is small."""
+    lake = small(tmp_path, f'format = "{format}"\n')
+    kinds = [np.random.default_rng(kind).bytes(50_000).hex() for kind in range(20)]
+    schema = pa.schema([("id", pa.string()), ("v", pa.int64()), ("wide", pa.string())])
+    for epoch in (1, 2):
+        folder = lake.deliver(epoch, [], schema=schema)
+        ids = keys(np.arange(epoch, 4_000 + epoch))
+        wide = pa.array([kinds[at % 20] for at in range(4_000)])
+        rows = pa.table({"id": ids, "v": np.full(4_000, epoch), "wide": wide}, schema=schema)
+        (folder / "part-0.parquet").unlink()
+        if format == "parquet":
+            pq.write_table(rows, folder / "part-0.parquet")
+        else:
+            csv.write_csv(rows, folder / "part-0.csv")
+        assert peak(lake, "run", "--once") < 400, epoch
+    assert counts(lake) == {1: 1, 2: 4_000}
+    assert set(pl.scan_delta(str(tmp_path / "p/main")).select("wide").unique().collect()["wide"]) == set(kinds)
 
 
 def test_a_killed_process_leaves_nothing_on_the_disk(tmp_path: Path):

@@ -239,7 +239,7 @@ def test_pause_stops_and_resume_goes_on_whatever_is_lost(lake: Lake):
     assert lake.alluvium("pause", "p").code == 0
     shutil.rmtree(lake.root / "state")
     lake.deliver(20, [("a", 2, "U")])
-    lake.run()
+    assert "p is paused" in lake.run().err
     assert lake.main() == {"a": 1}
     status = lake.alluvium("status")
     assert "paused" in status.out and "alluvium resume p" in status.err

@@ -105,6 +105,8 @@ pub struct Outcome {
     pub refused: Vec<(String, Error)>,
     /// Epochs whose folders are not complete, with the reason.
     pub incomplete: Vec<(String, Epoch, String)>,
+    /// Pipelines that are paused.
+    pub paused: Vec<String>,
 }
 
 impl Coordinator {
@@ -424,6 +426,9 @@ impl Coordinator {
         let mut outcome = Outcome { refused: self.refused.clone(), ..Outcome::default() };
         for book in &self.books {
             outcome.broken.extend(book.error.as_ref().map(|error| error.code));
+            if book.markers.is_held() {
+                outcome.paused.push(book.pipeline.id.clone());
+            }
             for (epoch, entry) in &book.entries {
                 match entry.state {
                     State::Blocked(_) | State::Parked(_) => outcome.stopped += 1,

@@ -111,4 +111,9 @@ pub(crate) fn summarize(outcome: &Outcome, totals: Totals) {
     for (pipeline, epoch, why) in &outcome.incomplete {
         printer::say(&format!("  left alone: {pipeline} {epoch}: {why}"));
     }
+    for pipeline in &outcome.paused {
+        printer::say(&format!(
+            "  {pipeline} is paused, nothing is merged: alluvium resume {pipeline}"
+        ));
+    }
 }

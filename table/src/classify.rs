@@ -32,6 +32,9 @@ pub fn foreign(doing: impl std::fmt::Display, cause: &(dyn StdError + 'static)) 
         Code::StorageFull => error.with_help("free some space, then `alluvium run --once`"),
         Code::StorageDenied => error.with_help("give this user access, then `alluvium run --once`"),
         Code::MemoryExhausted => error.with_help("raise `memory` in [worker]"),
+        Code::StorageUnavailable if causes(cause).any(has_long_name) => error.with_help(
+            "a value of `partition_by` is in its folder's name: storage takes no longer one; partition by another column",
+        ),
         Code::TableUnreadable if causes(cause).any(asks_for_features) => {
             error.with_help(FEATURES_HELP)
         }
@@ -46,6 +49,10 @@ pub(crate) fn of_file(doing: impl std::fmt::Display, cause: &(dyn StdError + 'st
         true => Error::new(Code::FileGone, error.message).with_help(GONE_HELP),
         false => error,
     }
+}
+
+fn has_long_name(cause: &(dyn StdError + 'static)) -> bool {
+    cause.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::InvalidFilename)
 }
 
 fn is_not_found(cause: &(dyn StdError + 'static)) -> bool {

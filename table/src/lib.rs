@@ -34,6 +34,7 @@ mod table;
 pub mod transactions;
 pub mod upkeep;
 mod uploads;
+pub mod width;
 pub mod write;
 
 pub use deltalake::kernel::{Action, Add, Remove};

@@ -34,10 +34,9 @@ use crate::keys::footers::for_arrow;
 use crate::keys::scan::{partition_value, repeated};
 use crate::schema::{conform, find_column};
 use crate::store::StoreRef;
+use crate::width::rows_of_a_batch;
 use crate::{LiveFile, Table};
 
-/// Rows read at a time.
-const BATCH_ROWS: usize = 8192;
 /// So many bytes that nobody asked for are read rather than another request made. More would be whole row
 /// groups of raw, of which a share of a merge needs a part.
 const GAP_MAX: u64 = 64 << 10;
@@ -145,6 +144,7 @@ impl Table {
             (None, bytes @ ..=AHEAD_BYTES_MAX) => 2 * bytes,
             (None, bytes) => bytes,
         };
+        let batch_rows = rows_of_a_batch(&metadata, &mask) as u64;
         let of_group = |(at, group): (usize, &RowGroupMetaData)| -> u64 {
             let rows = u64::try_from(group.num_rows()).unwrap_or(0).max(1);
             let pages = metadata.offset_index().and_then(|index| index.get(at));
@@ -153,7 +153,7 @@ impl Table {
                 let pages = pages.and_then(|pages| pages.get(at)).map(|of| of.page_locations.len());
                 // A page, and a batch.
                 let of_page = pages.map_or(PAGE_ROWS, |pages| rows.div_ceil(pages.max(1) as u64));
-                plain.saturating_mul(rows.min(of_page + BATCH_ROWS as u64)) / rows
+                plain.saturating_mul(rows.min(of_page + batch_rows)) / rows
             };
             included(group, &mask).map(of_column).sum()
         };
@@ -200,7 +200,8 @@ fn picked<T>(
     columns: ProjectionMask,
     rows: Option<RowSelection>,
 ) -> ArrowReaderBuilder<T> {
-    let reading = reading.with_batch_size(BATCH_ROWS).with_projection(columns);
+    let batch_rows = rows_of_a_batch(reading.metadata(), &columns);
+    let reading = reading.with_batch_size(batch_rows).with_projection(columns);
     match rows {
         Some(rows) => reading.with_row_selection(rows),
         None => reading,

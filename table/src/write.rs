@@ -6,6 +6,7 @@ use std::sync::Arc;
 use alluvium_protocol::{Code, Error, Result, part_of_task};
 use deltalake::arrow::array::RecordBatch;
 use deltalake::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use deltalake::arrow::error::ArrowError;
 use deltalake::datafile::writer::{DeltaWriter, WriterConfig};
 use deltalake::datafusion::execution::SendableRecordBatchStream;
 use deltalake::kernel::{Action, Add, AddCDCFile};
@@ -20,6 +21,7 @@ use tracing::Instrument;
 use crate::classify::foreign;
 use crate::session::quoted;
 use crate::store::StoreRef;
+use crate::width::BATCH_ROWS;
 use crate::{Table, schema};
 
 /// Smallest and largest values of these tell readers to pass over rows that they seek: NaN is in no
@@ -31,9 +33,6 @@ fn misleads(kind: &DataType) -> bool {
         _ => false,
     }
 }
-
-/// Rows given to the encoder at a time.
-const BATCH_ROWS: usize = 8192;
 
 /// A row group is in memory while it is written, several times over while it is sent: it ends with so many rows,
 /// or bytes.
@@ -162,13 +161,33 @@ impl FileWriter {
         if batch.num_rows() == 0 {
             return Ok(());
         }
-        let batch = schema::conform(batch, &self.schema)
-            .map_err(|e| Error::new(Code::ColumnTypeMismatch, format!("{}: {e}", self.uri)))?;
+        let batch = schema::conform(batch, &self.schema).map_err(|e| self.misfit(batch, &e))?;
         self.rows += batch.num_rows() as u64;
         let written = self.writer.write(&batch).await;
         // Parts of files that wait to be sent get their turn: each is as large as a row group.
         tokio::task::yield_now().await;
         written.map_err(|e| foreign(format!("write a data file of {}", self.uri), &e))
+    }
+
+    fn misfit(&self, batch: &RecordBatch, error: &ArrowError) -> Error {
+        let is_null = |field: &Field| {
+            let at = schema::find_column(batch.schema_ref(), field.name());
+            !field.is_nullable() && at.is_none_or(|at| batch.column(at).null_count() > 0)
+        };
+        let fields = self.schema.fields();
+        match fields.iter().find(|field| is_null(field)) {
+            Some(field) => {
+                let text = format!(
+                    "{}: column {:?} is NOT NULL there, and a row has no value",
+                    self.uri,
+                    field.name()
+                );
+                Error::new(Code::ColumnTypeMismatch, text).with_help(
+                    "refuse such rows with an expectation (docs/rows.md), or drop NOT NULL of the column there",
+                )
+            }
+            None => Error::new(Code::ColumnTypeMismatch, format!("{}: {error}", self.uri)),
+        }
     }
 
     /// Writes a whole stream. On an error what was begun is taken back.

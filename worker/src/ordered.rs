@@ -9,9 +9,9 @@ use alluvium_table::arrow::compute::{SortOptions, interleave_record_batch};
 use alluvium_table::arrow::datatypes::{DataType, SchemaRef};
 use alluvium_table::arrow::row::{RowConverter, Rows, SortField};
 use alluvium_table::schema::{conform, find_column};
+use alluvium_table::width::{BATCH_BYTES, BATCH_ROWS, bytes_of_rows};
 
 use crate::raw;
-use crate::sorter::BATCH_ROWS;
 
 /// Batches that chosen rows are of.
 const BATCHES_MAX: usize = 32;
@@ -180,22 +180,29 @@ pub(crate) fn side_by_side(
 #[derive(Default)]
 pub(crate) struct Picks {
     batches: Vec<Arc<RecordBatch>>,
+    /// Of a row of each.
+    row_bytes: Vec<usize>,
     places: Vec<(usize, usize)>,
+    bytes: usize,
 }
 
 impl Picks {
     pub(crate) fn pick(&mut self, batch: &Arc<RecordBatch>, row: usize) {
         let known = self.batches.iter().rposition(|held| Arc::ptr_eq(held, batch));
         let at = known.unwrap_or_else(|| {
+            self.row_bytes.push(bytes_of_rows(batch) / batch.num_rows().max(1));
             self.batches.push(Arc::clone(batch));
             self.batches.len() - 1
         });
+        self.bytes += self.row_bytes[at];
         self.places.push((at, row));
     }
 
     /// Chosen rows hold the batches that they are in: few rows of many batches are enough, too.
     pub(crate) fn is_full(&self) -> bool {
-        self.places.len() >= BATCH_ROWS || self.batches.len() >= BATCHES_MAX
+        self.places.len() >= BATCH_ROWS
+            || self.bytes >= BATCH_BYTES
+            || self.batches.len() >= BATCHES_MAX
     }
 
     /// The chosen rows; `None`: there are none.
@@ -205,8 +212,7 @@ impl Picks {
         }
         let batches: Vec<&RecordBatch> = self.batches.iter().map(AsRef::as_ref).collect();
         let rows = interleave_record_batch(&batches, &self.places).map_err(Error::internal)?;
-        self.batches.clear();
-        self.places.clear();
+        *self = Self::default();
         Ok(Some(rows))
     }
 }

@@ -13,15 +13,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use alluvium_protocol::{Error, Result};
-use alluvium_table::arrow::array::{Array, RecordBatch, UInt32Array};
+use alluvium_table::arrow::array::{RecordBatch, UInt32Array};
 use alluvium_table::arrow::compute::{SortOptions, interleave_record_batch, take_record_batch};
 use alluvium_table::arrow::datatypes::SchemaRef;
 use alluvium_table::arrow::row::{RowConverter, Rows, SortField};
 use alluvium_table::schema::find_column;
 use alluvium_table::spool::{Spool, Spooled};
+use alluvium_table::width::{BATCH_ROWS, bytes_of_rows, rows_at_a_time};
 
-/// Rows given out at a time.
-pub(crate) const BATCH_ROWS: usize = 8192;
 /// Rows of a run that are read at a time: a range begins and ends within one.
 const RUN_BATCH_ROWS: usize = 2048;
 /// More runs than this are merged.
@@ -121,7 +120,7 @@ impl Sorter {
         if batch.num_rows() == 0 {
             return Ok(());
         }
-        self.part_bytes += bytes_of(&batch)?;
+        self.part_bytes += bytes_of_rows(&batch);
         self.part.push(batch);
         if self.part_bytes > self.plan.part_bytes { self.end_part() } else { Ok(()) }
     }
@@ -143,16 +142,18 @@ impl Sorter {
             return Ok(());
         }
         let mut run = NewRun::new(&self.plan, bytes, 0);
+        let rows: usize = parts.iter().map(|part| part.rows.len()).sum();
+        let batch_rows = rows_at_a_time(RUN_BATCH_ROWS, (rows as u64, bytes as u64));
         if is_sorted(&parts) {
             for part in parts {
-                for first in part.rows.clone().step_by(RUN_BATCH_ROWS) {
-                    let rows = RUN_BATCH_ROWS.min(part.rows.end - first);
+                for first in part.rows.clone().step_by(batch_rows) {
+                    let rows = batch_rows.min(part.rows.end - first);
                     let key = |row: usize| part.keys.row(first + row).data();
                     run.push(part.batch.slice(first, rows), key)?;
                 }
             }
         } else {
-            for batch in Sorted::new(parts, RUN_BATCH_ROWS) {
+            for batch in Sorted::new(parts, batch_rows) {
                 let batch = batch?;
                 let keys = self.plan.keys(&self.converter, &batch)?;
                 run.push(batch, |row| keys.row(row).data())?;
@@ -203,13 +204,14 @@ fn merge_last(plan: &Plan, runs: &mut Vec<Run>) -> Result<()> {
             return Ok(());
         }
         let merging = Runs { plan: plan.clone(), runs: runs.split_off(runs.len() - of_level) };
-        let bytes = merging.runs.iter().map(|run| run.bytes).sum();
+        let (rows, bytes) = merging.size();
+        let batch_rows = rows_at_a_time(RUN_BATCH_ROWS, (rows as u64, bytes as u64));
         let mut merged = NewRun::new(plan, bytes, level + 1);
         let converter = plan.converter()?;
         for batch in merging.batches() {
             let batch = batch?;
-            for first in (0..batch.num_rows()).step_by(RUN_BATCH_ROWS) {
-                let rows = RUN_BATCH_ROWS.min(batch.num_rows() - first);
+            for first in (0..batch.num_rows()).step_by(batch_rows) {
+                let rows = batch_rows.min(batch.num_rows() - first);
                 let batch = batch.slice(first, rows);
                 let keys = plan.keys(&converter, &batch)?;
                 merged.push(batch, |row| keys.row(row).data())?;
@@ -225,12 +227,6 @@ fn sampled(rows: usize) -> impl Iterator<Item = usize> {
     (SAMPLE_ROWS / 2..rows.max(SAMPLE_ROWS / 2 + 1))
         .step_by(SAMPLE_ROWS)
         .map(move |row| row.min(rows - 1))
-}
-
-/// What an array's rows take, not what they are a part of.
-fn bytes_of(batch: &RecordBatch) -> Result<usize> {
-    let sizes = batch.columns().iter().map(|column| column.to_data().get_slice_memory_size());
-    sizes.sum::<Result<usize, _>>().map_err(Error::internal)
 }
 
 /// Rows that are in order within each run.
@@ -253,9 +249,15 @@ impl Runs {
         merge_last(&self.plan, &mut self.runs)
     }
 
+    /// Rows and bytes.
+    fn size(&self) -> (usize, usize) {
+        let of_run = |(rows, bytes), run: &Run| (rows + run.rows.rows(), bytes + run.bytes);
+        self.runs.iter().fold((0, 0), of_run)
+    }
+
     /// Ranges that fit into memory, with about as many rows each: a multiple of `count`, unless keys are equal.
     pub(crate) fn ranges(&self, count: usize) -> Vec<Keys> {
-        let bytes: usize = self.runs.iter().map(|run| run.bytes).sum();
+        let (_, bytes) = self.size();
         let count =
             bytes.div_ceil(self.plan.part_bytes.max(1)).max(1).next_multiple_of(count.max(1));
         let samples = self.runs.iter().flat_map(|run| run.samples.iter());
@@ -310,7 +312,8 @@ impl Runs {
                 }
             }
         }
-        Ok(Sorted::new(parts, BATCH_ROWS))
+        let (rows, bytes) = self.size();
+        Ok(Sorted::new(parts, rows_at_a_time(BATCH_ROWS, (rows as u64, bytes as u64))))
     }
 }
 

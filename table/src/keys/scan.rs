@@ -40,10 +40,9 @@ use crate::deletion::RowSet;
 use crate::files::path_of;
 use crate::schema::find_column;
 use crate::store::{Place, place_of};
+use crate::width::rows_of_a_batch;
 use crate::{LiveFile, Table};
 
-/// Rows decoded at a time.
-const BATCH_ROWS: usize = 8192;
 /// Requests under way at a time where a request takes long.
 const REMOTE_REQUESTS: usize = 16;
 /// Footers read at a time.
@@ -490,10 +489,11 @@ fn decode_arrays<R: ChunkReader + 'static>(
     path: &str,
 ) -> Result<(Hits, Vec<Entry>)> {
     let failed = |e: &(dyn std::error::Error + 'static)| foreign(format!("read keys of {path}"), e);
+    let batch_rows = rows_of_a_batch(unit.footer.metadata(), &unit.mask);
     let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes, unit.footer)
         .with_row_groups(vec![unit.group])
         .with_projection(unit.mask)
-        .with_batch_size(BATCH_ROWS)
+        .with_batch_size(batch_rows)
         .build()
         .map_err(|e| failed(&e))?;
     let (mut hits, mut entries) = (Hits::default(), Vec::new());

@@ -26,6 +26,7 @@ use alluvium_table::arrow::row::{RowConverter, Rows, SortField};
 use alluvium_table::deletion::RowSet;
 use alluvium_table::rows::Pick;
 use alluvium_table::schema::find_column;
+use alluvium_table::width::{BATCH_BYTES, BATCH_ROWS, bytes_of_rows};
 use alluvium_table::{LiveFile, Table};
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
@@ -38,8 +39,6 @@ use crate::search::{Search, comes};
 use crate::winners::Rule;
 use crate::{Permit, raw};
 
-/// Rows given out at a time.
-const BATCH_ROWS: usize = 8192;
 /// Batches that rows given out at a time are of; all runs have one in memory anyway.
 const SOURCES_MAX: usize = 256;
 /// Of the memory this part may go into rows of runs that wait for their turn.
@@ -311,6 +310,8 @@ struct Held {
     file: usize,
     first_row: u64,
     batch: RecordBatch,
+    /// Bytes of a row, about.
+    row_bytes: usize,
     keys: Rows,
     /// Made when two rows of one key in one epoch are to be compared.
     order: OnceLock<Rows>,
@@ -359,6 +360,7 @@ struct Merging {
     passed: u64,
     /// Last rows that were not given out so far, and the batches that they are in.
     last: Vec<(usize, usize)>,
+    last_bytes: usize,
     sources: Vec<Arc<Held>>,
     by_number: HashMap<usize, usize>,
     /// Positions of the columns that go out.
@@ -392,6 +394,7 @@ impl Merging {
             rows_read: 0,
             passed: 0,
             last: Vec::with_capacity(BATCH_ROWS),
+            last_bytes: 0,
             sources: Vec::new(),
             by_number: HashMap::new(),
             projection,
@@ -419,11 +422,7 @@ impl Merging {
 
     /// The last rows of the next keys.
     async fn next_batch(&mut self) -> Result<Option<RecordBatch>> {
-        // Rows that wait hold the batches that they are in.
-        let is_full = |merging: &Self| {
-            merging.last.len() >= BATCH_ROWS || merging.sources.len() >= SOURCES_MAX
-        };
-        while !is_full(self) && self.next_key().await? {}
+        while !self.is_full() && self.next_key().await? {}
         if self.last.is_empty() {
             return Ok(None);
         }
@@ -441,9 +440,21 @@ impl Merging {
             }
         };
         self.last.clear();
+        self.last_bytes = 0;
         self.sources.clear();
         self.by_number.clear();
         whole.project(&self.projection).map(Some).map_err(Error::internal)
+    }
+
+    /// Rows that wait hold the batches that they are in. One batch goes out whole, where it can.
+    fn is_full(&self) -> bool {
+        let is_wide = match self.sources.as_slice() {
+            [held] => {
+                self.last_bytes >= BATCH_BYTES / 2 && self.last.len() == held.batch.num_rows()
+            }
+            _ => self.last_bytes >= BATCH_BYTES,
+        };
+        is_wide || self.last.len() >= BATCH_ROWS || self.sources.len() >= SOURCES_MAX
     }
 
     /// Brings the next rows of a run into memory, which follow `last`.
@@ -478,7 +489,8 @@ impl Merging {
             self.is_sorted &= last.held.keys.row(last.row).data() <= keys.row(0).data();
         }
         let (number, epoch, order) = (self.held, self.runs[run].epoch, OnceLock::new());
-        let held = Held { number, run, epoch, file, first_row, batch, keys, order };
+        let row_bytes = bytes_of_rows(&batch) / batch.num_rows();
+        let held = Held { number, run, epoch, file, first_row, batch, row_bytes, keys, order };
         self.held += 1;
         self.heads.push(Head { held: Arc::new(held), row: 0, run });
         Ok(true)
@@ -500,6 +512,7 @@ impl Merging {
             sources.len() - 1
         });
         self.last.push((source, best.row));
+        self.last_bytes += best.held.row_bytes;
         Ok(true)
     }
 

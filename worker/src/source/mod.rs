@@ -35,8 +35,6 @@ use tracing::Instrument;
 use self::parquet::ParquetFile;
 use self::text::TextFile;
 
-/// Rows decoded at a time.
-const BATCH_ROWS: usize = 8192;
 /// Files opened at a time, where that is to read them; and where it is to read a footer, which on object
 /// storage is mostly waiting.
 const OPEN_AT_ONCE: usize = 8;

@@ -8,6 +8,7 @@ use alluvium_protocol::{Code, Error, Result};
 use alluvium_table::arrow::array::Int64Array;
 use alluvium_table::arrow::datatypes::SchemaRef;
 use alluvium_table::classify::foreign;
+use alluvium_table::parquet::arrow::ProjectionMask;
 use alluvium_table::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use alluvium_table::parquet::arrow::async_reader::{
     AsyncFileReader, ParquetRecordBatchStream, ParquetRecordBatchStreamBuilder,
@@ -15,6 +16,7 @@ use alluvium_table::parquet::arrow::async_reader::{
 use alluvium_table::parquet::errors::{ParquetError, Result as ParquetResult};
 use alluvium_table::parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 use alluvium_table::store::StoreRef;
+use alluvium_table::width::rows_of_a_batch;
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::BoxStream;
@@ -24,7 +26,7 @@ use object_store::{
 };
 use tokio::sync::OnceCell;
 
-use super::{BATCH_ROWS, Piece};
+use super::Piece;
 
 /// A footer is fetched with so much of the file's end: mostly all of it, in one request.
 const FOOTER_BYTES: usize = 64 * 1024;
@@ -73,11 +75,13 @@ impl ParquetFile {
     }
 
     fn batches(&self) -> ParquetResult<ParquetRecordBatchStream<PinnedReader>> {
+        let all = ProjectionMask::all();
+        let batch_rows = rows_of_a_batch(self.metadata.metadata(), &all);
         ParquetRecordBatchStreamBuilder::new_with_metadata(
             self.reader.clone(),
             self.metadata.clone(),
         )
-        .with_batch_size(BATCH_ROWS)
+        .with_batch_size(batch_rows)
         .build()
     }
 

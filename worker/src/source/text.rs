@@ -19,6 +19,7 @@ use alluvium_table::arrow::datatypes::{DataType, Field, Int64Type, Schema, Schem
 use alluvium_table::classify::foreign;
 use alluvium_table::spool::{Spool, Spooled};
 use alluvium_table::store::StoreRef;
+use alluvium_table::width::{BATCH_BYTES, BATCH_ROWS};
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
@@ -27,7 +28,7 @@ use super::csv::{Seen, Watched, Window, is_well_quoted};
 use super::folders;
 use super::json::{self, JsonKind};
 use super::parquet::{PinnedReader, read_error};
-use super::{BATCH_ROWS, Piece, WHOLE_BYTES_MAX};
+use super::{Piece, WHOLE_BYTES_MAX};
 use crate::raw::ROW;
 
 /// The column with a line as it came.
@@ -201,6 +202,8 @@ fn unreadable(place: &str, error: &dyn std::fmt::Display) -> Error {
 struct Collector {
     columns: Vec<StringBuilder>,
     places: Int64Builder,
+    /// Of values that were not put into the spool so far.
+    bytes: usize,
     schema: SchemaRef,
     spool: Spool,
 }
@@ -213,7 +216,7 @@ impl Collector {
         fields.push(Field::new(ROW, DataType::Int64, true));
         let schema: SchemaRef = Arc::new(Schema::new(fields));
         let spool = Spool::new(Arc::clone(&schema));
-        Self { columns, places: Int64Builder::new(), schema, spool }
+        Self { columns, places: Int64Builder::new(), bytes: 0, schema, spool }
     }
 
     fn add<'a>(
@@ -223,15 +226,17 @@ impl Collector {
     ) -> Result<()> {
         for (column, value) in self.columns.iter_mut().zip(values) {
             column.append_option(value);
+            self.bytes += value.map_or(0, str::len);
         }
         self.places.append_value(place);
-        match self.places.values_slice().len() >= BATCH_ROWS {
+        match self.places.values_slice().len() >= BATCH_ROWS || self.bytes >= BATCH_BYTES {
             true => self.flush(),
             false => Ok(()),
         }
     }
 
     fn flush(&mut self) -> Result<()> {
+        self.bytes = 0;
         let mut columns: Vec<ArrayRef> =
             self.columns.iter_mut().map(|column| Arc::new(column.finish()) as ArrayRef).collect();
         columns.push(Arc::new(self.places.finish()) as ArrayRef);
