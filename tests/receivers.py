@@ -8,12 +8,14 @@ from __future__ import annotations
 import email
 import json
 import socketserver
+import subprocess
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 PATIENCE_SECONDS = 60
@@ -40,6 +42,12 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_
             return found
         time.sleep(0.05)
     raise AssertionError(f"not within {seconds} s: {what}")
+
+
+def stands_still(process: subprocess.Popen) -> None:
+    """Waits until the process has stopped itself (`ALLUVIUM_STOP`)."""
+    state = Path(f"/proc/{process.pid}/stat")
+    wait_for(lambda: state.read_text().rsplit(") ", 1)[1].startswith("T"), "a stop")
 
 
 class Served:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from races import MOVED_ON, RACES, Ground, is_fine, race
+from receivers import stands_still
 
 ROUNDS = 12
 
@@ -20,16 +20,6 @@ def test_no_row_is_lost_or_doubled(name: str, vectors: str, tmp_path: Path):
     ground = Ground(tmp_path, seed=len(name), more=f'merge = {{ deletion_vectors = "{vectors}", index = "always" }}')
     for number in range(ROUNDS):
         race(ground, RACES[name], number)
-
-
-def stands_still(process) -> None:
-    """Waits until the process has stopped itself."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T":
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not stop")
 
 
 def ended(process) -> tuple[int, str]:

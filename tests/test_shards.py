@@ -26,7 +26,7 @@ from deltalake import DeltaTable
 from cluster import Cluster
 from lake import Lake
 from oracle_feed import BY_BOTH, check_feed
-from receivers import wait_for
+from receivers import stands_still, wait_for
 
 SMALL = 'shard_size = "1KiB"\n'
 SCHEMA = pa.schema([("id", pa.string()), ("value", pa.int64()), ("op", pa.string())])
@@ -488,7 +488,7 @@ def plan_of_a_stopped(lake: Lake, nth: int = 1) -> tuple[subprocess.Popen, Path]
     """A run that stands still where its plan lies and nobody is asked yet."""
     process = lake.start("run", "--once", env={"ALLUVIUM_STOP": f"shard.after_plan:{nth}"})
     wait_for(lambda: list((lake.root / "state/shards").rglob("*-plan.json")), "a plan")
-    wait_for(lambda: Path(f"/proc/{process.pid}/stat").read_text().rsplit(") ", 1)[1].startswith("T"), "a stop")
+    stands_still(process)
     [plan] = (lake.root / "state/shards").rglob("*-plan.json")
     return process, plan
 

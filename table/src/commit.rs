@@ -12,6 +12,8 @@
 //! lists them anew after it, so that a commit costs what the table holds. What it does beside that
 //! is done here: `CommitData` writes the actions, the log store puts the entry if it is absent.
 
+use std::collections::{BTreeSet, HashSet};
+
 use alluvium_protocol::{Code, Error, Result, part_of_task};
 use chrono::Utc;
 use deltalake::arrow::datatypes::{DataType, TimeUnit};
@@ -24,6 +26,7 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::classify::{GONE_HELP, foreign};
+use crate::deletion::vectors_of;
 use crate::{Table, store};
 
 /// A checkpoint is written every so many versions, after the commit, off the hot path.
@@ -92,7 +95,7 @@ impl Table {
     /// Commits `change` as the version after this snapshot, or not at all.
     pub async fn commit(&mut self, change: Change) -> Result<CommitOutcome> {
         self.check_writable(!change.removes.is_empty())?;
-        self.check_files(&change.adds).await?;
+        self.check_files(&change).await?;
         let now = Utc::now().timestamp_millis();
         let transactions = change
             .markers
@@ -129,8 +132,17 @@ impl Table {
 
     /// What a process wrote long before its commit may be gone: a cleanup, or another tool's vacuum, takes what is old and
     /// no commit names.
-    async fn check_files(&self, adds: &[Add]) -> Result<()> {
-        let missing = self.missing_of(&adds.iter().collect::<Vec<_>>()).await?;
+    async fn check_files(&self, change: &Change) -> Result<()> {
+        // A file that is named again, with other marks, was there before.
+        let known: HashSet<&str> = change.removes.iter().map(|file| file.path.as_str()).collect();
+        let written = change.adds.iter().filter(|add| !known.contains(add.path.as_str()));
+        let mut paths: BTreeSet<String> = written.map(|add| add.path.clone()).collect();
+        paths.extend(vectors_of(&change.adds));
+        paths.extend(change.others.iter().filter_map(|action| match action {
+            Action::Cdc(file) => Some(file.path.clone()),
+            _ => None,
+        }));
+        let missing = self.missing_files(paths.into_iter().collect()).await?;
         let Some(first) = missing.first() else { return Ok(()) };
         let text = format!(
             "{}: {} file(s) that were written for it are gone, {first} is one",

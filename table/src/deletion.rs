@@ -222,11 +222,17 @@ impl Table {
     /// Files of these actions, and of their vectors, that storage no longer holds.
     pub async fn missing_of(&self, adds: &[&Add]) -> Result<Vec<String>> {
         let mut paths: BTreeSet<String> = adds.iter().map(|add| add.path.clone()).collect();
-        for vector in adds.iter().filter_map(|add| add.deletion_vector.as_ref()) {
-            paths.extend(place_of(vector).ok().flatten().map(|(path, _)| path));
-        }
+        paths.extend(vectors_of(adds.iter().copied()));
         self.missing_files(paths.into_iter().collect()).await
     }
+}
+
+/// Paths below the table of the files that hold these vectors.
+pub(crate) fn vectors_of<'a>(
+    adds: impl IntoIterator<Item = &'a Add>,
+) -> impl Iterator<Item = String> {
+    let vectors = adds.into_iter().filter_map(|add| add.deletion_vector.as_ref());
+    vectors.filter_map(|vector| place_of(vector).ok().flatten().map(|(path, _)| path))
 }
 
 fn forget(paths: &mut BTreeSet<String>, vector: Option<&DeletionVectorDescriptor>) {

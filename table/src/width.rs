@@ -25,7 +25,7 @@ pub fn rows_at_a_time(rows_max: usize, (rows, bytes): (u64, u64)) -> usize {
 pub fn rows_of_a_batch(metadata: &ParquetMetaData, columns: &ProjectionMask) -> usize {
     let of_group = |group: &RowGroupMetaData| {
         let read = group.columns().iter().enumerate().filter(|(at, _)| columns.leaf_included(*at));
-        let bytes = read.map(|(_, column)| decoded_bytes(column)).sum();
+        let bytes = read.map(|(_, column)| decoded_bytes(column)).fold(0, u64::saturating_add);
         rows_at_a_time(BATCH_ROWS, (u64::try_from(group.num_rows()).unwrap_or(0), bytes))
     };
     metadata.row_groups().iter().map(of_group).min().unwrap_or(BATCH_ROWS)
@@ -44,7 +44,8 @@ fn decoded_bytes(column: &ColumnChunkMetaData) -> u64 {
         Type::BYTE_ARRAY => {
             let told = column.unencoded_byte_array_data_bytes();
             let bytes = told.and_then(|bytes| u64::try_from(bytes).ok());
-            return bytes.unwrap_or_else(|| guessed_bytes(column, values)) + 4 * values;
+            let bytes = bytes.unwrap_or_else(|| guessed_bytes(column, values));
+            return bytes.saturating_add(values.saturating_mul(4));
         }
     };
     values.saturating_mul(of_each)
