@@ -10,6 +10,8 @@ use std::ops::RangeInclusive;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use rustix::process::{Pid, Signal, getpid, kill_process};
+
 use crate::{Code, Error, Result};
 
 /// Every crash point, by the name used at its call site. A test compares the list with the source.
@@ -86,6 +88,14 @@ fn is_due(armed: &Option<Armed>, point: &str) -> bool {
     })
 }
 
+/// Whom a stop is sent to: it stops the whole process in any case, but Linux hands it to the thread that is named, and so
+/// before the call returns. Named by the process it waits until the first thread runs, and this one goes on meanwhile.
+fn this_thread() -> Pid {
+    let link = std::fs::read_link("/proc/thread-self").ok();
+    let number = link.and_then(|link| link.file_name()?.to_str()?.parse().ok());
+    number.and_then(Pid::from_raw).unwrap_or_else(getpid)
+}
+
 /// What a count is to be wrong by, for the tests of the checks: `ALLUVIUM_MISCOUNT=merge` makes it 1.
 pub fn miscount(step: &'static str) -> u64 {
     static MISCOUNT: OnceLock<Option<String>> = OnceLock::new();
@@ -99,15 +109,12 @@ pub fn point(point: &'static str) -> Result<()> {
     static FAIL: OnceLock<Option<Armed>> = OnceLock::new();
     static STOP: OnceLock<Option<Armed>> = OnceLock::new();
     debug_assert!(POINTS.contains(&point), "crash point {point} is not in POINTS");
-    // The error is of no use: a process that cannot send itself a signal goes on.
-    let signal = |signal| {
-        let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
-    };
+    // The errors are of no use: a process that cannot send itself a signal goes on.
     if is_due(CRASH.get_or_init(|| armed("ALLUVIUM_CRASH")), point) {
-        signal(rustix::process::Signal::KILL);
+        let _ = kill_process(getpid(), Signal::KILL);
     }
     if is_due(STOP.get_or_init(|| armed("ALLUVIUM_STOP")), point) {
-        signal(rustix::process::Signal::STOP);
+        let _ = kill_process(this_thread(), Signal::STOP);
     }
     if is_due(FAIL.get_or_init(|| armed("ALLUVIUM_FAIL")), point) {
         return Err(Error::new(Code::StorageUnavailable, format!("injected failure at {point}")));
