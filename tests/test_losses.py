@@ -18,6 +18,8 @@ from deltalake import DeltaTable
 from lake import Lake
 from oracle_feed import BY_BOTH, check_feed
 from receivers import stands_still
+from s3_proxy import S3Proxy
+from services import Services
 
 
 def test_a_lost_raw_table_blocks_only_what_needs_it(lake: Lake):
@@ -236,3 +238,37 @@ def test_without_the_state_nobody_seems_to_have_left_out_an_epoch_without_rows(l
     lake.run()
     assert lake.alluvium("ledger", "rebuild").code == 0
     assert lake.states() == states
+
+
+def test_refused_rows_are_there_when_the_reply_of_their_commit_is_lost(make, services: Services):
+    services.moto.start()
+    proxy = S3Proxy(services.moto.url).start()
+    try:
+        cluster = make("s3", endpoint=proxy.url)
+        cluster.deliver(1, [("a", 1, "U"), (None, 2, "U")])
+        # The first makes the table.
+        proxy.drop_reply("PUT", "quarantine/_delta_log/00000000000000000001", 1)
+        cluster.worker()
+        cluster.coordinator()
+        cluster.wait_applied({1})
+        shown = cluster.alluvium("quarantine", "show", "p", "-o", "json").json()
+        assert [item["reason"] for item in shown] == ["null_key"], shown
+    finally:
+        proxy.stop()
+
+
+def test_refused_rows_of_older_content_do_not_come_back(tmp_path: Path):
+    """A process sleeps while another reads the corrected folder."""
+    lake = Lake(tmp_path).pipeline(more='on_changed = "replay"')
+    unlocked = {"ALLUVIUM_TEST_NO_LOCK": "1"}
+    lake.deliver(10, [("a", 1, "U"), (None, 2, "U")])
+    slow = lake.start("run", "--once", env=unlocked | {"ALLUVIUM_STOP": "quarantine.before_commit"})
+    stands_still(slow)
+    lake.alluvium("run", "--once", env=unlocked)
+    assert len(lake.refused()) == 1
+    lake.deliver(10, [("a", 1, "U"), ("b", 2, "U")])
+    lake.alluvium("run", "--once", env=unlocked)
+    assert lake.refused() == [] and lake.main() == {"a": 1, "b": 2}
+    slow.send_signal(signal.SIGCONT)
+    slow.communicate(timeout=60)
+    assert lake.refused() == [] and lake.main() == {"a": 1, "b": 2}

@@ -320,20 +320,27 @@ WRITERS = {
 @pytest.mark.parametrize("setting", ["off", "upgrade"])
 def test_times_of_96_bits_stay_what_they_are(tmp_path: Path, setting: str):
     main = tmp_path / "p/main"
-    main.mkdir(parents=True)
     far, near = dt.datetime(9999, 12, 31, tzinfo=dt.UTC), dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
-    schema = pa.schema([("id", pa.timestamp("us", "UTC")), ("value", pa.int64()), ("till", pa.timestamp("us", "UTC"))])
-    rows = pa.table([[far, near, dt.datetime(1000, 1, 1, tzinfo=dt.UTC)], [1, 1, 1], [far, far, far]], schema=schema)
-    pq.write_table(rows, main / "part-0.parquet", use_deprecated_int96_timestamps=True)
-    convert_to_deltalake(str(main))
+    time = pa.timestamp("us", "UTC")
+    schema = pa.schema([("id", time), ("value", pa.int64()), ("till", time), ("part", pa.struct([("till", time)]))])
+    ids = [far, near, dt.datetime(1000, 1, 1, tzinfo=dt.UTC)]
+    rows = pa.table([ids, [1, 1, 1], [far, far, far], [{"till": far}] * 3], schema=schema)
+    write_deltalake(str(main), rows)
+    # As Spark writes them: the file does not say that they have a zone.
+    [add] = [action["add"] for action in commit_of(main, 0) if "add" in action]
+    pq.write_table(rows, main / add["path"], use_deprecated_int96_timestamps=True, store_schema=False)
+    entry = main / "_delta_log" / f"{0:020}.json"
+    size = (main / add["path"]).stat().st_size
+    entry.write_text(entry.read_text().replace(f'"size":{add["size"]}', f'"size":{size}'))
     more = f'adopt = true\nstart_from = 10\nmerge.deletion_vectors = "{setting}"'
     lake = Lake(tmp_path).pipeline(more=more, deletes=False)
-    lake.deliver(10, [(near, 2, near), (far, 3, far)], schema=schema)
+    lake.deliver(10, [(near, 2, near, None), (far, 3, far, {"till": near})], schema=schema)
     lake.run()
     if setting == "off":
         # Written anew; the old file's times are beyond what its readers can tell.
         [kept] = [row for row in lake.rows(by="value") if row["value"] == 1]
-        assert kept["till"].replace(tzinfo=None) == far.replace(tzinfo=None)
+        for told in (kept["till"], kept["part"]["till"]):
+            assert told.replace(tzinfo=None) == far.replace(tzinfo=None)
     assert sorted(row["value"] for row in lake.rows()) == [1, 2, 3]
 
 

@@ -6,8 +6,11 @@ import os
 import signal
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
 
+from lake import Lake
 from races import MOVED_ON, RACES, Ground, is_fine, race
 from receivers import stands_still
 
@@ -92,3 +95,27 @@ def test_files_of_a_step_that_stands_still_are_not_cleaned_away(step: str, tmp_p
     os.kill(slow.pid, signal.SIGCONT)
     assert ended(slow)[0] == 0
     ground.holds(ground.after if step == "merge" else ground.before)
+
+
+def test_columns_that_come_while_a_merge_prepares_main_are_merged(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more='on_changed = "replay"')
+    lake.deliver(10, [("a", 1, "U")])
+    lake.run()
+
+    def deliver(*names: str) -> None:
+        fields = [("id", pa.string()), ("value", pa.int64()), ("op", pa.string())] + [(n, pa.string()) for n in names]
+        lake.deliver(20, [("b", 2, "U", *names)], schema=pa.schema(fields))
+
+    deliver("first")
+    unlocked = {"ALLUVIUM_TEST_NO_LOCK": "1"}
+    slow = lake.start("run", "--once", env=unlocked | {"ALLUVIUM_STOP": "schema.after_commit:2"})
+    stands_still(slow)
+    assert "first" in DeltaTable(tmp_path / "p/main").schema().to_json(), "it is main's"
+    # Read again into raw; its merge does not happen, as if this process were killed.
+    deliver("first", "second")
+    killed = lake.alluvium("replay", "p", "20", "--yes", env=unlocked | {"ALLUVIUM_CRASH": "ingest.after_commit"})
+    assert killed.code == -signal.SIGKILL, killed.err
+    os.kill(slow.pid, signal.SIGCONT)
+    assert ended(slow)[0] == 0
+    lake.run()
+    assert [row.get("second") for row in lake.rows()] == [None, "second"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import shutil
 from pathlib import Path
 
@@ -35,6 +36,26 @@ def test_evolve_adds_it_to_both_tables(tmp_path: Path):
     assert columns(lake, "raw") == columns(lake, "main") == ["id", "value", "op", "email", "n"]
     rows = pl.read_delta(str(tmp_path / "p/main")).sort("id").to_dicts()
     assert [row["email"] for row in rows] == [None, "b@x", None]
+
+
+@pytest.mark.parametrize("kind", ["struct", "list"])
+def test_a_time_without_zone_in_the_place_of_a_nested_date_asks_for_its_feature(tmp_path: Path, kind: str):
+    lake = Lake(tmp_path).pipeline()
+
+    def deliver(epoch: int, key: str, inner: pa.DataType, value) -> None:
+        nested = pa.struct([("day", inner)]) if kind == "struct" else pa.list_(inner)
+        schema = pa.schema([("id", pa.string()), ("value", pa.int64()), ("op", pa.string()), ("d", nested)])
+        lake.deliver(epoch, [(key, epoch, "U", {"day": value} if kind == "struct" else [value])], schema=schema)
+
+    deliver(10, "a", pa.date32(), dt.date(2026, 1, 2))
+    lake.run()
+    deliver(20, "b", pa.timestamp("us"), dt.datetime(2026, 1, 2, 3))
+    lake.run()
+    for table in ("raw", "main"):
+        features = DeltaTable(tmp_path / "p" / table).protocol().writer_features
+        assert "timestampNtz" in features, table
+        days = [row["d"]["day"] if kind == "struct" else row["d"][0] for row in lake.rows(table)]
+        assert days == [dt.datetime(2026, 1, 2), dt.datetime(2026, 1, 2, 3)]
 
 
 def test_freeze_leaves_it_out_and_names_it(tmp_path: Path):

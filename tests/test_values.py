@@ -5,6 +5,7 @@ Owns: stories of single values. Never: types that simply do not fit (test_bad_in
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 from decimal import Decimal
 from pathlib import Path
@@ -44,6 +45,46 @@ def test_equal_zeros_and_nans_are_one_in_the_order_too(tmp_path: Path):
     deliver(lake, 10, id=pa.array(names), value=pa.array(range(6)), op=pa.array(["U"] * 6), at=at)
     lake.run()
     assert lake.main() == {"zero": 1, "nan": 2, "last": 5}
+
+
+def test_times_of_96_bits_come_as_they_are(tmp_path: Path):
+    """As Spark writes them, which says "for ever" with the year 9999."""
+    lake = Lake(tmp_path).pipeline()
+    far, near = dt.datetime(9999, 12, 31, 23, 59), dt.datetime(2026, 1, 2, 3, 4, 5, 6)
+    time = pa.timestamp("us")
+    rows = pa.table({
+        "id": ["a", "b"], "value": [1, 2], "op": ["U", "U"], "till": pa.array([far, near], time),
+        "span": pa.array([{"till": far}, {"till": near}], pa.struct([("till", time)])),
+        "all": pa.array([[far, near], None], pa.list_(time)),
+    })
+    folder = lake.deliver(10, [])
+    pq.write_table(rows, folder / "part-0.parquet", use_deprecated_int96_timestamps=True, store_schema=False)
+    lake.run()
+    for table in ("raw", "main"):
+        one, other = lake.rows(table)
+        for row, time in ((one, far), (other, near)):
+            assert plain(row["till"]) == plain(row["span"]["till"]) == time, row
+        assert [plain(time) for time in one["all"]] == [far, near] and other["all"] is None
+
+
+def plain(time: dt.datetime) -> dt.datetime:
+    return time.replace(tzinfo=None)
+
+
+def test_a_date_that_no_calendar_has_is_refused_by_row(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline()
+    never = 2**31 - 1
+    days = pa.array([1, never, None], pa.int32()).cast(pa.date32())
+    parts = pa.StructArray.from_arrays([pa.array([1, 2, -never], pa.int32()).cast(pa.date32())], ["day"])
+    rows = {"id": pa.array(["a", "b", "c"]), "value": pa.array([1, 2, 3]), "op": pa.array(["U"] * 3)}
+    deliver(lake, 10, **rows, day=days, part=parts)
+    blocked = lake.run(code=1)
+    assert "AL-0303" in blocked.err and 'column "day"' in blocked.err and "row 1" in blocked.err, blocked.err
+    lake.pipeline(more='on_mismatch = "quarantine"')
+    assert lake.alluvium("retry", "p", "10").code == 0
+    lake.run()
+    assert lake.main() == {"a": 1}
+    assert [(reason, row) for reason, row, _ in lake.refused()] == [("type:day", 1), ("type:part", 2)]
 
 
 @pytest.mark.parametrize("column", ["id", "at"])

@@ -12,7 +12,7 @@
 //! lists them anew after it, so that a commit costs what the table holds. What it does beside that
 //! is done here: `CommitData` writes the actions, the log store puts the entry if it is absent.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use alluvium_protocol::{Code, Error, Result, part_of_task};
 use chrono::Utc;
@@ -32,8 +32,15 @@ use crate::{Table, store};
 /// A checkpoint is written every so many versions, after the commit, off the hot path.
 const CHECKPOINT_EVERY: i64 = 20;
 
-/// A time without a zone, which asks for a feature of the protocol.
-const TIMESTAMP_NTZ: DataType = DataType::Timestamp(TimeUnit::Microsecond, None);
+/// A time without a zone, at whatever depth, asks for a feature of the protocol.
+fn has_time_without_zone(kind: &DataType) -> bool {
+    match kind {
+        DataType::Timestamp(TimeUnit::Microsecond, None) => true,
+        DataType::Struct(fields) => fields.iter().any(|f| has_time_without_zone(f.data_type())),
+        DataType::List(field) | DataType::Map(field, _) => has_time_without_zone(field.data_type()),
+        _ => false,
+    }
+}
 
 /// The first writer version that knows change files.
 const WRITES_CHANGES: i64 = 4;
@@ -91,10 +98,25 @@ pub enum CommitOutcome {
     Lost(Error),
 }
 
+/// A file does not go and come as it is: readers take the entry that they meet first, and some would miss it.
+fn check_changes(change: &Change) -> Result<()> {
+    let going: HashMap<&str, &Remove> =
+        change.removes.iter().map(|file| (file.path.as_str(), file)).collect();
+    let is_same = |add: &&Add| {
+        let gone = going.get(add.path.as_str());
+        gone.is_some_and(|gone| gone.deletion_vector == add.deletion_vector)
+    };
+    match change.adds.iter().find(is_same) {
+        Some(add) => Err(Error::internal(format!("{} goes and comes in one commit", add.path))),
+        None => Ok(()),
+    }
+}
+
 impl Table {
     /// Commits `change` as the version after this snapshot, or not at all.
     pub async fn commit(&mut self, change: Change) -> Result<CommitOutcome> {
         self.check_writable(!change.removes.is_empty())?;
+        check_changes(&change)?;
         self.check_files(&change).await?;
         let now = Utc::now().timestamp_millis();
         let transactions = change
@@ -318,7 +340,7 @@ impl Table {
         value["schemaString"] = serde_json::Value::String(schema.to_string());
         let changed = serde_json::from_value(value).map_err(Error::internal)?;
         let mut actions = vec![Action::Metadata(changed)];
-        if columns.iter().any(|column| column.data_type() == &TIMESTAMP_NTZ) {
+        if columns.iter().any(|column| has_time_without_zone(column.data_type())) {
             actions.extend(self.know_times_without_zone()?);
         }
         Ok(actions)

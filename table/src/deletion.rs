@@ -6,7 +6,7 @@
 //!
 //! Format: <https://github.com/delta-io/delta/blob/master/PROTOCOL.md#deletion-vector-format>
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use alluvium_protocol::{Code, Error, Result};
@@ -16,6 +16,7 @@ use futures::{StreamExt, TryStreamExt};
 use object_store::{ObjectStoreExt, path::Path};
 use roaring::RoaringTreemap;
 use serde_json::Value;
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use crate::classify::{foreign, of_file};
@@ -139,7 +140,7 @@ impl Table {
                 }
                 pack.push(&bytes, mark.deleted.len())?
             };
-            adds.push(marked(mark, vector));
+            adds.push(marked(mark, vector)?);
         }
         pack.store(self).await?;
         Ok(adds)
@@ -242,26 +243,29 @@ fn forget(paths: &mut BTreeSet<String>, vector: Option<&DeletionVectorDescriptor
 }
 
 /// The action that names a file again, with fewer rows.
-fn marked(mark: &Mark<'_>, vector: DeletionVectorDescriptor) -> Add {
+fn marked(mark: &Mark<'_>, vector: DeletionVectorDescriptor) -> Result<Add> {
     let file = mark.file;
-    let stats = file.stats.as_deref().and_then(|text| serde_json::from_str::<Value>(text).ok());
-    let mut stats = stats.filter(Value::is_object).unwrap_or_else(|| serde_json::json!({}));
-    stats["numRecords"] = mark.rows_in_file.into();
+    // As it is written there: a number that is parsed may come back as another.
+    let known = file.stats.as_deref().unwrap_or_default();
+    let mut stats: BTreeMap<&str, &RawValue> = serde_json::from_str(known).unwrap_or_default();
+    let rows = RawValue::from_string(mark.rows_in_file.to_string()).map_err(Error::internal)?;
+    stats.insert("numRecords", &rows);
     // The smallest and largest values may be those of rows that are gone.
-    stats["tightBounds"] = false.into();
-    Add {
+    stats.insert("tightBounds", RawValue::FALSE);
+    let stats = serde_json::to_string(&stats).map_err(Error::internal)?;
+    Ok(Add {
         path: file.path.clone(),
         partition_values: file.partition.clone(),
         size: i64::try_from(file.size).unwrap_or(i64::MAX),
         modification_time: file.modified,
         data_change: true,
-        stats: Some(stats.to_string()),
+        stats: Some(stats),
         tags: None,
         deletion_vector: Some(vector),
         base_row_id: None,
         default_row_commit_version: None,
         clustering_provider: None,
-    }
+    })
 }
 
 fn inline(mut bytes: Vec<u8>, rows: u64) -> Result<DeletionVectorDescriptor> {

@@ -67,8 +67,8 @@ impl Table {
             least.push(take(&pages.least, &at, None).map_err(Error::internal)?);
             most.push(take(&pages.most, &at, None).map_err(Error::internal)?);
         }
-        let rows = footer.file_metadata().num_rows();
-        starts.push(u64::try_from(rows).map_err(Error::internal)?);
+        let rows = footer.row_groups().iter().map(|group| u64::try_from(group.num_rows()));
+        starts.push(rows.sum::<Result<u64, _>>().map_err(Error::internal)?);
         let batch = |values| RecordBatch::try_new(Arc::clone(columns), values);
         Ok(Some(Stretches {
             starts,

@@ -32,7 +32,7 @@ pub async fn cleanup(workshop: &Workshop, task: &Task, permit: &Permit) -> Resul
         permit.check()?;
         permit.begin("looks for files that nothing names", Amount::default());
         if let Some(table) = workshop.tables.open(uri).await? {
-            report.files_removed += clean(&table, pipeline).await?;
+            report.files_removed += clean(&table, pipeline, permit).await?;
         }
     }
     report.files_removed += shards::forget_old(pipeline).await?;
@@ -41,11 +41,14 @@ pub async fn cleanup(workshop: &Workshop, task: &Task, permit: &Permit) -> Resul
         let uri = format!("{}/{path}", pipeline.state.trim_end_matches('/'));
         if let Some(mut table) = Table::open(&uri).await? {
             compact(&mut table, pipeline, order, permit).await?;
-            report.files_removed += clean(&table, pipeline).await?;
+            report.files_removed += clean(&table, pipeline, permit).await?;
         }
     }
     Ok(report)
 }
+
+/// A step that is to end does so between so many deletions.
+const DELETED_AT_ONCE: usize = 100;
 
 /// What a cleanup would delete now, without deleting it: paths below the table.
 pub async fn dry_run(table: &Table, pipeline: &Pipeline) -> Result<Vec<String>> {
@@ -55,10 +58,14 @@ pub async fn dry_run(table: &Table, pipeline: &Pipeline) -> Result<Vec<String>> 
     Ok(files)
 }
 
-async fn clean(table: &Table, pipeline: &Pipeline) -> Result<u64> {
+async fn clean(table: &Table, pipeline: &Pipeline, permit: &Permit) -> Result<u64> {
     let files = dry_run(table, pipeline).await?;
     crash::point("cleanup.before_delete")?;
-    let deleted = table.delete_files(&files).await?;
+    let mut deleted = 0;
+    for some in files.chunks(DELETED_AT_ONCE) {
+        permit.check()?;
+        deleted += table.delete_files(some).await?;
+    }
     crash::point("cleanup.after_delete")?;
     // A version that is kept is read through its log entries, too.
     if kept_versions(table).is_empty() {

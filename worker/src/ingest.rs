@@ -122,10 +122,10 @@ pub async fn ingest(
     let rows_quarantined = quarantine::replace(
         &workshop.tables,
         pipeline,
-        wanted.epoch,
-        wanted.generation,
+        (wanted.epoch, wanted.generation),
         refused,
         now,
+        permit,
     )
     .await?;
     let corrupt = opened.corrupt.len() as u64;

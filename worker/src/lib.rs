@@ -7,6 +7,7 @@
 mod answers;
 pub mod as_of;
 pub mod aside;
+mod calendar;
 mod checks;
 pub mod cleanup;
 mod columns;

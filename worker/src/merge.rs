@@ -86,9 +86,19 @@ struct Attempt<'a> {
 impl<'a> Attempt<'a> {
     async fn plan(workshop: &Workshop, task: &'a Task, epochs: &[Epoch]) -> Result<Self> {
         let pipeline = &task.pipeline;
-        let main = prepare_main(workshop, task).await?;
-        // After main's snapshot: what S has applied is in this snapshot of raw, too.
-        let raw = open_raw(workshop, pipeline).await?;
+        let mut raw = open_raw(workshop, pipeline).await?;
+        let main = loop {
+            let main = prepare_main(workshop, pipeline, &raw).await?;
+            // After main's snapshot: what S has applied is in this snapshot of raw, too.
+            raw = open_raw(workshop, pipeline).await?;
+            // An epoch that came again meanwhile may have brought columns, or wider types.
+            let data = data_of(pipeline, &raw);
+            if raw::missing_columns(&main.schema(), &data).is_empty()
+                && narrower(&main.schema(), &data).is_empty()
+            {
+                break main;
+            }
+        };
         let markers = Markers::joined(
             Markers::of_pipeline(&pipeline.id, raw.transactions()),
             Markers::of_pipeline(&pipeline.id, main.transactions()),
@@ -321,12 +331,15 @@ async fn open_raw(workshop: &Workshop, pipeline: &Pipeline) -> Result<Table> {
     Ok(raw)
 }
 
-/// Main with all of raw's data columns: created, adopted or evolved, each in a commit of its own.
-async fn prepare_main(workshop: &Workshop, task: &Task) -> Result<Table> {
-    let pipeline = &task.pipeline;
-    let raw = open_raw(workshop, pipeline).await?;
+/// The columns that main is to have for this raw.
+fn data_of(pipeline: &Pipeline, raw: &Table) -> Vec<Field> {
     let of_mode = raw::fields_of_mode(pipeline.content.mode);
-    let data = [raw::main_fields(pipeline, &raw.schema()), of_mode].concat();
+    [raw::main_fields(pipeline, &raw.schema()), of_mode].concat()
+}
+
+/// Main with all of raw's data columns: created, adopted or evolved, each in a commit of its own.
+async fn prepare_main(workshop: &Workshop, pipeline: &Pipeline, raw: &Table) -> Result<Table> {
+    let data = data_of(pipeline, raw);
     let partition_by = partitions_of(pipeline, &data)?;
     let spec = || TableSpec {
         schema: std::sync::Arc::new(Schema::new(data.clone())),
@@ -343,7 +356,7 @@ async fn prepare_main(workshop: &Workshop, task: &Task) -> Result<Table> {
         let missing = raw::missing_columns(&main.schema(), &data);
         let narrow = narrower(&main.schema(), &data);
         let outcome = if !is_ours(&main) {
-            adopt(&mut main, &raw, pipeline).await?
+            adopt(&mut main, raw, pipeline).await?
         } else if !narrow.is_empty() {
             widen(&mut main, pipeline, &narrow, None).await?
         } else if pipeline.content.change_feed && !main.tells_changes() {

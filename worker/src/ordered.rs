@@ -8,6 +8,7 @@ use alluvium_table::arrow::array::{Array, AsArray, RecordBatch, StringArray};
 use alluvium_table::arrow::compute::{SortOptions, interleave_record_batch};
 use alluvium_table::arrow::datatypes::{DataType, SchemaRef};
 use alluvium_table::arrow::row::{RowConverter, Rows, SortField};
+use alluvium_table::floats::with_one_zero;
 use alluvium_table::schema::{conform, find_column};
 use alluvium_table::width::{BATCH_BYTES, BATCH_ROWS, bytes_of_rows};
 
@@ -83,7 +84,9 @@ impl Cursor {
         for batch in self.batches.by_ref() {
             let batch = batch?;
             if batch.num_rows() > 0 {
-                let key: Vec<_> = self.key.iter().map(|at| Arc::clone(batch.column(*at))).collect();
+                // A table that others wrote may hold several zeros, which are one key.
+                let key: Vec<_> =
+                    self.key.iter().map(|at| with_one_zero(batch.column(*at))).collect();
                 let keys = self.converter.convert_columns(&key).map_err(Error::internal)?;
                 let values = values_of(&batch, &self.values, self.by_values.as_ref())?;
                 self.held = Some(Held { batch: Arc::new(batch), keys, values });

@@ -1,20 +1,22 @@
 //! The quarantine: refused rows, kept as they came, with place and reason. Ingest is its only
 //! writer, and commits it before raw: raw's marker alone means done.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
-use alluvium_protocol::marker::Generation;
+use alluvium_protocol::marker::{Generation, quarantine_app_id};
 use alluvium_protocol::{Epoch, Error, Pipeline, Result, crash};
 use alluvium_table::arrow::array::{ArrayRef, Int64Array, RecordBatch, TimestampMicrosecondArray};
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, TimeUnit};
-use alluvium_table::commit::{Change, CommitOutcome, Operation};
+use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
 use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::pause::Pauses;
 use alluvium_table::spool::Spool;
 use alluvium_table::write::{FileWriter, Written};
-use alluvium_table::{Table, TableSpec};
+use alluvium_table::{Add, Table, TableSpec};
 use chrono::{DateTime, Utc};
 
+use crate::Permit;
 use crate::ingest::COMMIT_PATIENCE;
 use crate::raw::{EPOCH, FILE, GENERATION, ROW};
 use crate::tables::Tables;
@@ -47,10 +49,10 @@ pub fn register_empty(session: &SessionContext, name: &str) -> Result<()> {
 pub async fn replace(
     tables: &Tables,
     pipeline: &Pipeline,
-    epoch: Epoch,
-    generation: Generation,
+    (epoch, generation): (Epoch, Generation),
     refused: Spool,
     now: DateTime<Utc>,
+    permit: &Permit,
 ) -> Result<u64> {
     let rows = refused.rows() as u64;
     if rows == 0 && tables.open(&pipeline.quarantine).await?.is_none() {
@@ -58,26 +60,32 @@ pub async fn replace(
     }
     let mut table = tables.open_or_create(&pipeline.quarantine, spec).await?;
     let written = write(&table, refused, epoch, generation, now).await?;
+    let app_id = quarantine_app_id(&pipeline.id, epoch);
     let mut pauses = Pauses::for_at_most(COMMIT_PATIENCE);
     crash::point("quarantine.before_commit")?;
     loop {
-        let value = epoch.to_string();
-        let removes: Vec<_> = table
-            .files_where(|partition| partition.get(EPOCH) == Some(&Some(value.clone())))
-            .await?
-            .into_iter()
-            .map(|file| file.remove)
-            .collect();
-        if removes.is_empty() && written.adds.is_empty() {
-            return Ok(0);
+        permit.check()?;
+        if table.transaction(&app_id).is_some_and(|newest| newest > generation) {
+            // Of newer content than ours; raw's commit will find that, too.
+            return Ok(rows);
         }
-        // No marker: writing the same partition again changes nothing but file names.
+        let value = epoch.to_string();
+        let files = table
+            .files_where(|partition| partition.get(EPOCH) == Some(&Some(value.clone())))
+            .await?;
+        let paths = |adds: &[Add]| adds.iter().map(|add| add.path.clone()).collect::<HashSet<_>>();
+        let live: HashSet<String> = files.iter().map(|file| file.path.clone()).collect();
+        if live == paths(&written.adds) {
+            // It landed, and only the reply was lost; or there is nothing.
+            break;
+        }
+        // The marker does not say that it is done, as settings may have changed since: newer content alone stops it.
         let change = Change {
             operation: Operation::Overwrite { predicate: format!("{EPOCH} = {epoch}") },
             adds: written.adds.clone(),
-            removes,
+            removes: files.into_iter().map(|file| file.remove).collect(),
             others: Vec::new(),
-            markers: Vec::new(),
+            markers: vec![Marker { app_id: app_id.clone(), version: generation }],
             info: serde_json::json!({
                 "pipeline": pipeline.id, "epoch": epoch, "generation": generation,
                 "step": "ingest", "rows": rows,

@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use alluvium_protocol::heartbeat::{InHand, Progress};
 use alluvium_protocol::lease::{Claim, Leases};
@@ -179,25 +179,27 @@ impl Worker {
     /// Takes tasks until the worker rests (Some) or is to end (None).
     async fn take_tasks(&self, slot: usize, answers: &Answers) -> Option<()> {
         let mut subscription = self.queue.subscribe(&self.lanes, 1);
+        let mut idle_since = Instant::now();
         loop {
-            let idle = async {
-                match self.duty.orders.idle_max {
-                    Some(most) => tokio::time::sleep(most).await,
-                    None => std::future::pending().await,
-                }
-            };
+            if self.duty.resting().is_some() {
+                return Some(());
+            }
+            let left =
+                self.duty.orders.idle_max.map(|most| most.saturating_sub(idle_since.elapsed()));
             let delivery = tokio::select! {
                 biased;
                 () = self.duty.orders.draining.cancelled() => return None,
                 delivery = subscription.next() => delivery?,
-                () = idle => {
+                () = tokio::time::sleep(left.unwrap_or(REST).min(REST)) => {
                     // Others may be at work on what makes the next tasks.
-                    if self.duty.tasks().is_empty() {
-                        self.duty.orders.draining.cancel();
+                    if left.is_some_and(|left| left <= REST) {
+                        match self.duty.tasks().is_empty() {
+                            true => self.duty.orders.draining.cancel(),
+                            false => idle_since = Instant::now(),
+                        }
                     }
                     continue;
                 }
-                () = tokio::time::sleep(REST), if self.duty.resting().is_some() => return Some(()),
             };
             if !self.duty.begin() {
                 drop(delivery);
@@ -207,6 +209,7 @@ impl Worker {
                 tracing::warn!(%error, "a task comes again: its message was not settled");
             }
             self.duty.note(slot, None);
+            idle_since = Instant::now();
         }
     }
 
@@ -240,7 +243,7 @@ impl Worker {
         let _counted = InFlight::of(task.work.step());
         let claimed_at = self.workshop.clock.now();
         let redelivered = delivery.redelivered;
-        let held = Held { leases: Arc::clone(&self.leases), task: task.id, owner, fence };
+        let held = Held::new(&self.leases, task.id, owner, fence);
         let mut attempt =
             Attempt { task, held, deaths, received_at, claimed_at, redelivered, meter };
         let sent = delivery.message.trace.as_deref().and_then(trace::parse);

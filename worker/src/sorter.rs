@@ -17,6 +17,7 @@ use alluvium_table::arrow::array::{RecordBatch, UInt32Array};
 use alluvium_table::arrow::compute::{SortOptions, interleave_record_batch, take_record_batch};
 use alluvium_table::arrow::datatypes::SchemaRef;
 use alluvium_table::arrow::row::{RowConverter, Rows, SortField};
+use alluvium_table::floats::with_one_zero;
 use alluvium_table::schema::find_column;
 use alluvium_table::spool::{Spool, Spooled};
 use alluvium_table::width::{BATCH_ROWS, bytes_of_rows, rows_at_a_time};
@@ -76,7 +77,9 @@ impl Plan {
     }
 
     fn keys(&self, converter: &RowConverter, batch: &RecordBatch) -> Result<Rows> {
-        let columns: Vec<_> = self.order.iter().map(|at| Arc::clone(batch.column(*at))).collect();
+        // As cursors over sorted rows compare them.
+        let columns: Vec<_> =
+            self.order.iter().map(|at| with_one_zero(batch.column(*at))).collect();
         converter.convert_columns(&columns).map_err(Error::internal)
     }
 }

@@ -13,12 +13,14 @@ use alluvium_table::arrow::buffer::{NullBuffer, OffsetBuffer};
 use alluvium_table::arrow::compute::kernels::cmp::{distinct, not_distinct};
 use alluvium_table::arrow::compute::kernels::zip::zip;
 use alluvium_table::arrow::compute::{
-    CastOptions, and, cast_with_options, is_not_null, is_null, or, take,
+    CastOptions, and, cast_with_options, is_not_null, is_null, nullif, or, take,
 };
 use alluvium_table::arrow::datatypes::{DataType, Fields, Float64Type, SchemaRef, TimeUnit};
 use alluvium_table::arrow::row::{RowConverter, SortField};
 use alluvium_table::arrow::util::display::{ArrayFormatter, FormatOptions};
 use alluvium_table::schema::{delta_type, find_column, widens_to};
+
+use crate::calendar::{self, any_of};
 
 /// Cast values that do not fit become NULL; they are told by comparing.
 const SAFE: CastOptions<'static> = CastOptions { safe: true, format_options: FormatOptions::new() };
@@ -51,7 +53,7 @@ pub fn typed(
         let is_strict = strict.iter().any(|name| same_name(name, field.name()));
         let found = delta_type(batch.column(at).data_type());
         let is_text = found == Some(DataType::Utf8) && field.data_type() != &DataType::Utf8;
-        let (column, mut misfit) = match is_strict && is_text {
+        let (mut column, mut misfit) = match is_strict && is_text {
             true => nothing_fits(batch.column(at), field.data_type())?,
             false => fitted(batch.column(at), field.data_type())?,
         };
@@ -63,6 +65,13 @@ pub fn typed(
             misfit = Some(match misfit {
                 Some(misfit) => or(&misfit, &filled).map_err(Error::internal)?,
                 None => filled,
+            });
+        }
+        if let Some(beyond) = calendar::beyond(&column)?.filter(|beyond| beyond.true_count() > 0) {
+            column = nullif(&column, &beyond).map_err(Error::internal)?;
+            misfit = Some(match misfit {
+                Some(misfit) => or(&misfit, &beyond).map_err(Error::internal)?,
+                None => beyond,
             });
         }
         columns.push(column);
@@ -229,12 +238,6 @@ fn fitted_parts(values: &StructArray, fields: &Fields) -> Result<(Vec<ArrayRef>,
         misfit = and(&misfit, &there).map_err(Error::internal)?;
     }
     Ok((columns, misfit))
-}
-
-/// True for each list with an item that does not fit.
-fn any_of(offsets: &OffsetBuffer<i32>, items: &BooleanArray) -> BooleanArray {
-    let ranges = offsets.windows(2).map(|pair| pair[0] as usize..pair[1] as usize);
-    ranges.map(|mut range| Some(range.any(|at| items.value(at)))).collect()
 }
 
 /// True for each map with a key that is there twice: `1` and `01` are one number.

@@ -4,11 +4,12 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use alluvium_protocol::Result;
-use deltalake::arrow::datatypes::{DataType, Field, Schema, TimeUnit};
+use deltalake::arrow::datatypes::{DataType, FieldRef, Schema, TimeUnit};
 use deltalake::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use deltalake::parquet::basic::Type;
 use deltalake::parquet::errors::ParquetError;
 use deltalake::parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader};
+use deltalake::parquet::schema::types::ColumnDescPtr;
 use object_store::ObjectStoreExt;
 
 use crate::Table;
@@ -17,28 +18,45 @@ use crate::files::path_of;
 
 /// What arrow's reader needs of a footer. Times of 96 bits, as Spark writes them, are read as microseconds:
 /// as nanoseconds, as arrow has it, years beyond 2262 would become others without a word.
-pub(crate) fn for_arrow(footer: Arc<ParquetMetaData>) -> Result<ArrowReaderMetadata, ParquetError> {
+pub fn for_arrow(footer: Arc<ParquetMetaData>) -> Result<ArrowReaderMetadata, ParquetError> {
     let read = ArrowReaderMetadata::try_new(Arc::clone(&footer), ArrowReaderOptions::new())?;
-    let descriptor = footer.file_metadata().schema_descr();
-    let is_wide = |name: &str| {
-        let mut columns = descriptor.columns().iter();
-        columns.any(|c| c.physical_type() == Type::INT96 && c.path().parts() == [name])
-    };
-    let fields = read.schema().fields().iter();
-    let fields: Vec<Field> = fields
-        .map(|field| match field.data_type() {
-            DataType::Timestamp(TimeUnit::Nanosecond, zone) if is_wide(field.name()) => {
-                let micros = DataType::Timestamp(TimeUnit::Microsecond, zone.clone());
-                field.as_ref().clone().with_data_type(micros)
-            }
-            _ => field.as_ref().clone(),
-        })
-        .collect();
-    let schema = Arc::new(Schema::new(fields));
-    if schema.fields() == read.schema().fields() {
+    let columns = footer.file_metadata().schema_descr().columns();
+    if columns.iter().all(|column| column.physical_type() != Type::INT96) {
         return Ok(read);
     }
-    ArrowReaderMetadata::try_new(footer, ArrowReaderOptions::new().with_schema(schema))
+    let mut leaves = columns.iter();
+    let fields: Vec<FieldRef> =
+        read.schema().fields().iter().map(|field| in_micros(field, &mut leaves)).collect();
+    let options = ArrowReaderOptions::new().with_schema(Arc::new(Schema::new(fields)));
+    ArrowReaderMetadata::try_new(footer, options)
+}
+
+/// The field with times of 96 bits in microseconds, at whatever depth; `leaves` are the file's next columns.
+fn in_micros<'a>(
+    field: &FieldRef,
+    leaves: &mut impl Iterator<Item = &'a ColumnDescPtr>,
+) -> FieldRef {
+    let kind = match field.data_type() {
+        DataType::Struct(fields) => {
+            DataType::Struct(fields.iter().map(|field| in_micros(field, leaves)).collect())
+        }
+        DataType::List(item) => DataType::List(in_micros(item, leaves)),
+        DataType::LargeList(item) => DataType::LargeList(in_micros(item, leaves)),
+        DataType::FixedSizeList(item, size) => {
+            DataType::FixedSizeList(in_micros(item, leaves), *size)
+        }
+        DataType::Map(entries, sorted) => DataType::Map(in_micros(entries, leaves), *sorted),
+        kind => {
+            let is_wide = leaves.next().is_some_and(|leaf| leaf.physical_type() == Type::INT96);
+            match kind {
+                DataType::Timestamp(TimeUnit::Nanosecond, zone) if is_wide => {
+                    DataType::Timestamp(TimeUnit::Microsecond, zone.clone())
+                }
+                kind => kind.clone(),
+            }
+        }
+    };
+    Arc::new(field.as_ref().clone().with_data_type(kind))
 }
 
 /// A footer is mostly no longer than this.
@@ -120,7 +138,10 @@ impl Table {
                 .with_column_index_policy(values);
             match reader.try_parse_sized(&tail, size) {
                 Ok(()) => return reader.finish().map_err(|e| of_file(doing(), &e)),
-                Err(ParquetError::NeedMoreData(more)) if wanted < size => wanted = more as u64,
+                // A footer that lies may ask for the same again and again.
+                Err(ParquetError::NeedMoreData(more)) if more as u64 > wanted && wanted < size => {
+                    wanted = more as u64;
+                }
                 // Pages can be found without it, too.
                 Err(_) if pages == PageIndexPolicy::Optional => {
                     (pages, values) = (PageIndexPolicy::Skip, PageIndexPolicy::Skip);

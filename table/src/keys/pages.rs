@@ -14,6 +14,9 @@ use deltalake::parquet::file::metadata::ColumnChunkMetaData;
 use deltalake::parquet::file::reader::ChunkReader;
 use deltalake::parquet::file::serialized_reader::SerializedPageReader;
 
+/// More values of a page are not held in memory at a time: a few bytes can claim billions.
+const PAGE_VALUES_MAX: usize = 1 << 20;
+
 /// A chunk that [`each_value`] may be able to read.
 pub(super) fn is_readable(column: &ColumnChunkMetaData) -> bool {
     let known =
@@ -77,7 +80,7 @@ pub(super) fn each_value<R: ChunkReader + 'static>(
                 (buf, num_values as usize, encoding, levels)
             }
         };
-        if values as u64 > rows - first_row {
+        if values as u64 > rows - first_row || values > PAGE_VALUES_MAX {
             return None;
         }
         let places: Vec<u64> = match has_nulls {

@@ -23,6 +23,7 @@ use deltalake::parquet::arrow::ProjectionMask;
 use deltalake::parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ParquetRecordBatchReaderBuilder,
 };
+use deltalake::parquet::file::metadata::ColumnChunkMetaData;
 use deltalake::parquet::file::reader::ChunkReader;
 use futures::{StreamExt, TryStreamExt};
 use tokio::sync::Semaphore;
@@ -349,8 +350,10 @@ impl Scan<'_> {
             let mut ranges: Vec<Range<u64>> = Vec::new();
             for (leaf, column) in of_group.columns().iter().enumerate() {
                 if roots.contains(&descriptor.get_column_root_idx(leaf)) {
-                    let (start, length) = column.byte_range();
-                    ranges.push(start..start + length);
+                    ranges.push(range_of(column).ok_or_else(|| {
+                        let text = format!("{}: a column chunk is nowhere", doing());
+                        Error::new(Code::TableUnreadable, text)
+                    })?);
                 }
             }
             if keys.may_be_in(&footer, of_group, &named(&sources)) {
@@ -402,6 +405,13 @@ impl Scan<'_> {
         }
         Ok(Some(values))
     }
+}
+
+/// Where a column chunk lies, unless its footer lies.
+fn range_of(column: &ColumnChunkMetaData) -> Option<Range<u64>> {
+    let start = column.dictionary_page_offset().unwrap_or_else(|| column.data_page_offset());
+    let (start, length) = (u64::try_from(start).ok()?, u64::try_from(column.compressed_size()));
+    Some(start..start.checked_add(length.ok()?)?)
 }
 
 /// The names of the file's columns among the sources.

@@ -342,7 +342,7 @@ impl<'a> Shared<'a> {
             Err(_) => None,
         };
         let (leases, owner) = (Arc::clone(&team.leases), team.owner.clone());
-        let held = Held { leases, task: id, owner, fence };
+        let held = Held::new(&leases, id, owner, fence);
         let permit =
             Permit { lease_lost: self.permit.lease_lost.child_token(), ..self.permit.clone() };
         let kept = held.keep(permit.lease_lost.clone(), &team.keeping);

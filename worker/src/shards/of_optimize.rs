@@ -9,6 +9,7 @@ use alluvium_table::{LiveFile, Table};
 use serde::{Deserialize, Serialize};
 
 use super::{Product, Shared};
+use crate::checks::agree;
 use crate::optimize::{Order, write_bin};
 use crate::tables::Tables;
 use crate::{Permit, Workshop};
@@ -53,6 +54,10 @@ pub(crate) async fn in_pieces(
     for (bin, product) in bins.iter().zip(products?) {
         let Some(product) = product else { continue };
         pieces += 1;
+        // A helper may be of another version.
+        if let Some(rows) = bin.iter().map(LiveFile::live_rows).sum::<Option<u64>>() {
+            agree("optimize.piece", "rows of a bin", rows, product.rows, main.uri())?;
+        }
         done.extend(bin.iter().cloned());
         written.adds.extend(product.adds);
         written.rows += product.rows;

@@ -8,6 +8,7 @@ use alluvium_protocol::{Code, Error, Result};
 use alluvium_table::arrow::array::Int64Array;
 use alluvium_table::arrow::datatypes::SchemaRef;
 use alluvium_table::classify::foreign;
+use alluvium_table::keys::for_arrow;
 use alluvium_table::parquet::arrow::ProjectionMask;
 use alluvium_table::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use alluvium_table::parquet::arrow::async_reader::{
@@ -53,6 +54,7 @@ impl ParquetFile {
         let options = ArrowReaderOptions::new();
         let metadata = ArrowReaderMetadata::load_async(&mut reader, options)
             .await
+            .and_then(|read| for_arrow(Arc::clone(read.metadata())))
             .map_err(|e| read_error(folder, &name, &e))?;
         Ok(Self { name, metadata, reader })
     }
