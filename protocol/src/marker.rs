@@ -46,11 +46,6 @@ pub fn epoch_app_id(pipeline: &str, epoch: Epoch, marker: EpochMarker) -> String
     format!("alluvium/{pipeline}/{epoch}/{}", marker.suffix())
 }
 
-/// The app id of the newest content of an epoch whose refused rows were put into quarantine.
-pub fn quarantine_app_id(pipeline: &str, epoch: Epoch) -> String {
-    format!("alluvium/{pipeline}/{epoch}/quarantine")
-}
-
 /// The app id of the counter of maintenance commits.
 pub fn maintenance_app_id(pipeline: &str) -> String {
     format!("alluvium/{pipeline}/maintenance")

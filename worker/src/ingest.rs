@@ -122,7 +122,7 @@ pub async fn ingest(
     let rows_quarantined = quarantine::replace(
         &workshop.tables,
         pipeline,
-        (wanted.epoch, wanted.generation),
+        wanted,
         refused,
         now,
         permit,

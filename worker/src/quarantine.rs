@@ -4,11 +4,11 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use alluvium_protocol::marker::{Generation, quarantine_app_id};
+use alluvium_protocol::marker::Generation;
 use alluvium_protocol::{Epoch, Error, Pipeline, Result, crash};
 use alluvium_table::arrow::array::{ArrayRef, Int64Array, RecordBatch, TimestampMicrosecondArray};
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, TimeUnit};
-use alluvium_table::commit::{Change, CommitOutcome, Marker, Operation};
+use alluvium_table::commit::{Change, CommitOutcome, Operation};
 use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::pause::Pauses;
 use alluvium_table::spool::Spool;
@@ -17,8 +17,9 @@ use alluvium_table::{Add, Table, TableSpec};
 use chrono::{DateTime, Utc};
 
 use crate::Permit;
-use crate::ingest::COMMIT_PATIENCE;
+use crate::ingest::{COMMIT_PATIENCE, Wanted};
 use crate::raw::{EPOCH, FILE, GENERATION, ROW};
+use crate::raw_commit::already;
 use crate::tables::Tables;
 
 fn spec() -> TableSpec {
@@ -49,7 +50,7 @@ pub fn register_empty(session: &SessionContext, name: &str) -> Result<()> {
 pub async fn replace(
     tables: &Tables,
     pipeline: &Pipeline,
-    (epoch, generation): (Epoch, Generation),
+    wanted: &Wanted<'_>,
     refused: Spool,
     now: DateTime<Utc>,
     permit: &Permit,
@@ -58,17 +59,13 @@ pub async fn replace(
     if rows == 0 && tables.open(&pipeline.quarantine).await?.is_none() {
         return Ok(0);
     }
+    let Wanted { epoch, generation, .. } = *wanted;
     let mut table = tables.open_or_create(&pipeline.quarantine, spec).await?;
     let written = write(&table, refused, epoch, generation, now).await?;
-    let app_id = quarantine_app_id(&pipeline.id, epoch);
     let mut pauses = Pauses::for_at_most(COMMIT_PATIENCE);
     crash::point("quarantine.before_commit")?;
     loop {
         permit.check()?;
-        if table.transaction(&app_id).is_some_and(|newest| newest > generation) {
-            // Of newer content than ours; raw's commit will find that, too.
-            return Ok(rows);
-        }
         let value = epoch.to_string();
         let files = table
             .files_where(|partition| partition.get(EPOCH) == Some(&Some(value.clone())))
@@ -79,13 +76,21 @@ pub async fn replace(
             // It landed, and only the reply was lost; or there is nothing.
             break;
         }
-        // The marker does not say that it is done, as settings may have changed since: newer content alone stops it.
+        // A process may have slept: others read this content since, or newer one. Asked after the snapshot that the
+        // commit is for, which is lost when they get in between.
+        if let Some(raw) = tables.open(&pipeline.raw).await?
+            && already(&raw, pipeline, wanted).is_some()
+        {
+            // Raw's commit will find that, too.
+            return Ok(rows);
+        }
+        // No marker: writing the same partition again changes nothing but file names.
         let change = Change {
             operation: Operation::Overwrite { predicate: format!("{EPOCH} = {epoch}") },
             adds: written.adds.clone(),
             removes: files.into_iter().map(|file| file.remove).collect(),
             others: Vec::new(),
-            markers: vec![Marker { app_id: app_id.clone(), version: generation }],
+            markers: Vec::new(),
             info: serde_json::json!({
                 "pipeline": pipeline.id, "epoch": epoch, "generation": generation,
                 "step": "ingest", "rows": rows,

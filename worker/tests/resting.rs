@@ -1,7 +1,5 @@
 //! A worker that is to rest takes no more tasks, however many wait.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests")]
-
 use std::sync::Arc;
 use std::time::Duration;
 
