@@ -164,6 +164,13 @@ def test_a_csv_column_has_the_type_that_all_values_of_the_epoch_have(
     assert [row["value"] for row in lake.rows()] == values
 
 
+def test_keys_of_csv_that_differ_as_texts_are_two(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more=CSV)
+    lake.write(10, "part-0.csv", "id,value,op,share\n1.1,1,U,1.50\n1.10,2,U,2.5\n")
+    lake.run()
+    assert lake.main() == {"1.1": 1, "1.10": 2} and lake.types()["share"] == "double"
+
+
 def test_a_csv_column_that_the_table_has_keeps_its_type(tmp_path: Path):
     lake = Lake(tmp_path).pipeline(more=CSV)
     lake.write(10, "part-0.csv", "id,value,op,share\n007,x,U,0.5\n")

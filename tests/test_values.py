@@ -6,6 +6,7 @@ Owns: stories of single values. Never: types that simply do not fit (test_bad_in
 from __future__ import annotations
 
 import datetime as dt
+import json
 import math
 from decimal import Decimal
 from pathlib import Path
@@ -104,6 +105,88 @@ def test_nanoseconds_that_decide_are_refused_and_others_are_cut(tmp_path: Path, 
     send()
     lake.run()
     assert sorted(lake.main().values()) == [1, 2]
+
+
+@pytest.mark.parametrize("way", ["select", "csv"])
+def test_nanoseconds_that_decide_are_refused_on_every_way(tmp_path: Path, way: str):
+    more = 'select = "SELECT id, at, value, op FROM incoming"' if way == "select" else 'format = "csv"'
+    columns = "" if way == "select" else 'id = "string"\nat = "timestamp"\nvalue = "long"\nop = "string"'
+    lake = Lake(tmp_path).pipeline(more=f'sequence_by = "at"\n{more}', columns=columns)
+
+    def send(nanoseconds: int) -> None:
+        if way == "csv":
+            lines = f"a,2024-01-02T03:04:05.000001000Z,1,U\nb,2024-01-02T03:04:05.{nanoseconds:09}Z,2,U\n"
+            lake.write(10, "part-0.csv", "id,at,value,op\n" + lines)
+        else:
+            at = pa.array([1_000, nanoseconds], pa.timestamp("ns"))
+            deliver(lake, 10, id=pa.array(["a", "b"]), at=at, value=pa.array([1, 2]), op=pa.array(["U", "U"]))
+
+    send(2_001)
+    blocked = lake.run(code=1)
+    assert "AL-0303" in blocked.err and '"at", row 1' in blocked.err, blocked.err
+    send(2_000)
+    lake.run()
+    assert sorted(lake.main().values()) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("long", "2.9999999999999996"), ("int", "5.00000000001"), ("timestamp_ntz", "2024-01-01 12:00:00 CET"),
+        ("decimal(38,18)", "12345678901.1234567890123456785"), ("decimal(10,2)", "1.2300000000000000001"),
+    ],
+)
+def test_a_text_that_a_type_has_no_place_for_is_refused(tmp_path: Path, kind: str, text: str):
+    columns = f'id = "string"\nvalue = "long"\nop = "string"\nx = "{kind}"'
+    lake = Lake(tmp_path).pipeline(more='format = "csv"\non_mismatch = "quarantine"', columns=columns)
+    lake.write(10, "part-0.csv", f"id,value,op,x\na,1,U,{text}\nb,2,U,\n")
+    lake.run()
+    assert lake.main() == {"b": 2} and [reason for reason, _, _ in lake.refused()] == ["type:x"]
+
+
+def test_a_nested_time_that_does_not_fit_is_refused(tmp_path: Path):
+    """Milliseconds up to the end of time, as some writers say "never"."""
+    lake = Lake(tmp_path).pipeline(more='on_mismatch = "quarantine"')
+    times = pa.array([1, 2**63 - 1], pa.timestamp("ms"))
+    rows = {"id": pa.array(["a", "b"]), "value": pa.array([1, 2]), "op": pa.array(["U", "U"])}
+    deliver(lake, 10, **rows, part=pa.StructArray.from_arrays([times], ["at"]))
+    lake.run()
+    assert lake.main() == {"a": 1} and [reason for reason, _, _ in lake.refused()] == ["type:part"]
+
+
+def test_what_one_file_promises_of_nested_values_the_next_need_not(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline()
+
+    def send(epoch: int, key: str, is_nullable: bool, value) -> None:
+        kinds = [
+            ("part", pa.struct([pa.field("zip", pa.int64(), is_nullable)]), {"zip": value}),
+            ("all", pa.list_(pa.field("element", pa.int64(), is_nullable)), [value]),
+            ("named", pa.map_(pa.string(), pa.field("value", pa.int64(), is_nullable)), [("k", value)]),
+        ]
+        arrays = {name: pa.array([given], kind) for name, kind, given in kinds}
+        deliver(lake, epoch, id=pa.array([key]), value=pa.array([epoch]), op=pa.array(["U"]), **arrays)
+
+    send(10, "a", False, 1)
+    lake.run()
+    send(20, "b", True, None)
+    lake.run()
+    one, other = lake.rows()
+    assert (one["part"], one["all"], one["named"]) == ({"zip": 1}, [1], [("k", 1)])
+    assert (other["part"], other["all"], other["named"]) == ({"zip": None}, [None], [("k", None)])
+
+
+def test_statistics_of_parts_do_not_hide_rows(tmp_path: Path):
+    """The log tells doubles, which are no long decimals; and what NaN is larger than is not told."""
+    lake = Lake(tmp_path).pipeline()
+    amount = pa.array([Decimal("12345678901234567.891"), Decimal(1)], pa.decimal128(20, 3))
+    part = pa.StructArray.from_arrays([amount, pa.array([1.5, math.nan]), pa.array([1, 2])], ["amount", "x", "n"])
+    deliver(lake, 10, id=pa.array(["a", "b"]), value=pa.array([1, 2]), op=pa.array(["U", "U"]), part=part)
+    lake.run()
+    for table in ("raw", "main"):
+        entries = sorted((tmp_path / "p" / table / "_delta_log").glob("*.json"))
+        actions = [json.loads(line) for entry in entries for line in entry.read_text().splitlines()]
+        [stats] = [json.loads(action["add"]["stats"]) for action in actions if "add" in action]
+        assert stats["maxValues"].get("part", {}) == {"n": 2}, stats
 
 
 def test_columns_without_a_type_are_null(tmp_path: Path):

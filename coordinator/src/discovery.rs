@@ -48,6 +48,8 @@ pub struct Contents {
     pub objects: Vec<Object>,
     /// Names of all other files: markers, hidden, empty and excluded ones.
     pub others: BTreeSet<String>,
+    /// Those of them that would be data, but are empty.
+    pub empty: BTreeSet<String>,
 }
 
 impl Contents {
@@ -128,7 +130,11 @@ impl Source {
             if name.is_empty() {
                 continue;
             }
-            if meta.size == 0 || !self.is_data(&name) {
+            let is_data = self.is_data(&name);
+            if meta.size == 0 || !is_data {
+                if is_data {
+                    contents.empty.insert(name.clone());
+                }
                 contents.others.insert(name);
                 continue;
             }

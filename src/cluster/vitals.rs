@@ -54,7 +54,8 @@ impl Vitals {
             let Heartbeat { cpu, memory_bytes, disk_free_bytes, slots, .. } = heartbeat;
             Used { cpu, memory_bytes, disk_free_bytes }.show(slots);
             if let Some(limits) = self.limits {
-                self.duty.rest(reason_to_rest(&system, limits));
+                let own = if self.duty.tasks().is_empty() { memory_bytes } else { 0 };
+                self.duty.rest(reason_to_rest(&system, limits, own));
             }
             let sent = self.leases.beat(&heartbeat, BEAT_TTL).await;
             if self.role == "worker" {
@@ -139,7 +140,8 @@ pub(crate) fn full_disk(least: u64) -> Option<String> {
         .then(|| format!("{} of disk are free, worker.disk_free is {}", mib(free), mib(least)))
 }
 
-fn reason_to_rest(system: &System, limits: Limits) -> Option<String> {
+/// `own`: memory of this process that a task would use again, as none is in hand.
+fn reason_to_rest(system: &System, limits: Limits, own: u64) -> Option<String> {
     let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
     if let Some(why) = full_disk(limits.disk_free) {
         return Some(why);
@@ -149,7 +151,7 @@ fn reason_to_rest(system: &System, limits: Limits) -> Option<String> {
     let of_container = system.cgroup_limits().map(|of| of.total_memory.saturating_sub(of.rss));
     let free = of_container.unwrap_or(u64::MAX).min(system.available_memory());
     // Zero: the system does not say.
-    (free > 0 && free < limits.memory_free).then(|| {
+    (free > 0 && free.saturating_add(own) < limits.memory_free).then(|| {
         format!("{} of memory are free, a task may use {}", mib(free), mib(limits.memory_free))
     })
 }

@@ -9,7 +9,7 @@ use backoff::{ExponentialBackoff, ExponentialBackoffBuilder};
 
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 /// An attempt may take longer than all patience: so many are made in any case.
-const PAUSES_MIN: u32 = 5;
+const PAUSES_MIN: u32 = 3;
 
 /// Growing pauses with jitter, until the time is up.
 pub struct Pauses {

@@ -10,8 +10,17 @@ use deltalake::arrow::compute::{CastOptions, cast_with_options};
 use deltalake::arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef, TimeUnit};
 use deltalake::arrow::error::ArrowError;
 
-/// The type that Delta keeps values of `found` in; `None`: it cannot hold them.
+/// The type that Delta keeps values of `found` in; `None`: it cannot hold them. Whatever a file promises of values
+/// within values, NULL has a place there: the next file may promise less.
 pub fn delta_type(found: &DataType) -> Option<DataType> {
+    held_as(found, &|_| true)
+}
+
+fn held_as(found: &DataType, is_nullable: &dyn Fn(&Field) -> bool) -> Option<DataType> {
+    let nested = |field: &FieldRef| {
+        let kind = held_as(field.data_type(), is_nullable)?;
+        Some(Arc::new(Field::new(field.name(), kind, is_nullable(field))))
+    };
     use DataType as T;
     let held = match found {
         T::Boolean | T::Int8 | T::Int16 | T::Int32 | T::Int64 => found.clone(),
@@ -29,21 +38,23 @@ pub fn delta_type(found: &DataType) -> Option<DataType> {
         T::LargeBinary | T::BinaryView | T::FixedSizeBinary(_) => T::Binary,
         T::Timestamp(_, None) => T::Timestamp(TimeUnit::Microsecond, None),
         T::Timestamp(_, Some(_)) => T::Timestamp(TimeUnit::Microsecond, Some("UTC".into())),
-        T::Dictionary(_, value) => return delta_type(value),
+        T::Dictionary(_, value) => return held_as(value, is_nullable),
         T::List(item) | T::LargeList(item) | T::ListView(item) | T::FixedSizeList(item, _) => {
             T::List(nested(item)?)
         }
         T::Struct(fields) => {
             T::Struct(fields.iter().map(nested).collect::<Option<Vec<_>>>()?.into())
         }
-        T::Map(entries, sorted) => T::Map(nested(entries)?, *sorted),
+        T::Map(entries, sorted) => {
+            let T::Struct(fields) = entries.data_type() else { return None };
+            let [key, value] = fields.as_ref() else { return None };
+            let key = Field::new(key.name(), held_as(key.data_type(), is_nullable)?, false);
+            let fields = T::Struct(vec![Arc::new(key), nested(value)?].into());
+            T::Map(Arc::new(Field::new(entries.name(), fields, false)), *sorted)
+        }
         _ => return None,
     };
     Some(held)
-}
-
-fn nested(field: &FieldRef) -> Option<FieldRef> {
-    Some(Arc::new(Field::new(field.name(), delta_type(field.data_type())?, field.is_nullable())))
 }
 
 /// A schema without view, large and dictionary types and without metadata, as files are written.
@@ -52,7 +63,8 @@ pub(crate) fn plain(schema: &Schema) -> SchemaRef {
         .fields()
         .iter()
         .map(|field| {
-            let held = delta_type(field.data_type()).unwrap_or_else(|| field.data_type().clone());
+            let held = held_as(field.data_type(), &Field::is_nullable);
+            let held = held.unwrap_or_else(|| field.data_type().clone());
             Field::new(field.name(), held, field.is_nullable())
         })
         .collect();

@@ -34,6 +34,18 @@ fn misleads(kind: &DataType) -> bool {
     }
 }
 
+/// The paths of such columns: this one, or parts of its structures. Nothing is told of lists and maps.
+fn misleading_parts(field: &Field, within: &[String], found: &mut Vec<Vec<String>>) {
+    let path = [within, &[field.name().clone()]].concat();
+    match field.data_type() {
+        DataType::Struct(parts) => {
+            parts.iter().for_each(|part| misleading_parts(part, &path, found));
+        }
+        kind if misleads(kind) => found.push(path),
+        _ => {}
+    }
+}
+
 /// A row group is in memory while it is written, several times over while it is sent: it ends with so many rows,
 /// or bytes.
 const GROUP_ROWS_MAX: usize = 256 << 10;
@@ -120,8 +132,10 @@ impl FileWriter {
             .set_dictionary_page_size_limit(DICTIONARY_BYTES_MAX);
         let (misleading, sound): (Vec<_>, Vec<_>) =
             schema.fields().iter().partition(|field| misleads(field.data_type()));
-        for field in &misleading {
-            let column = ColumnPath::new(vec![field.name().clone()]);
+        let mut silent = Vec::new();
+        schema.fields().iter().for_each(|field| misleading_parts(field, &[], &mut silent));
+        for path in silent {
+            let column = ColumnPath::new(path);
             properties = properties.set_column_statistics_enabled(column, EnabledStatistics::None);
         }
         let (key, mut in_log) = (key_of(table), None);

@@ -39,7 +39,7 @@ use crate::aside::{Aside, AsideRef, CAME, MALFORMED, NULL_KEY, SELECT, line_as_j
 use crate::raw::{FILE, ROW};
 use crate::selecting::Selection;
 use crate::source::{Piece, SourceFile};
-use crate::typing::{fits_whole, shown, typed};
+use crate::typing::{fits_whole, has_nanoseconds, shown, typed};
 
 const MISFIT_HELP: &str = "deliver the folder again with the table's type (a narrower one is fine); or \
                            refuse such rows: on_mismatch = \"quarantine\", then `alluvium retry`";
@@ -367,11 +367,12 @@ impl FileRows {
             self.set_aside_misfit(misfit, piece.are_corrections)?;
         }
         let mut rows = self.unrepaired(piece)?;
+        self.check_exact(&rows)?;
         if let Some(selection) = &self.reading.selection {
             self.fit(&mut rows, selection.input())?;
             self.select(&mut rows, selection)?;
+            self.check_exact(&rows)?;
         }
-        self.check_exact(&rows)?;
         self.fit(&mut rows, &self.reading.columns)?;
         rows.batch = self.with_one_zero(rows.batch)?;
         rows.batch = self.without_empty_partitions(rows.batch)?;
@@ -495,10 +496,16 @@ impl FileRows {
     fn check_exact(&self, rows: &Rows) -> Result<()> {
         for name in &self.reading.exact {
             let Some(at) = find_column(rows.batch.schema_ref(), name) else { continue };
-            let column = rows.batch.column(at).as_primitive_opt::<TimestampNanosecondType>();
-            let Some(values) = column else { continue };
-            let is_cut = |value: Option<i64>| value.is_some_and(|value| value % 1000 != 0);
-            if let Some(row) = values.iter().position(is_cut) {
+            let column = rows.batch.column(at);
+            let cut = if let Some(times) = column.as_primitive_opt::<TimestampNanosecondType>() {
+                times.iter().position(|time| time.is_some_and(|time| time % 1000 != 0))
+            } else if let (Some(texts), true) = (column.as_string_opt::<i32>(), self.is_time(name))
+            {
+                texts.iter().position(|text| text.is_some_and(has_nanoseconds))
+            } else {
+                None
+            };
+            if let Some(row) = cut {
                 let text = format!(
                     "{}/{}, column {name:?}, row {}: the time has nanoseconds and Delta keeps \
                      microseconds, which would change what the column decides",
@@ -511,6 +518,12 @@ impl FileRows {
             }
         }
         Ok(())
+    }
+
+    fn is_time(&self, name: &str) -> bool {
+        let columns = &self.reading.columns;
+        let kind = find_column(columns, name).map(|at| columns.field(at).data_type());
+        kind.is_some_and(|kind| matches!(kind, DataType::Timestamp(..)))
     }
 
     /// Columns that decide know one zero and one NaN.

@@ -119,15 +119,8 @@ pub async fn ingest(
         (aside.take(), aside.filtered)
     };
     let now = workshop.clock.now();
-    let rows_quarantined = quarantine::replace(
-        &workshop.tables,
-        pipeline,
-        wanted,
-        refused,
-        now,
-        permit,
-    )
-    .await?;
+    let rows_quarantined =
+        quarantine::replace(&workshop.tables, pipeline, wanted, refused, now, permit).await?;
     let corrupt = opened.corrupt.len() as u64;
     let kept = prepared.content_rows + rows_quarantined + rows_filtered;
     let what = "rows of the folder, in raw, in quarantine or left out by select";

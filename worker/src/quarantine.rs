@@ -4,17 +4,22 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use alluvium_protocol::manifest::Manifest;
 use alluvium_protocol::marker::Generation;
 use alluvium_protocol::{Epoch, Error, Pipeline, Result, crash};
 use alluvium_table::arrow::array::{ArrayRef, Int64Array, RecordBatch, TimestampMicrosecondArray};
 use alluvium_table::arrow::datatypes::{DataType, Field, Schema, TimeUnit};
+use alluvium_table::classify::foreign;
 use alluvium_table::commit::{Change, CommitOutcome, Operation};
 use alluvium_table::datafusion::execution::context::SessionContext;
 use alluvium_table::pause::Pauses;
 use alluvium_table::spool::Spool;
+use alluvium_table::store::object_store_at;
 use alluvium_table::write::{FileWriter, Written};
-use alluvium_table::{Add, Table, TableSpec};
+use alluvium_table::{Add, LiveFile, Table, TableSpec};
 use chrono::{DateTime, Utc};
+use object_store::ObjectStoreExt;
+use object_store::path::Path;
 
 use crate::Permit;
 use crate::ingest::{COMMIT_PATIENCE, Wanted};
@@ -76,8 +81,14 @@ pub async fn replace(
             // It landed, and only the reply was lost; or there is nothing.
             break;
         }
-        // A process may have slept: others read this content since, or newer one. Asked after the snapshot that the
+        // A process may be slow: others read this content since, or read newer one. Asked after the snapshot that the
         // commit is for, which is lost when they get in between.
+        let newest = files.iter().filter_map(generation_of).max();
+        if let Some(newest) = newest.filter(|newest| *newest > generation)
+            && is_pinned(pipeline, epoch, newest).await?
+        {
+            return Ok(rows);
+        }
         if let Some(raw) = tables.open(&pipeline.raw).await?
             && already(&raw, pipeline, wanted).is_some()
         {
@@ -105,6 +116,23 @@ pub async fn replace(
     crash::point("quarantine.after_commit")?;
     tables.remember(&table);
     Ok(rows)
+}
+
+/// The content that a file's rows are of, by its statistics.
+fn generation_of(file: &LiveFile) -> Option<Generation> {
+    let stats: serde_json::Value = serde_json::from_str(file.stats.as_deref()?).ok()?;
+    stats["maxValues"][GENERATION].as_i64()
+}
+
+/// There is such content: raw and state may have begun anew since, and generations with them.
+async fn is_pinned(pipeline: &Pipeline, epoch: Epoch, generation: Generation) -> Result<bool> {
+    let store = object_store_at(&pipeline.state)?;
+    let path = Path::from(Manifest::path(&pipeline.id, epoch, generation));
+    match store.head(&path).await {
+        Ok(_) => Ok(true),
+        Err(object_store::Error::NotFound { .. }) => Ok(false),
+        Err(error) => Err(foreign(format!("look for {path}"), &error)),
+    }
 }
 
 /// Takes an epoch's rows out. Returns how many these were.

@@ -161,8 +161,14 @@ impl Worker {
     }
 
     async fn run_slot(&self, slot: usize, answers: &Answers) {
+        let mut rests_since: Option<Instant> = None;
         while !self.duty.orders.draining.is_cancelled() {
             if self.duty.resting().is_some() {
+                let rested = rests_since.get_or_insert_with(Instant::now).elapsed();
+                let is_idle = self.duty.tasks().is_empty();
+                if is_idle && self.duty.orders.idle_max.is_some_and(|most| rested >= most) {
+                    self.duty.orders.draining.cancel();
+                }
                 // Unsubscribed: tasks go to others meanwhile.
                 tokio::select! {
                     () = tokio::time::sleep(REST) => {}
@@ -170,6 +176,7 @@ impl Worker {
                 }
                 continue;
             }
+            rests_since = None;
             if self.take_tasks(slot, answers).await.is_none() {
                 return;
             }

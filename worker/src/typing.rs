@@ -119,14 +119,17 @@ fn fitted(column: &ArrayRef, to: &DataType) -> Result<Fitted> {
             nothing()
         };
     };
+    // Part by part: what does not fit is told at any depth.
+    if to.is_nested()
+        && let Some(fitted) = fitted_nested(column, to)?
+    {
+        return Ok(fitted);
+    }
     if widens_to(&held, to) {
         // Unless a date lies beyond what a time can say.
         let made = cast_with_options(column, to, &SAFE).map_err(Error::internal)?;
         let misfit = lost(column, &made)?;
         return Ok((made, Some(misfit)));
-    }
-    if let Some(fitted) = fitted_nested(column, to)? {
-        return Ok(fitted);
     }
     if !is_judged_by_value(&held, to) {
         return nothing();
@@ -136,6 +139,13 @@ fn fitted(column: &ArrayRef, to: &DataType) -> Result<Fitted> {
     let mut misfit = lost(&column, &made)?;
     if to.is_floating() && held == DataType::Utf8 {
         misfit = or(&misfit, &inexact(&column, &made)?).map_err(Error::internal)?;
+    }
+    if held == DataType::Utf8
+        && let Some(scale) = scale_of(to)
+    {
+        let cut = column.as_string::<i32>().iter();
+        let cut = cut.map(|text| Some(text.is_some_and(|text| has_digits_beyond(text, scale))));
+        misfit = or(&misfit, &cut.collect()).map_err(Error::internal)?;
     }
     if held == DataType::Utf8 && matches!(to, DataType::Timestamp(_, None)) {
         // Taking the zone away would tell another time of the day.
@@ -285,9 +295,33 @@ fn is_filled(text: &str) -> bool {
         || (digits.first() == Some(&b'0') && digits.get(1).is_some_and(u8::is_ascii_digit))
 }
 
+/// Behind the time of the day: an offset, or the name of a zone.
 fn has_zone(text: &str) -> bool {
-    let time = text.trim_end().get(10..).unwrap_or_default();
-    time.ends_with(['Z', 'z']) || time.contains(['+', '-'])
+    let time = text.trim_end().get(11..).unwrap_or_default();
+    time.contains(|c: char| c.is_ascii_alphabetic() || matches!(c, '+' | '-'))
+}
+
+/// Digits of the second that Delta has no place for.
+pub(crate) fn has_nanoseconds(time: &str) -> bool {
+    time.get(19..).is_some_and(|rest| rest.starts_with('.') && has_digits_beyond(rest, 6))
+}
+
+/// Digits behind the point that a type has.
+fn scale_of(kind: &DataType) -> Option<usize> {
+    match kind {
+        DataType::Decimal128(_, scale) => usize::try_from(*scale).ok(),
+        kind if kind.is_integer() => Some(0),
+        _ => None,
+    }
+}
+
+/// A number as it is written has other digits than zeros behind so many after the point.
+fn has_digits_beyond(text: &str, scale: usize) -> bool {
+    let Some((_, behind)) = text.split_once('.') else { return false };
+    let end = behind.find(|c: char| !c.is_ascii_digit()).unwrap_or(behind.len());
+    let (digits, rest) = behind.split_at(end);
+    // An exponent moves the point.
+    !rest.starts_with(['e', 'E']) && digits.bytes().skip(scale).any(|digit| digit != b'0')
 }
 
 /// True where a text of digits became infinite, a number that is not zero became zero, or a whole

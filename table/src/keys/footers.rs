@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use alluvium_protocol::Result;
+use alluvium_protocol::pipeline::same_name;
 use deltalake::arrow::datatypes::{DataType, FieldRef, Schema, TimeUnit};
 use deltalake::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use deltalake::parquet::basic::Type;
@@ -18,15 +19,27 @@ use crate::files::path_of;
 
 /// What arrow's reader needs of a footer. Times of 96 bits, as Spark writes them, are read as microseconds:
 /// as nanoseconds, as arrow has it, years beyond 2262 would become others without a word.
-pub fn for_arrow(footer: Arc<ParquetMetaData>) -> Result<ArrowReaderMetadata, ParquetError> {
+pub(crate) fn for_arrow(footer: Arc<ParquetMetaData>) -> Result<ArrowReaderMetadata, ParquetError> {
+    for_arrow_but(footer, &[])
+}
+
+/// The same, but for the times of these columns: what they have finer than microseconds is to be seen.
+pub fn for_arrow_but(
+    footer: Arc<ParquetMetaData>,
+    whole: &[String],
+) -> Result<ArrowReaderMetadata, ParquetError> {
     let read = ArrowReaderMetadata::try_new(Arc::clone(&footer), ArrowReaderOptions::new())?;
     let columns = footer.file_metadata().schema_descr().columns();
     if columns.iter().all(|column| column.physical_type() != Type::INT96) {
         return Ok(read);
     }
     let mut leaves = columns.iter();
-    let fields: Vec<FieldRef> =
-        read.schema().fields().iter().map(|field| in_micros(field, &mut leaves)).collect();
+    let fields = read.schema().fields().iter().map(|field| {
+        let made = in_micros(field, &mut leaves);
+        let is_whole = whole.iter().any(|name| same_name(name, field.name()));
+        if is_whole { Arc::clone(field) } else { made }
+    });
+    let fields: Vec<FieldRef> = fields.collect();
     let options = ArrowReaderOptions::new().with_schema(Arc::new(Schema::new(fields)));
     ArrowReaderMetadata::try_new(footer, options)
 }
@@ -42,6 +55,8 @@ fn in_micros<'a>(
         }
         DataType::List(item) => DataType::List(in_micros(item, leaves)),
         DataType::LargeList(item) => DataType::LargeList(in_micros(item, leaves)),
+        DataType::ListView(item) => DataType::ListView(in_micros(item, leaves)),
+        DataType::LargeListView(item) => DataType::LargeListView(in_micros(item, leaves)),
         DataType::FixedSizeList(item, size) => {
             DataType::FixedSizeList(in_micros(item, leaves), *size)
         }

@@ -18,7 +18,7 @@ mod side;
 mod spread;
 
 pub use contents::{Content, Contents};
-pub use footers::for_arrow;
+pub use footers::for_arrow_but;
 pub use scan::{Found, Scan};
 pub use set::KeySet;
 pub use spread::readings;

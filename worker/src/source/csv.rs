@@ -7,6 +7,8 @@ use std::sync::OnceLock;
 
 use alluvium_table::arrow::datatypes::{DataType, TimeUnit};
 
+use crate::typing::has_nanoseconds;
+
 /// What of a CSV file is kept at least, to have a record's bytes.
 const WINDOW_BYTES: usize = 1 << 16;
 
@@ -102,10 +104,11 @@ impl Seen {
         self.not_double |= !(is_exact && is_double(text));
         self.not_boolean |= !matches!(text, "true" | "false" | "TRUE" | "FALSE" | "True" | "False");
         self.not_date |= text.len() != 10 || text.parse::<chrono::NaiveDate>().is_err();
-        self.not_timestamp |= chrono::DateTime::parse_from_rfc3339(text).is_err();
+        let may_be_time = is_written_as_time(text) && !has_nanoseconds(text);
+        self.not_timestamp |= !may_be_time || chrono::DateTime::parse_from_rfc3339(text).is_err();
         let is_naive = |format| chrono::NaiveDateTime::parse_from_str(text, format).is_ok();
         self.not_timestamp_ntz |=
-            !(is_naive("%Y-%m-%dT%H:%M:%S%.f") || is_naive("%Y-%m-%d %H:%M:%S%.f"));
+            !may_be_time || !(is_naive("%Y-%m-%dT%H:%M:%S%.f") || is_naive("%Y-%m-%d %H:%M:%S%.f"));
     }
 
     pub(super) fn merge(&mut self, other: &Self) {
@@ -116,6 +119,14 @@ impl Seen {
         self.not_date |= other.not_date;
         self.not_timestamp |= other.not_timestamp;
         self.not_timestamp_ntz |= other.not_timestamp_ntz;
+    }
+
+    /// The same of a column that identifies rows: different texts are different values.
+    pub(super) fn kind_of_key(&self) -> DataType {
+        match self.kind() {
+            DataType::Float64 | DataType::Boolean => DataType::Utf8,
+            kind => kind,
+        }
     }
 
     pub(super) fn kind(&self) -> DataType {
@@ -134,6 +145,17 @@ impl Seen {
             _ => DataType::Utf8,
         }
     }
+}
+
+/// `2026-01-02?03:04:05…`: who reads it later takes nothing shorter.
+fn is_written_as_time(text: &str) -> bool {
+    let shape = b"dddd-dd-dd?dd:dd:dd";
+    let is_so = |(byte, wanted): (u8, &u8)| match wanted {
+        b'd' => byte.is_ascii_digit(),
+        b'?' => true,
+        other => byte == *other,
+    };
+    text.len() >= shape.len() && text.bytes().zip(shape).all(is_so)
 }
 
 fn is_double(text: &str) -> bool {
@@ -173,5 +195,7 @@ mod tests {
         );
         assert_eq!(kind(&["2024-01-02 03:04:05.25"]), T::Timestamp(TimeUnit::Microsecond, None));
         assert_eq!(kind(&["2024-01-02", "x"]), T::Utf8);
+        assert_eq!(kind(&["2024-01-02T03:04:05.1234567Z"]), T::Utf8);
+        assert_eq!(kind(&["2024-01-02T03:04:05.123456000", "2024-01-02 3:04:05"]), T::Utf8);
     }
 }

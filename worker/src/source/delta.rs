@@ -6,7 +6,7 @@ use alluvium_protocol::manifest::{Manifest, Object};
 use alluvium_protocol::{Code, Error, Result};
 use alluvium_table::Table;
 use alluvium_table::arrow::array::{ArrayRef, StringArray};
-use alluvium_table::arrow::compute::cast;
+use alluvium_table::arrow::compute::{CastOptions, cast_with_options};
 use alluvium_table::arrow::datatypes::Field;
 
 /// A data file that the table's log names.
@@ -52,7 +52,9 @@ pub(super) async fn live_files(source: &str, manifest: &Manifest) -> Result<Vec<
                 return Err(unreadable(&format!("partition column {name:?} is binary")));
             }
             let text = StringArray::from(vec![file.partition.get(&name).cloned().flatten()]);
-            let value = cast(&(Arc::new(text) as ArrayRef), field.data_type());
+            let strictly = CastOptions { safe: false, ..CastOptions::default() };
+            let text = Arc::new(text) as ArrayRef;
+            let value = cast_with_options(&text, field.data_type(), &strictly);
             let value =
                 value.map_err(|e| unreadable(&format!("partition column {name:?}: {e}")))?;
             values.push((field.clone(), value));

@@ -111,6 +111,8 @@ impl SourceFile {
             Some(live) => live.iter().map(|file| &file.object).collect(),
             None => manifest.objects.iter().collect(),
         };
+        let content = &pipeline.content;
+        let exact = &[content.key.as_slice(), content.sequence_by.as_slice()].concat();
         let may_be_corrupt = pipeline.content.on_corrupt_file == OnBad::Quarantine;
         let mut opening = Vec::with_capacity(objects.len());
         for object in objects {
@@ -118,7 +120,7 @@ impl SourceFile {
             let one = async move {
                 let opened = match format {
                     Format::Parquet | Format::Delta => {
-                        let file = ParquetFile::open(&store, folder, object, is_small).await;
+                        let file = ParquetFile::open(&store, folder, object, is_small, exact).await;
                         match file {
                             // Only reading all of it tells that it can be read.
                             Ok(file) if may_be_corrupt => {
@@ -153,7 +155,7 @@ impl SourceFile {
             }
         }
         if format.is_text() {
-            agree_on_types(&mut files);
+            agree_on_types(&mut files, &pipeline.content.key);
         }
         let mut constants: BTreeMap<String, Vec<(Field, ArrayRef)>> = BTreeMap::new();
         for file in live.into_iter().flatten() {
@@ -349,8 +351,9 @@ fn batch_of(fields: Vec<Field>, columns: Vec<ArrayRef>, rows: usize) -> Result<R
         .map_err(Error::internal)
 }
 
-/// Each column of text has one type in all files of the epoch, whatever their order.
-fn agree_on_types(files: &mut [SourceFile]) {
+/// Each column of text has one type in all files of the epoch, whatever their order. Of a key `1.1` and `1.10` are two
+/// values, which only text tells apart.
+fn agree_on_types(files: &mut [SourceFile], key: &[String]) {
     let mut kinds: BTreeMap<String, text::Kinds> = BTreeMap::new();
     for file in files.iter() {
         let Body::Text(file) = &file.body else { continue };
@@ -367,8 +370,13 @@ fn agree_on_types(files: &mut [SourceFile]) {
             .kinds()
             .iter()
             .map(|(name, _)| {
-                let kind =
-                    kinds.get(&name.to_lowercase()).map_or(DataType::Utf8, text::Kinds::kind);
+                let kind = match kinds.get(&name.to_lowercase()) {
+                    Some(text::Kinds::Csv(seen)) if key.iter().any(|key| same_name(key, name)) => {
+                        seen.kind_of_key()
+                    }
+                    Some(kind) => kind.kind(),
+                    None => DataType::Utf8,
+                };
                 Field::new(name, kind, true)
             })
             .collect();

@@ -8,7 +8,7 @@ use alluvium_protocol::{Code, Error, Result};
 use alluvium_table::arrow::array::Int64Array;
 use alluvium_table::arrow::datatypes::SchemaRef;
 use alluvium_table::classify::foreign;
-use alluvium_table::keys::for_arrow;
+use alluvium_table::keys::for_arrow_but;
 use alluvium_table::parquet::arrow::ProjectionMask;
 use alluvium_table::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use alluvium_table::parquet::arrow::async_reader::{
@@ -32,6 +32,11 @@ use super::Piece;
 /// A footer is fetched with so much of the file's end: mostly all of it, in one request.
 const FOOTER_BYTES: usize = 64 * 1024;
 
+fn is_of_spark(metadata: &ParquetMetaData) -> bool {
+    let pairs = metadata.file_metadata().key_value_metadata();
+    pairs.is_some_and(|pairs| pairs.iter().any(|pair| pair.key.starts_with("org.apache.spark.")))
+}
+
 /// One data file with its footer read.
 #[derive(Clone)]
 pub(super) struct ParquetFile {
@@ -42,19 +47,24 @@ pub(super) struct ParquetFile {
 }
 
 impl ParquetFile {
-    /// Reads the footer.
+    /// Reads the footer. Times in the columns `exact` decide between rows: what is finer than microseconds is kept.
     pub(super) async fn open(
         store: &StoreRef,
         folder: &str,
         object: &Object,
         is_small: bool,
+        exact: &[String],
     ) -> Result<Self> {
         let mut reader = PinnedReader::new(store, folder, object, is_small)?;
         let name = object.name.clone();
         let options = ArrowReaderOptions::new();
         let metadata = ArrowReaderMetadata::load_async(&mut reader, options)
             .await
-            .and_then(|read| for_arrow(Arc::clone(read.metadata())))
+            .and_then(|read| {
+                // Spark has no more than microseconds to write.
+                let whole = if is_of_spark(read.metadata()) { &[] } else { exact };
+                for_arrow_but(Arc::clone(read.metadata()), whole)
+            })
             .map_err(|e| read_error(folder, &name, &e))?;
         Ok(Self { name, metadata, reader })
     }
