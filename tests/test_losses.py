@@ -272,3 +272,20 @@ def test_refused_rows_of_older_content_do_not_come_back(tmp_path: Path):
     slow.send_signal(signal.SIGCONT)
     slow.communicate(timeout=60)
     assert lake.refused() == [] and lake.main() == {"a": 1, "b": 2}
+
+
+def test_refused_rows_of_newer_content_stay(tmp_path: Path):
+    """Two processes read two contents of a folder at a time, and the older one is later."""
+    lake = Lake(tmp_path).pipeline()
+    unlocked = {"ALLUVIUM_TEST_NO_LOCK": "1"}
+    lake.deliver(10, [("a", 1, "U"), (None, 2, "U")])
+    older = lake.start("run", "--once", env=unlocked | {"ALLUVIUM_STOP": "quarantine.before_commit"})
+    stands_still(older)
+    lake.deliver(10, [("a", 3, "U"), (None, 4, "U"), (None, 5, "U")])
+    newer = lake.start("replay", "p", "10", "--yes", env=unlocked | {"ALLUVIUM_STOP": "ingest.before_commit"})
+    stands_still(newer)
+    for process in (older, newer):
+        process.send_signal(signal.SIGCONT)
+        process.communicate(timeout=60)
+    lake.run()
+    assert lake.main() == {"a": 3} and len(lake.refused()) == 2

@@ -68,6 +68,16 @@ def test_times_of_96_bits_come_as_they_are(tmp_path: Path):
         assert [plain(time) for time in one["all"]] == [far, near] and other["all"] is None
 
 
+def test_nanoseconds_of_96_bits_that_decide_are_refused(tmp_path: Path):
+    lake = Lake(tmp_path).pipeline(more='sequence_by = "at"')
+    rows = {"id": pa.array(["a", "b"]), "value": pa.array([1, 2]), "op": pa.array(["U", "U"])}
+    rows["at"] = pa.array([1_000, 2_001], pa.timestamp("ns"))
+    folder = lake.deliver(10, [])
+    pq.write_table(pa.table(rows), folder / "part-0.parquet", use_deprecated_int96_timestamps=True, store_schema=False)
+    blocked = lake.run(code=1)
+    assert "AL-0303" in blocked.err and '"at", row 1' in blocked.err, blocked.err
+
+
 def plain(time: dt.datetime) -> dt.datetime:
     return time.replace(tzinfo=None)
 
