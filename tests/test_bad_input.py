@@ -132,6 +132,21 @@ def test_on_block_continue_merges_around_a_blocked_epoch(tmp_path: Path):
     assert lake.main() == {"a": 3, "b": 2, "c": 3}
 
 
+def test_an_epoch_that_hundreds_wait_for_is_read(tmp_path: Path):
+    """There is a limit to what raw reads ahead of main; the epoch that stopped them all is below it."""
+    lake = Lake(tmp_path).pipeline()
+    lake.deliver(10, [("a", 1, "U")])
+    lake.run()
+    truncate(lake)
+    for epoch in range(30, 440):
+        lake.deliver(epoch, [(f"k{epoch}", epoch, "U")])
+    lake.run(code=1)
+    assert lake.main() == {"a": 1}
+    lake.deliver(20, [("b", 2, "U")])
+    lake.run()
+    assert len(lake.main()) == 412
+
+
 def test_a_damaged_delete_when_is_told_at_once_and_by_code(tmp_path: Path):
     lake = Lake(tmp_path)
     (tmp_path / "in_p").mkdir()

@@ -217,7 +217,9 @@ fn failed(
             Step::Ingest => entry.state == State::Ingesting,
             _ => entry.state == State::Merging,
         };
-        if !is_at_this_step {
+        // A person may have asked for newer content, which is being read.
+        let is_of_older = matches!(&result.work, Work::Ingest { generation, .. } if *generation < entry.generation);
+        if !is_at_this_step || is_of_older {
             continue;
         }
         match error.class() {

@@ -115,26 +115,33 @@ fn is_due(epoch: &EpochView, now: DateTime<Utc>) -> bool {
 }
 
 fn plan_ingests(view: &PipelineView<'_>, now: DateTime<Utc>, plan: &mut Plan) {
-    let ahead = view
-        .epochs
-        .values()
-        .filter(|epoch| matches!(epoch.state, State::Ingesting | State::Ingested))
-        .count();
+    // Without rows there is nothing in raw that waits.
+    let is_ahead = |epoch: &&EpochView| match epoch.state {
+        State::Ingesting => true,
+        State::Ingested => !epoch.is_empty,
+        _ => false,
+    };
+    let ahead = view.epochs.values().filter(is_ahead).count();
+    let mut in_raw = view.epochs.iter().filter(|(_, epoch)| epoch.state == State::Ingested);
+    let lowest_in_raw = in_raw.next().map(|(number, _)| *number);
     // The first epoch makes raw's columns: alone, so that its types do not depend on a race.
     let most = if view.has_raw { LOOKAHEAD_EPOCHS } else { 1 };
     let mut room = most.saturating_sub(ahead);
     // An epoch that is compared with those before it is read after them.
     let gates = view.pipeline.content.gates;
     let is_compared = gates.rows_min.is_some() || gates.rows_max.is_some();
+    let is_one_out = view.epochs.values().any(|epoch| epoch.state == State::Ingesting);
     if is_compared {
-        let is_one_out = view.epochs.values().any(|epoch| epoch.state == State::Ingesting);
         room = room.min(usize::from(!is_one_out));
     }
     for (number, epoch) in view.epochs {
         if epoch.state != State::Ready || !is_due(epoch, now) {
             continue;
         }
-        if room == 0 {
+        // Those in raw may wait for this one: it has room, else none is made.
+        let goes_first = view.has_raw && lowest_in_raw.is_some_and(|lowest| *number < lowest);
+        let is_alone = !is_one_out && plan.ingests.is_empty();
+        if room == 0 && !(goes_first && (is_alone || !is_compared)) {
             let why = if is_compared {
                 "it is compared with the epochs before it, which are read first".to_owned()
             } else if view.has_raw {
@@ -145,7 +152,7 @@ fn plan_ingests(view: &PipelineView<'_>, now: DateTime<Utc>, plan: &mut Plan) {
             plan.waits.push(Wait { epoch: Some(*number), why });
             return;
         }
-        room -= 1;
+        room = room.saturating_sub(1);
         plan.ingests.push(*number);
     }
 }
@@ -245,7 +252,8 @@ fn group(view: &PipelineView<'_>, candidates: &[Epoch]) -> Vec<Epoch> {
         bytes += epoch.bytes;
         full_ones += usize::from(!epoch.is_empty);
         let is_other_kind = group.first().is_some_and(|first| is_late(first) != is_late(number));
-        let is_full = full_ones > sizes.batch_epochs || bytes > sizes.batch_bytes;
+        let is_full =
+            full_ones > sizes.batch_epochs || (full_ones > 1 && bytes > sizes.batch_bytes);
         if !group.is_empty() && (is_other_kind || is_full) {
             break;
         }

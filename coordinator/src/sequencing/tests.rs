@@ -169,6 +169,9 @@ fn ingests_run_ahead_of_blocked_and_merging_epochs() {
     assert_eq!(ingests("Mrr"), 2);
     assert_eq!(ingests(&format!("{}rr", "d".repeat(LOOKAHEAD_EPOCHS))), 0);
     assert_eq!(ingests(&format!("{}rr", "d".repeat(LOOKAHEAD_EPOCHS - 1))), 1);
+    // They wait for it: without room for it there is never any.
+    assert_eq!(ingests(&format!("r{}r", "d".repeat(LOOKAHEAD_EPOCHS))), 1);
+    assert_eq!(ingests(&format!("pr{}", "d".repeat(2 * LOOKAHEAD_EPOCHS))), 1);
 }
 
 #[test]
@@ -226,9 +229,13 @@ fn empty_content_does_not_fill_a_group() {
     p.sizes.batch_epochs = 1;
     let mut epochs = epochs("ddd");
     epochs.entry(Epoch::new(1).unwrap()).and_modify(|epoch| epoch.is_empty = true);
+    let both = [Epoch::new(1).unwrap(), Epoch::new(2).unwrap()];
     let first = PipelineView { has_main: false, ..view(&p, &epochs) };
-    let group = plan(&first, now()).merge.unwrap();
-    assert_eq!(group, [Epoch::new(1).unwrap(), Epoch::new(2).unwrap()]);
+    assert_eq!(plan(&first, now()).merge.unwrap(), both);
+    // However large the first one with rows is.
+    epochs.entry(both[1]).and_modify(|epoch| epoch.bytes = 2 * p.sizes.batch_bytes);
+    let first = PipelineView { has_main: false, ..view(&p, &epochs) };
+    assert_eq!(plan(&first, now()).merge.unwrap(), both);
 }
 
 #[test]
