@@ -95,7 +95,7 @@ pub fn select(body: &[u8], contents: &Contents, place: &str) -> Result<Option<Ve
     for entry in entries {
         let name = entry.as_str().or_else(|| entry["name"].as_str());
         let name = name.ok_or_else(|| invalid(format!("an entry without a name: {entry}")))?;
-        // It may grow: an upload begins empty in some folders. Without a size nobody can tell.
+        // It has no rows to wait for, unless the manifest says that it is to be larger.
         if contents.empty.contains(name) && entry["size"].as_u64().unwrap_or(0) == 0 {
             continue;
         }
